@@ -1,0 +1,200 @@
+"""The other implementations that are measured beside ours, each in its fastest known form."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from harness import fastest
+from torch import Tensor
+
+Call = Callable[[], Any]
+
+
+# --- OpenVINO ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def openvino() -> types.ModuleType | None:
+    """The openvino package, or None, said once, where it is not installed."""
+    try:
+        import openvino
+    except ImportError:
+        print('openvino is not installed, its columns stay empty: pip install "lowbit-ext[bench]"')
+        return None
+    return openvino
+
+
+class OpenVinoBinaryConv2d:
+    """float32 -> FakeQuantize with two levels -> BinaryConvolution -> float32, stride 1, zero padding.
+
+    The quantiser puts out 0 and 1: only then does the CPU plugin write bits in one pass. With -1 and +1 it writes
+    floats, which a reference reorder packs: 175 us instead of 117 us for 256 -> 256 3x3 at 14x14 on one thread.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, padding: int, threads: int) -> None:
+        ov = openvino()
+        assert ov is not None
+        from openvino import opset1
+
+        # OpenVINO aliases the arrays behind u1 constants and shared tensors: they live as long as this object.
+        self._bits = np.packbits((weight >= 0).numpy().reshape(-1), bitorder="little")
+        self._x = x.contiguous().numpy()
+
+        def number(value: float) -> Any:
+            return opset1.constant(np.full((1, 1, 1, 1), value, np.float32))
+
+        parameter = opset1.parameter(list(x.shape), np.float32)
+        quantised = opset1.fake_quantize(parameter, number(0), number(0), number(0), number(1), 2)
+        bits = ov.Tensor(self._bits, ov.Shape(list(weight.shape)), ov.Type.u1)
+        constant = ov.op.Constant(bits, shared_memory=True)
+        pads = [padding, padding]
+        conv = opset1.binary_convolution(quantised, constant, [1, 1], pads, pads, [1, 1], "xnor-popcount", 0.0)
+        model = ov.Model([opset1.result(conv)], [parameter])
+        options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+        self._plain = self._request(ov, model, options)
+        self._profiled = self._request(ov, model, options | {"PERF_COUNT": True})
+
+    def _request(self, ov: types.ModuleType, model: Any, options: dict[str, Any]) -> Any:
+        request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
+        request.set_input_tensor(ov.Tensor(self._x, shared_memory=True))
+        return request
+
+    def call(self) -> None:
+        """One inference, quantisation and layout changes included; no copy of input or output."""
+        self._plain.infer(share_outputs=True)
+
+    def kernel_us(self) -> float:
+        """One inference; the time that its profile gives for the BinaryConvolution node alone (whole microseconds)."""
+        self._profiled.infer(share_outputs=True)
+        times = (node.real_time for node in self._profiled.profiling_info if node.node_type == "BinaryConvolution")
+        return sum(time.total_seconds() for time in times) * 1e6
+
+    def output(self) -> Tensor:
+        """Result (N, O, H, W) of the last call()."""
+        return torch.from_numpy(self._plain.get_output_tensor().data.copy())
+
+
+# --- torch: convolution and linear ------------------------------------------------------------------------------------
+
+
+def _can_reorder_weights(dtype: torch.dtype) -> bool:
+    """Whether this build of torch has oneDNN's operators on weights reordered beforehand, for dtype on this machine."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"):
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def torch_conv2d(x: Tensor, weight: Tensor, padding: int, dtype: torch.dtype) -> Call:
+    """conv2d of dtype on inputs of dtype: NCHW, channels-last, and channels-last with a weight reordered beforehand."""
+    x, weight = x.to(dtype), weight.to(dtype)
+    x_last, weight_last = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
+    candidates: list[Call] = [
+        lambda: F.conv2d(x, weight, padding=padding),
+        lambda: F.conv2d(x_last, weight_last, padding=padding),
+    ]
+    pair = [padding, padding]
+    if _can_reorder_weights(dtype):
+        # What torch.compile emits for a frozen model.
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, pair, [1, 1], [1, 1], 1, list(x.shape))
+        arguments = (packed, None, pair, [1, 1], [1, 1], 1, "none", [], "")
+        candidates.append(lambda: torch.ops.mkldnn._convolution_pointwise(x_last, *arguments))
+    return fastest(candidates)
+
+
+def torch_int8_conv2d(x: Tensor, weight: Tensor, padding: int) -> Call | None:
+    """Quantised conv2d, 8-bit input to 8-bit output, weight packed beforehand; None where torch has no such kernel."""
+    candidates: list[Call] = []
+    pair = [padding, padding]
+    before = torch.backends.quantized.engine
+    for engine in ("x86", "onednn", "fbgemm"):
+        if engine in torch.backends.quantized.supported_engines:
+            torch.backends.quantized.engine = engine
+            quantised = torch.quantize_per_tensor(x.sign(), 1.0, 64, torch.quint8)
+            quantised = quantised.contiguous(memory_format=torch.channels_last)
+            signs = torch.quantize_per_tensor(weight.sign(), 1.0, 0, torch.qint8)
+            packed = torch.ops.quantized.conv2d_prepack(signs, None, [1, 1], pair, [1, 1], 1)
+            candidates.append(functools.partial(torch.ops.quantized.conv2d, quantised, packed, 20.0, 128))
+    torch.backends.quantized.engine = before
+    return fastest(candidates) if candidates else None
+
+
+def torch_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Call:
+    """linear of dtype on inputs of dtype, also with a weight reordered beforehand where torch can."""
+    x, weight = x.to(dtype), weight.to(dtype)
+    candidates: list[Call] = [lambda: F.linear(x, weight)]
+    if dtype == torch.bfloat16 and _can_reorder_weights(dtype):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
+        candidates.append(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
+    return fastest(candidates)
+
+
+def torch_int8_linear(x: Tensor, weight: Tensor) -> Call:
+    """torch._int_mm: 8-bit times 8-bit to 32-bit."""
+    x, weight = x.sign().to(torch.int8), weight.sign().to(torch.int8)
+    transposed = weight.t().contiguous()
+    return fastest([lambda: torch._int_mm(x, weight.t()), lambda: torch._int_mm(x, transposed)])
+
+
+# --- torch: bits ------------------------------------------------------------------------------------------------------
+
+# Times eight bytes of 0 or 1 seen as one integer, lowest first: puts their bits, lowest first, into the highest byte.
+_GATHER_BITS = 0x0102040810204080
+
+
+def torch_pack(x: Tensor) -> Tensor:
+    """x >= 0 packed to words (N, *spatial, C / 64) in plain torch; channels must be a multiple of 64."""
+    bits = (x.movedim(1, -1) >= 0).contiguous()
+    return ((bits.view(torch.int64) * _GATHER_BITS) >> 56).to(torch.uint8).view(torch.int64)
+
+
+def torch_unpack(words: Tensor, dtype: torch.dtype) -> Call:
+    """Words to -1 and +1, channels-last, in plain torch: shifts, or a table of the 8 values of each byte."""
+    shifts = torch.arange(8, dtype=torch.uint8)
+    table = ((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1).to(dtype) * 2 - 1
+
+    def by_shifts() -> Tensor:
+        bits = (words.view(torch.uint8).unsqueeze(-1) >> shifts) & 1
+        return bits.flatten(-2).to(dtype).mul_(2).sub_(1)
+
+    def by_table() -> Tensor:
+        return F.embedding(words.view(torch.uint8).int(), table).flatten(-2)
+
+    return fastest([by_shifts, by_table])
+
+
+# --- torch: training --------------------------------------------------------------------------------------------------
+
+
+class _SignWithClippedGradient(torch.autograd.Function):
+    """sign with the straight-through gradient 1[|x| <= 1], as binary networks are commonly written in PyTorch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return torch.where(x >= 0, 1.0, -1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return grad_output * (x.abs() <= 1)
+
+
+class _SignWithIdentityGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.where(x >= 0, 1.0, -1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # type: ignore[override]
+        return grad_output
+
+
+def emulated_binary_conv2d(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """A binary layer emulated with floats: sign of both, then conv2d."""
+    return F.conv2d(_SignWithClippedGradient.apply(x), _SignWithIdentityGradient.apply(weight), padding=padding)

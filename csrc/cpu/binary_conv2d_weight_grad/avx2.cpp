@@ -1,0 +1,28 @@
+#include "cpu/binary_conv2d_input_grad/lookup_avx2.h"
+#include "cpu/binary_conv2d_weight_grad/driver.h"
+
+namespace lowbit::avx2 {
+namespace {
+using SignGradient = WeightGrad<Avx2Lookup<Encoding::sign>>;
+using StepGradient = WeightGrad<Avx2Lookup<Encoding::step>>;
+}  // namespace
+
+int64_t binary_conv2d_weight_grad_workspace_bytes(const BinaryConv2dWeightGradArgs& args) noexcept {
+  return args.encoding == Encoding::sign ? SignGradient(args, nullptr).workspace_bytes()
+                                         : StepGradient(args, nullptr).workspace_bytes();
+}
+
+int64_t binary_conv2d_weight_grad_items(const BinaryConv2dWeightGradArgs& args) noexcept {
+  return args.encoding == Encoding::sign ? SignGradient(args, nullptr).items() : StepGradient(args, nullptr).items();
+}
+
+void binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t begin, int64_t end,
+                               void* workspace) noexcept {
+  if (args.encoding == Encoding::sign) {
+    SignGradient(args, workspace).run(begin, end);
+  } else {
+    StepGradient(args, workspace).run(begin, end);
+  }
+}
+
+}  // namespace lowbit::avx2

@@ -1,0 +1,52 @@
+// One table of function pointers per instruction-set level. To add an op: one row here, one wrapper in launch.cpp.
+#pragma once
+
+#include "cpu/align_groups/align_groups.h"
+#include "cpu/binarize/binarize.h"
+#include "cpu/binary_avg_pool2d/binary_avg_pool2d.h"
+#include "cpu/binary_conv2d/binary_conv2d.h"
+#include "cpu/binary_conv2d_input_grad/binary_conv2d_input_grad.h"
+#include "cpu/binary_conv2d_weight_grad/binary_conv2d_weight_grad.h"
+#include "cpu/binary_max_pool2d/binary_max_pool2d.h"
+#include "cpu/isa.h"
+#include "cpu/popcount_peak/popcount_peak.h"
+#include "cpu/unpack/unpack.h"
+
+// Which implementation serves each level.
+//  entry                                      level: scalar  avx2    avx512  amx
+#define LOWBIT_KERNEL_ROWS(ROW)                                              \
+  ROW(align_groups,                                   scalar, scalar, scalar, scalar) \
+  ROW(binarize,                                       scalar, avx2,   avx512, avx512) \
+  ROW(unpack,                                         scalar, avx2,   avx512, avx512) \
+  ROW(binary_max_pool2d,                              scalar, avx2,   avx512, avx512) \
+  ROW(binary_avg_pool2d,                              scalar, avx2,   avx512, avx512) \
+  ROW(binary_conv2d_weight_bytes,                     scalar, avx2,   avx512, amx)    \
+  ROW(binary_conv2d_block_weight,                     scalar, avx2,   avx512, amx)    \
+  ROW(binary_conv2d_workspace_bytes,                  scalar, avx2,   avx512, amx)    \
+  ROW(binary_conv2d_items,                            scalar, avx2,   avx512, amx)    \
+  ROW(binary_conv2d,                                  scalar, avx2,   avx512, amx)    \
+  ROW(binary_conv2d_input_grad_workspace_bytes,       scalar, avx2,   avx512, avx512) \
+  ROW(binary_conv2d_input_grad_items,                 scalar, avx2,   avx512, avx512) \
+  ROW(binary_conv2d_input_grad,                       scalar, avx2,   avx512, avx512) \
+  ROW(binary_conv2d_weight_grad_workspace_bytes,      scalar, avx2,   avx512, avx512) \
+  ROW(binary_conv2d_weight_grad_items,                scalar, avx2,   avx512, avx512) \
+  ROW(binary_conv2d_weight_grad,                      scalar, avx2,   avx512, avx512) \
+  ROW(popcount_peak,                                  scalar, avx2,   avx512, amx)
+
+namespace lowbit {
+
+struct KernelTable {
+#define LOWBIT_MEMBER(entry, s, a2, a512, amx_level) decltype(&scalar::entry) entry;
+  LOWBIT_KERNEL_ROWS(LOWBIT_MEMBER)
+#undef LOWBIT_MEMBER
+};
+
+// The table of the active level. The first call chooses it: LOWBIT_ISA if set, else the best this machine runs.
+const KernelTable& kernels();
+
+Isa best_isa();                // by cpuid, XCR0 and, for amx, the kernel's permission
+Isa active_isa();
+bool select_isa(Isa level);    // false, and no change, where the machine cannot run it
+const char* isa_name(Isa level);
+
+}  // namespace lowbit

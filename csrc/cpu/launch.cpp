@@ -1,0 +1,156 @@
+#include "cpu/launch.h"
+
+#include <atomic>
+
+#include "cpu/parallel.h"
+
+namespace lowbit::launch {
+namespace {
+
+// Starting a team costs a few microseconds. A thread is given at least this much of what one core does in about that
+// time: bytes moved by the packers, multiply-adds by the float gradients, binary multiply-adds by the convolution.
+constexpr int64_t kGrainBytes = 1 << 16;
+constexpr int64_t kGrainFloatMacs = 1 << 17;
+constexpr int64_t kGrainBinaryMacs = 1 << 22;
+
+int64_t grain_for(int64_t grain_total, int64_t per_item) {
+  return per_item >= grain_total ? 1 : grain_total / (per_item > 0 ? per_item : 1);
+}
+
+// False where a is negative, b is negative or a * b overflows; else a *= b.
+bool multiply(int64_t& a, int64_t b) { return a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, &a); }
+
+// Whether the product of the sizes, times 8 bytes, is addressable.
+template <class... Sizes>
+bool addressable(Sizes... sizes) {
+  int64_t product = 8;
+  return (multiply(product, sizes) && ...);
+}
+
+int64_t macs(const ConvShape& shape) { return out_pixels(shape) * shape.filters * taps(shape) * channels_per_group(shape); }
+
+template <class Args, class Kernel>
+Status run_with_workspace(const Args& args, int64_t items, int64_t grain, int64_t per_thread, int64_t workspace_bytes,
+                          Kernel kernel) {
+  if (workspace_bytes < per_thread * omp_get_max_threads()) return Status::small_workspace;
+  parallel_for(items, grain, [&](int64_t begin, int64_t end, int thread) {
+    kernel(args, begin, end, static_cast<char*>(args.workspace) + thread * per_thread);
+  });
+  return Status::ok;
+}
+
+bool valid(const PoolShape& shape) {
+  return shape.kernel_height > 0 && shape.kernel_width > 0 && shape.stride_height > 0 && shape.stride_width > 0 &&
+         shape.dilation_height > 0 && shape.dilation_width > 0 && shape.pad_top >= 0 && shape.pad_left >= 0 &&
+         addressable(shape.batch, shape.height, shape.width, shape.channels) &&
+         addressable(shape.batch, shape.out_height, shape.out_width, shape.channels);
+}
+
+}  // namespace
+
+bool valid(const ConvShape& shape) noexcept {
+  if (shape.groups <= 0 || shape.channels <= 0 || shape.filters < 0 || shape.channels % shape.groups != 0 ||
+      shape.filters % shape.groups != 0 || shape.kernel_height <= 0 || shape.kernel_width <= 0 ||
+      shape.stride_height <= 0 || shape.stride_width <= 0 || shape.dilation_height <= 0 || shape.dilation_width <= 0 ||
+      shape.pad_top < 0 || shape.pad_left < 0) {
+    return false;
+  }
+  int64_t products = channels_per_group(shape);
+  if (!multiply(products, shape.kernel_height) || !multiply(products, shape.kernel_width)) return false;
+  return products < (int64_t{1} << 31) &&
+         addressable(shape.batch, shape.height, shape.width, shape.groups, words_per_group(shape)) &&
+         addressable(shape.filters, shape.kernel_height, shape.kernel_width, channels_per_group(shape)) &&
+         addressable(shape.batch, shape.out_height, shape.out_width, shape.filters);
+}
+
+Status binarize(const BinarizeArgs& args) noexcept {
+  if (!addressable(args.outer, args.channels, args.spatial)) return Status::bad_shape;
+  const int64_t pixels_per_item = args.channels_last ? 1 : kBinarizePixels;
+  parallel_for(binarize_items(args), grain_for(kGrainBytes, 4 * args.channels * pixels_per_item),
+               [&](int64_t begin, int64_t end, int) { kernels().binarize(args, begin, end); });
+  return Status::ok;
+}
+
+Status unpack(const UnpackArgs& args) noexcept {
+  if (!addressable(args.pixels, args.channels)) return Status::bad_shape;
+  parallel_for(args.pixels, grain_for(kGrainBytes, 4 * args.channels),
+               [&](int64_t begin, int64_t end, int) { kernels().unpack(args, begin, end); });
+  return Status::ok;
+}
+
+Status align_groups(const AlignGroupsArgs& args) noexcept {
+  if (!addressable(args.pixels, args.groups, args.channels_per_group)) return Status::bad_shape;
+  const int64_t bytes = 8 * args.groups * words_for(args.channels_per_group);
+  parallel_for(args.pixels, grain_for(kGrainBytes, bytes),
+               [&](int64_t begin, int64_t end, int) { kernels().align_groups(args, begin, end); });
+  return Status::ok;
+}
+
+Status binary_max_pool2d(const BinaryMaxPool2dArgs& args) noexcept {
+  if (!valid(args.shape)) return Status::bad_shape;
+  const PoolShape& shape = args.shape;
+  const int64_t bytes = 8 * shape.out_width * shape.kernel_height * shape.kernel_width * words_for(shape.channels);
+  parallel_for(shape.batch * shape.out_height, grain_for(kGrainBytes, bytes),
+               [&](int64_t begin, int64_t end, int) { kernels().binary_max_pool2d(args, begin, end); });
+  return Status::ok;
+}
+
+Status binary_avg_pool2d(const BinaryAvgPool2dArgs& args) noexcept {
+  if (!valid(args.shape)) return Status::bad_shape;
+  const PoolShape& shape = args.shape;
+  const int64_t bytes = shape.out_width * shape.kernel_height * shape.kernel_width * shape.channels;
+  parallel_for(shape.batch * shape.out_height, grain_for(kGrainBytes, bytes),
+               [&](int64_t begin, int64_t end, int) { kernels().binary_avg_pool2d(args, begin, end); });
+  return Status::ok;
+}
+
+int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept {
+  return kernels().binary_conv2d_workspace_bytes(args) * omp_get_max_threads();
+}
+
+Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes) noexcept {
+  if (!valid(args.shape)) return Status::bad_shape;
+  const KernelTable& table = kernels();
+  const int64_t items = table.binary_conv2d_items(args);
+  const int64_t grain = grain_for(kGrainBinaryMacs, items > 0 ? macs(args.shape) / items : 0);
+  return run_with_workspace(args, items, grain, table.binary_conv2d_workspace_bytes(args), workspace_bytes,
+                            table.binary_conv2d);
+}
+
+int64_t binary_conv2d_input_grad_workspace_bytes(const BinaryConv2dInputGradArgs& args) noexcept {
+  return kernels().binary_conv2d_input_grad_workspace_bytes(args) * omp_get_max_threads();
+}
+
+Status binary_conv2d_input_grad(const BinaryConv2dInputGradArgs& args, int64_t workspace_bytes) noexcept {
+  if (!valid(args.shape)) return Status::bad_shape;
+  const KernelTable& table = kernels();
+  const int64_t items = table.binary_conv2d_input_grad_items(args);
+  const int64_t grain = grain_for(kGrainFloatMacs, items > 0 ? macs(args.shape) / items : 0);
+  return run_with_workspace(args, items, grain, table.binary_conv2d_input_grad_workspace_bytes(args), workspace_bytes,
+                            table.binary_conv2d_input_grad);
+}
+
+int64_t binary_conv2d_weight_grad_workspace_bytes(const BinaryConv2dWeightGradArgs& args) noexcept {
+  return kernels().binary_conv2d_weight_grad_workspace_bytes(args) * omp_get_max_threads();
+}
+
+Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t workspace_bytes) noexcept {
+  if (!valid(args.shape)) return Status::bad_shape;
+  const KernelTable& table = kernels();
+  const int64_t items = table.binary_conv2d_weight_grad_items(args);
+  const int64_t grain = grain_for(kGrainFloatMacs, items > 0 ? macs(args.shape) / items : 0);
+  return run_with_workspace(args, items, grain, table.binary_conv2d_weight_grad_workspace_bytes(args), workspace_bytes,
+                            table.binary_conv2d_weight_grad);
+}
+
+int64_t popcount_peak(Isa level, int64_t iterations) noexcept {
+  const Isa before = active_isa();
+  if (!select_isa(level)) return 0;
+  std::atomic<int64_t> operations{0};
+  parallel_for(omp_get_max_threads(), 1,
+               [&](int64_t, int64_t, int) { operations += kernels().popcount_peak(iterations); });
+  select_isa(before);
+  return operations;
+}
+
+}  // namespace lowbit::launch

@@ -1,0 +1,42 @@
+"""Binary convolution, linear and pooling: trained in PyTorch, run on packed bits.
+
+Source: Courbariaux et al., "Binarized Neural Networks" (2016); Rastegari et al., "XNOR-Net" (2016); the {0, 1} encoding
+and double thresholds are those of Kim et al., "BinaryDuo" (ICLR 2020).
+"""
+
+from lowbit_ext.binary.functional import (
+    PackedWeight,
+    avg_pool2d,
+    binarize,
+    binary_activation,
+    conv1d,
+    conv2d,
+    global_avg_pool,
+    linear,
+    max_pool2d,
+    pack_weight,
+    unpack,
+)
+from lowbit_ext.binary.layers import BinaryActivation, BinaryConv1d, BinaryConv2d, BinaryLinear
+from lowbit_ext.binary.pack import load, pack, save
+
+__all__ = [
+    "BinaryActivation",
+    "BinaryConv1d",
+    "BinaryConv2d",
+    "BinaryLinear",
+    "PackedWeight",
+    "avg_pool2d",
+    "binarize",
+    "binary_activation",
+    "conv1d",
+    "conv2d",
+    "global_avg_pool",
+    "linear",
+    "load",
+    "max_pool2d",
+    "pack",
+    "pack_weight",
+    "save",
+    "unpack",
+]

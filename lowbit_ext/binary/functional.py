@@ -1,0 +1,728 @@
+"""Binary convolution, linear and pooling as functions. Bits in, bits or numbers out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lowbit_ext import _native
+from lowbit_ext.binary import ops
+from lowbit_ext.binary.surrogates import SURROGATES, derivative
+from lowbit_ext.packed import ENCODING_VALUES, PackedTensor, unpack_op, words_for
+
+Pair = int | Sequence[int]
+
+# Where the binary activation switches: sign at 0, BinaryDuo's step at 1/2.
+DEFAULT_THRESHOLDS = {"sign": 0.0, "step": 0.5}
+
+
+def _pair(value: Pair, name: str) -> tuple[int, int]:
+    if isinstance(value, int):
+        return (value, value)
+    pair = tuple(value)
+    if len(pair) != 2 or not all(isinstance(item, int) for item in pair):
+        raise TypeError(f"binary_conv2d: {name} must be an int or a pair of ints, got {value!r}")
+    return pair  # type: ignore[return-value]
+
+
+def _check_encoding(op: str, encoding: str) -> None:
+    if encoding not in ENCODING_VALUES:
+        raise ValueError(f"{op}: encoding must be 'sign' or 'step', got {encoding!r}")
+
+
+def _check_float(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {value.dtype}")
+
+
+# --- binarize and unpack ----------------------------------------------------------------------------------------------
+
+
+def binarize(
+    x: Tensor,
+    encoding: str = "sign",
+    threshold: float | Tensor | None = None,
+    flip: Tensor | None = None,
+) -> PackedTensor:
+    """Packs one bit an element: x >= threshold, or x <= threshold in flipped channels.
+
+    Args:
+        x: (N, C, *spatial) float32, bfloat16 or float16; contiguous and channels-last tensors are read in place.
+        encoding: "sign" (bits stand for -1 and +1) or "step" (0 and 1).
+        threshold: a number, or a tensor with one value a channel; default 0 for "sign", 1/2 for "step".
+        flip: bool, one value a channel: compare with <= there (a batch norm with negative scale).
+
+    Returns:
+        PackedTensor of shape (N, C, *spatial). A NaN gives bit 0 whatever the comparison.
+
+    Raises:
+        TypeError: x, threshold or flip of the wrong type.
+        ValueError: unknown encoding, x of fewer than two dimensions, wrong number of thresholds, NaN threshold.
+
+    Gradient:
+        none; conv2d, linear and BinaryActivation carry a straight-through estimator.
+    """
+    _check_encoding("binarize", encoding)
+    _check_float("binarize", "input", x)
+    common = DEFAULT_THRESHOLDS[encoding]
+    per_channel = None
+    if isinstance(threshold, Tensor):
+        per_channel = threshold.detach().to(torch.float32).reshape(-1)
+        if per_channel.numel() == 1 and x.dim() > 1 and x.shape[1] != 1:
+            per_channel = per_channel.expand(x.shape[1])
+        if not torch.compiler.is_compiling() and bool(per_channel.isnan().any()):
+            raise ValueError("binarize: threshold holds NaN, which no value can be compared with")
+    elif threshold is not None:
+        common = float(threshold)
+        if math.isnan(common):
+            raise ValueError("binarize: threshold is NaN, which no value can be compared with")
+    words = ops.binarize(x.detach(), per_channel, flip, common, encoding)
+    return PackedTensor(words, x.shape[1], encoding)
+
+
+def unpack(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values of a packed tensor: see PackedTensor.unpack."""
+    return packed.unpack(dtype)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """Signs of a weight, packed once for many calls. Made by pack_weight.
+
+    Attributes:
+        words: int64 (O, kh, kw, ceil(C / groups / 64)); bit 1 is +1.
+        blocked: uint8, the same bits in the order the kernels of level `isa` read.
+        shape: shape of the float weight: (O, C / groups, kh, kw), (O, C / groups, k) or (O, C).
+        groups: convolution groups.
+        isa: instruction-set level that `blocked` is for.
+    """
+
+    words: Tensor
+    blocked: Tensor
+    shape: tuple[int, ...]
+    groups: int
+    isa: str
+
+    @property
+    def channels(self) -> int:
+        """Input channels over all groups."""
+        return self.shape[1] * self.groups
+
+    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Signs as a dense tensor of the float weight's shape."""
+        return unpack_op(self.words, self.shape[1], -1.0, 1.0, dtype).movedim(-1, 1).reshape(self.shape)
+
+    @staticmethod
+    def from_words(words: Tensor, shape: Sequence[int], groups: int = 1) -> PackedWeight:
+        """Rebuilds the kernels' private copy from words, e.g. those of a loaded file."""
+        shape = tuple(shape)
+        blocked = ops.binary_conv2d_block_weight(words, shape[1] * groups, groups)
+        return PackedWeight(words, blocked, shape, groups, _native.active_isa())
+
+
+def _flatten_weight(weight: PackedWeight) -> tuple[list[Any], Any]:
+    return [weight.words, weight.blocked], (weight.shape, weight.groups, weight.isa)
+
+
+def _unflatten_weight(tensors: Any, context: Any) -> PackedWeight:
+    words, blocked = tensors
+    shape, groups, isa = context
+    return PackedWeight(words, blocked, tuple(shape), groups, isa)
+
+
+torch.utils._pytree.register_pytree_node(
+    PackedWeight,
+    _flatten_weight,
+    _unflatten_weight,
+    serialized_type_name="lowbit_ext.PackedWeight",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+)
+
+
+def _weight_words(weight: Tensor) -> Tensor:
+    """Sign bits of a float weight (O, C, kh, kw), (O, C, k) or (O, C) as words (O, kh, kw, W)."""
+    words = ops.binarize(weight.detach(), None, None, 0.0, "sign")
+    kernel = words.shape[1:-1]
+    return words.reshape(words.shape[0], *(1,) * (2 - len(kernel)), *kernel, words.shape[-1])
+
+
+def pack_weight(weight: Tensor, groups: int = 1) -> PackedWeight:
+    """Packs the signs of a weight (sign(0) = +1) for any number of calls.
+
+    Args:
+        weight: (O, C / groups, kh, kw), (O, C / groups, k) or (O, C); float32, bfloat16 or float16.
+        groups: convolution groups the weight is for.
+
+    Raises:
+        TypeError: wrong dtype. ValueError: not 2 to 4 dimensions, or groups does not divide the filters.
+    """
+    _check_float("pack_weight", "weight", weight)
+    if not 2 <= weight.dim() <= 4:
+        raise ValueError(
+            f"pack_weight: weight must be (O, C), (O, C, k) or (O, C, kh, kw), got {tuple(weight.shape)}"
+        )
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"pack_weight: groups must divide the {weight.shape[0]} filters, got {groups}")
+    return PackedWeight.from_words(_weight_words(weight), weight.shape, groups)
+
+
+# --- convolution ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Geometry:
+    """Geometry of one convolution call, as the operators take it."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]  # top, left, bottom, right
+    dilation: tuple[int, int]
+    groups: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_geometry(
+    weight_shape: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair, groups: int
+) -> _Geometry:
+    kernel = (weight_shape[2], weight_shape[3])
+    stride, dilation = _pair(stride, "stride"), _pair(dilation, "dilation")
+    if isinstance(padding, str):
+        if padding == "valid":
+            sides = (0, 0, 0, 0)
+        elif padding == "same":
+            if stride != (1, 1):
+                raise ValueError(f"binary_conv2d: padding 'same' needs stride 1, got stride={stride}")
+            # As torch: where the total is odd, the extra row or column goes to the bottom or right.
+            total = [dilation[axis] * (kernel[axis] - 1) for axis in (0, 1)]
+            top, left = total[0] // 2, total[1] // 2
+            sides = (top, left, total[0] - top, total[1] - left)
+        else:
+            raise ValueError(f"binary_conv2d: padding must be ints, 'same' or 'valid', got {padding!r}")
+    else:
+        rows, columns = _pair(padding, "padding")
+        sides = (rows, columns, rows, columns)
+    return _Geometry(kernel, stride, sides, dilation, groups)
+
+
+def _geometry(
+    weight_shape: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair, groups: int
+) -> _Geometry:
+    """Checked and completed geometry of a call."""
+    try:
+        return _cached_geometry(weight_shape, stride, padding, dilation, groups)
+    except TypeError:  # a list cannot be looked up
+        pairs = (tuple(value) if isinstance(value, list) else value for value in (stride, padding, dilation))
+        return _cached_geometry(tuple(weight_shape), *pairs, groups)
+
+
+def _channel_vector(value: float | Tensor | None, name: str, filters: int) -> Tensor | None:
+    """A scale or bias as contiguous float32 (filters,) or, for scale, (1,)."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        value = torch.tensor([float(value)])
+    if value.dtype != torch.float32 or value.dim() != 1 or not value.is_contiguous():
+        value = value.to(torch.float32).reshape(-1).contiguous()
+    if name == "bias" and value.numel() == 1:
+        value = value.expand(filters).contiguous()
+    if value.numel() not in (1, filters):
+        raise ValueError(
+            f"binary_conv2d: {name} must be a number or have one value a filter ({filters}), got {value.numel()}"
+        )
+    return value
+
+
+def integer_threshold(threshold: Tensor, flip: Tensor | None) -> Tensor:
+    """Threshold on an integer accumulator equal to a real one: ceil for acc >= t, floor for acc <= t, int32.
+
+    Args:
+        threshold: float or integer tensor; infinities become the ends of int32, always or never met.
+        flip: bool of the same shape, or None.
+    """
+    if threshold.dtype == torch.int32:
+        return threshold
+    rounded = threshold.to(torch.float64).ceil()
+    if flip is not None:
+        rounded = torch.where(flip, threshold.to(torch.float64).floor(), rounded)
+    limits = torch.iinfo(torch.int32)
+    return rounded.clamp(limits.min, limits.max).to(torch.int32)
+
+
+def _thresholds(
+    threshold: float | Tensor, flip: Tensor | None, filters: int, exact: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Threshold (T, O), int32 for exact accumulators and float32 else, and flip (T, O)."""
+    if not isinstance(threshold, Tensor):
+        threshold = torch.tensor(float(threshold))
+    if flip is not None and not isinstance(flip, Tensor):
+        raise TypeError(f"binary_conv2d: flip must be a bool tensor, got {type(flip).__name__}")
+    if flip is not None and flip.dtype != torch.bool:
+        raise TypeError(f"binary_conv2d: flip must be a bool tensor, got {flip.dtype}")
+    rows = threshold.shape[0] if threshold.dim() == 2 else 1
+    if threshold.dim() > 2 or rows not in (1, 2) or (threshold.dim() > 0 and threshold.shape[-1] not in (1, filters)):
+        raise ValueError(
+            f"binary_conv2d: threshold must be a number or have shape ({filters},), (1, {filters}) or (2, {filters}), "
+            f"got {tuple(threshold.shape)}"
+        )
+    if flip is not None and (flip.dim() > 2 or flip.shape[-1:] not in ((1,), (filters,), ())):
+        raise ValueError(
+            f"binary_conv2d: flip must have shape ({filters},) or that of threshold, got {tuple(flip.shape)}"
+        )
+    if threshold.is_floating_point() and not torch.compiler.is_compiling() and bool(threshold.isnan().any()):
+        raise ValueError("binary_conv2d: threshold holds NaN, which no value can be compared with")
+    threshold = threshold.detach().expand(rows, filters)
+    if flip is not None:
+        flip = flip.expand(rows, filters).contiguous()
+    threshold = integer_threshold(threshold, flip) if exact else threshold.to(torch.float32)
+    return threshold.contiguous(), flip
+
+
+class _BinaryConv2d(torch.autograd.Function):
+    """Convolution of binarized values; saves the activation's bits, its mask bits and the weight's bits.
+
+    The input's gradient is straight-through with `surrogate`; the latent weight's is the gradient of its sign. Only a
+    surrogate that is neither "clipped" nor "identity" keeps the float input.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        packed_weight: PackedWeight | None,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        channels: int,
+        geometry: _Geometry,
+        encoding: str,
+        surrogate: str,
+        padding_value: int,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        mask = None
+        if input.dtype == torch.int64:
+            words = input
+        elif surrogate == "clipped" and ctx.needs_input_grad[0]:
+            words, mask = ops.binarize_with_mask(input, DEFAULT_THRESHOLDS[encoding], encoding)
+        else:
+            words = ops.binarize(input, None, None, DEFAULT_THRESHOLDS[encoding], encoding)
+        if packed_weight is not None:
+            weight_words, blocked = packed_weight.words, packed_weight.blocked
+        else:
+            weight_words = _weight_words(weight)
+            blocked = ops.binary_conv2d_block_weight(weight_words, channels, geometry.groups)
+        output = _run(words, blocked, weight_words.shape[0], scale, bias, residual, None, None, channels, geometry,
+                      encoding, padding_value, out_dtype)
+        keeps_input = surrogate not in ("clipped", "identity") and ctx.needs_input_grad[0]
+        ctx.save_for_backward(words, mask, weight_words, scale, input if keeps_input else None)
+        ctx.call = (channels, geometry, encoding, surrogate, padding_value)
+        ctx.input_dtype = input.dtype
+        ctx.weight_like = None if weight is None else (weight.dtype, weight.shape)
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        words, mask, weight_words, scale, kept_input = ctx.saved_tensors
+        channels, geometry, encoding, surrogate, padding_value = ctx.call
+        filters = weight_words.shape[0]
+        shape = (filters, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+        grad = grad_output.to(torch.float32)
+        grad_input = grad_weight = grad_bias = grad_residual = None
+        if ctx.needs_input_grad[0]:
+            size = (words.shape[0], channels, words.shape[1], words.shape[2])
+            grad_input = ops.binary_conv2d_input_grad(grad, weight_words, scale, mask, size, *shape)
+            if kept_input is not None:
+                grad_input = grad_input * derivative(kept_input, surrogate, encoding)
+            grad_input = grad_input.to(ctx.input_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = ops.binary_conv2d_weight_grad(grad, words, channels, *shape, encoding, padding_value)
+            dtype, weight_shape = ctx.weight_like
+            grad_weight = grad_weight.to(dtype).reshape(weight_shape)
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad.sum((0, 2, 3))
+        if ctx.needs_input_grad[5]:
+            grad_residual = grad_output.to(ctx.residual_dtype)
+        return (grad_input, grad_weight, None, None, grad_bias, grad_residual, *(None,) * 6)
+
+
+def _run(
+    words: Tensor, blocked: Tensor, filters: int, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    threshold: Tensor | None, flip: Tensor | None, channels: int, geometry: _Geometry, encoding: str,
+    padding_value: int, out_dtype: torch.dtype,
+) -> Tensor:
+    return ops.binary_conv2d(
+        words, blocked, scale, bias, residual, threshold, flip, channels, filters, geometry.kernel, geometry.stride,
+        geometry.padding, geometry.dilation, geometry.groups, encoding, padding_value, out_dtype,
+    )
+
+
+def _default_dtype(input: Tensor | PackedTensor, plain: bool) -> torch.dtype:
+    device = input.device.type
+    if isinstance(input, PackedTensor):
+        return torch.int32 if plain else torch.float32
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+
+
+def _wants_grad(*values: Any) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    for value in values:  # a loop: half the time of any() over a generator
+        if isinstance(value, Tensor) and value.requires_grad:
+            return True
+    return False
+
+
+def conv2d(
+    input: Tensor | PackedTensor,
+    weight: Tensor | PackedWeight,
+    *,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    padding_value: int = 0,
+    encoding: str = "sign",
+    surrogate: str = "clipped",
+    scale: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    threshold: float | Tensor | None = None,
+    flip: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | PackedTensor:
+    """Two-dimensional convolution of binary values with binary weights.
+
+    The values are those of torch.nn.functional.conv2d on the +-1 (or 0/1) activations and +-1 weights, exactly.
+
+    Args:
+        input: (N, C, H, W): a PackedTensor, or float32, bfloat16 or float16, binarized on the fly.
+        weight: (O, C / groups, kh, kw) float, of which the signs count, or a PackedWeight.
+        stride, padding, dilation, groups: as torch.nn.functional.conv2d; padding also "same" or "valid".
+        padding_value: value of the activations in the padding: 0 (these taps add nothing), +1, or -1 (sign only).
+        encoding, surrogate: of a float input: its bits ("sign" or "step") and its straight-through estimator
+            (lowbit_ext.binary.surrogates). A PackedTensor brings its own encoding.
+        scale: number or (O,): factor of the accumulator. A PackedTensor's own scale multiplies it where it is one number.
+        bias: (O,), added after scale.
+        residual: (N, O, H', W') float, added last.
+        threshold: number, (O,), (1, O) or (2, O): gives bits, value >= threshold. Two rows give two bits from one value:
+            channels o and O + o of the result.
+        flip: bool like threshold: compare with <= there.
+        out_dtype: int32, float32, bfloat16 or float16. Default: a float input's dtype (autocast's inside autocast); for a
+            PackedTensor int32, or float32 with scale, bias or residual.
+
+    Returns:
+        (N, O, H', W') channels-last in memory, or with threshold a PackedTensor of encoding `encoding` (a packed input's
+        own) and O or 2 O channels. Float results are round(round(round(scale * acc) + bias) + residual) in float32, then
+        rounded once to out_dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+
+    Gradient:
+        input: straight-through (`surrogate`); float weight: that of its sign; scale, bias, residual: exact. Packed inputs,
+        packed weights and packed results carry none.
+    """
+    if surrogate not in SURROGATES:
+        raise ValueError(f"binary_conv2d: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
+    if isinstance(input, PackedTensor):
+        words, channels, encoding = input.words, input.channels, input.encoding
+        if input.scale is not None:
+            if input.scale.numel() != 1:
+                raise ValueError(
+                    "binary_conv2d: a packed input's scale must be one number; values scaled per channel cannot be "
+                    f"summed as bits, got {tuple(input.scale.shape)}"
+                )
+            factor = input.scale.reshape(1)
+            scale = factor if scale is None else factor * scale
+    else:
+        _check_float("binary_conv2d", "input", input)
+        _check_encoding("binary_conv2d", encoding)
+        words, channels = input, (input.shape[1] if input.dim() > 1 else 0)
+    if input.dim() != 4:
+        raise ValueError(f"binary_conv2d: input must be (N, C, H, W), got {tuple(input.shape)}")
+    if not isinstance(weight, PackedWeight):
+        _check_float("binary_conv2d", "weight", weight)
+    elif weight.groups != groups or weight.isa != _native.active_isa():
+        weight = PackedWeight.from_words(weight.words, weight.shape, groups)
+    if len(weight.shape) != 4:
+        raise ValueError(f"binary_conv2d: weight must be (O, C / groups, kh, kw), got {tuple(weight.shape)}")
+    if groups < 1 or channels != weight.shape[1] * groups:
+        raise ValueError(
+            f"binary_conv2d: weight has {weight.shape[1]} input channels per group, input has {channels} with "
+            f"groups={groups} ({channels / groups if groups else 0:g} per group)"
+        )
+    filters = weight.shape[0]
+    geometry = _geometry(weight.shape, stride, padding, dilation, groups)
+    if out_dtype is None:
+        out_dtype = _default_dtype(input, scale is None and bias is None and residual is None)
+
+    if threshold is None and _wants_grad(input, weight, scale, bias, residual):
+        packed_weight = weight if isinstance(weight, PackedWeight) else None
+        # A scale that learns needs the accumulator in its gradient: multiply outside, where autograd sees it.
+        late = _wants_grad(scale)
+        constant = None if late else _channel_vector(scale, "scale", filters)
+        output = _BinaryConv2d.apply(
+            words, None if packed_weight is not None else weight, packed_weight, constant, None if late else _channel_vector(bias, "bias", filters),
+            None if late else residual, channels, geometry, encoding, surrogate, padding_value,
+            torch.float32 if late else out_dtype,
+        )
+        if late:
+            output = output * scale.reshape(-1, 1, 1)  # type: ignore[union-attr]
+            output = output if bias is None else output + bias.reshape(-1, 1, 1)
+            output = output if residual is None else output + residual
+            output = output.to(out_dtype)
+        return output
+
+    scale = None if scale is None else _channel_vector(scale, "scale", filters)
+    bias = None if bias is None else _channel_vector(bias, "bias", filters)
+    if threshold is not None:
+        threshold, flip = _thresholds(threshold, flip, filters, scale is None and bias is None and residual is None)
+    if isinstance(weight, PackedWeight):
+        blocked = weight.blocked
+    else:
+        blocked = ops.binary_conv2d_block_weight(_weight_words(weight), channels, groups)
+    if not isinstance(input, PackedTensor):
+        words = ops.binarize(words, None, None, DEFAULT_THRESHOLDS[encoding], encoding)
+    output = _run(words, blocked, filters, scale, bias, residual, threshold, flip, channels, geometry, encoding,
+                  padding_value, out_dtype)
+    return output if threshold is None else PackedTensor(output, threshold.shape[0] * filters, encoding)
+
+
+def conv1d(
+    input: Tensor | PackedTensor,
+    weight: Tensor | PackedWeight,
+    *,
+    stride: int = 1,
+    padding: int | str = 0,
+    dilation: int = 1,
+    residual: Tensor | None = None,
+    **options: Any,
+) -> Tensor | PackedTensor:
+    """One-dimensional conv2d: input (N, C, L), weight (O, C / groups, k), result (N, O, L').
+
+    Takes conv2d's arguments with one number in place of each pair; the same exactness, gradients and errors.
+    """
+    if input.dim() != 3:
+        raise ValueError(f"binary_conv1d: input must be (N, C, L), got {tuple(input.shape)}")
+    if len(weight.shape) != 3:
+        raise ValueError(f"binary_conv1d: weight must be (O, C / groups, k), got {tuple(weight.shape)}")
+    output = conv2d(
+        _insert_axes(input, 1),
+        _insert_axes(weight, 1),
+        stride=(1, stride),
+        padding=padding if isinstance(padding, str) else (0, padding),
+        dilation=(1, dilation),
+        residual=None if residual is None else residual.unsqueeze(2),
+        **options,
+    )
+    if isinstance(output, PackedTensor):
+        return dataclasses.replace(output, words=output.words.squeeze(1))
+    return output.squeeze(2)
+
+
+def linear(
+    input: Tensor | PackedTensor,
+    weight: Tensor | PackedWeight,
+    *,
+    encoding: str = "sign",
+    surrogate: str = "clipped",
+    scale: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    threshold: float | Tensor | None = None,
+    flip: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | PackedTensor:
+    """Matrix product of binary values with binary weights: input (*, C) float or PackedTensor (N, C), weight (O, C).
+
+    The other arguments, the result (*, O), gradients and errors are conv2d's.
+    """
+    if len(weight.shape) != 2:
+        raise ValueError(f"binary_linear: weight must be (O, C), got {tuple(weight.shape)}")
+    if isinstance(input, PackedTensor):
+        if input.dim() != 2:
+            raise ValueError(f"binary_linear: packed input must be (N, C), got {tuple(input.shape)}")
+        leading = tuple(input.shape[:1])
+    else:
+        _check_float("binary_linear", "input", input)
+        if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"binary_linear: weight has {weight.shape[1]} input features, input has shape {tuple(input.shape)}"
+            )
+        leading = tuple(input.shape[:-1])
+        if input.dim() != 2:
+            input = input.reshape(math.prod(leading), input.shape[-1])
+    if residual is not None:
+        residual = residual.reshape(math.prod(leading), weight.shape[0], 1, 1)
+    output = conv2d(
+        _insert_axes(input, 2), _insert_axes(weight, 2), encoding=encoding, surrogate=surrogate, scale=scale,
+        bias=bias, threshold=threshold, flip=flip, residual=residual, out_dtype=out_dtype,
+    )
+    if isinstance(output, PackedTensor):
+        return dataclasses.replace(output, words=output.words.flatten(0, 2))
+    return output.reshape(*leading, weight.shape[0])
+
+
+def _insert_axes(value: Any, count: int) -> Any:
+    """Adds `count` spatial axes of size 1 before the last ones: what makes a 1-D or 0-D convolution a 2-D one."""
+    if isinstance(value, PackedTensor):
+        words = value.words
+        return dataclasses.replace(value, words=words.reshape(words.shape[0], *(1,) * count, *words.shape[1:]))
+    if isinstance(value, PackedWeight):
+        return dataclasses.replace(value, shape=(*value.shape[:2], *(1,) * count, *value.shape[2:]))
+    return value.reshape(*value.shape[:2], *(1,) * count, *value.shape[2:])
+
+
+# --- pooling ----------------------------------------------------------------------------------------------------------
+
+
+def _check_packed(op: str, value: Any) -> None:
+    if not isinstance(value, PackedTensor):
+        raise TypeError(f"{op}: input must be a PackedTensor, got {type(value).__name__}")
+    if value.dim() != 4:
+        raise ValueError(f"{op}: input must be (N, C, H, W), got {tuple(value.shape)}")
+
+
+def max_pool2d(
+    input: PackedTensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    *,
+    invert: Tensor | None = None,
+) -> PackedTensor:
+    """Maximum over windows of a packed tensor, as torch.nn.functional.max_pool2d on its values; the result stays packed.
+
+    Args:
+        input: PackedTensor (N, C, H, W).
+        kernel_size, stride, padding, dilation, ceil_mode: as torch.nn.functional.max_pool2d.
+        invert: words (ceil(C / 64),): channels whose bit is set take the minimum instead.
+
+    Raises:
+        TypeError, ValueError: not a four-dimensional PackedTensor, or a geometry torch refuses.
+    """
+    _check_packed("binary_max_pool2d", input)
+    kernel = _pair(kernel_size, "kernel_size")
+    strides = kernel if stride is None else _pair(stride, "stride")
+    words = ops.binary_max_pool2d(
+        input.words, invert, input.channels, kernel, strides, _pair(padding, "padding"), _pair(dilation, "dilation"),
+        ceil_mode,
+    )
+    return dataclasses.replace(input, words=words)
+
+
+def avg_pool2d(
+    input: PackedTensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Mean over windows of a packed tensor, as torch.nn.functional.avg_pool2d on its values: counted bits, one division.
+
+    Returns:
+        float32 (N, C, H', W'), channels-last in memory.
+
+    Raises:
+        TypeError, ValueError: not a four-dimensional PackedTensor, or a geometry torch refuses.
+    """
+    _check_packed("binary_avg_pool2d", input)
+    if divisor_override is not None and divisor_override < 1:
+        raise ValueError(f"binary_avg_pool2d: divisor_override must be at least 1, got {divisor_override}")
+    kernel = _pair(kernel_size, "kernel_size")
+    strides = kernel if stride is None else _pair(stride, "stride")
+    output = ops.binary_avg_pool2d(
+        input.words, input.channels, kernel, strides, _pair(padding, "padding"), ceil_mode, count_include_pad,
+        divisor_override or 0, input.encoding,
+    )
+    return output if input.scale is None else output * input.scale
+
+
+def global_avg_pool(input: PackedTensor) -> Tensor:
+    """Mean over all pixels of a packed tensor (N, C, H, W): float32 (N, C, 1, 1)."""
+    _check_packed("binary_avg_pool2d", input)
+    return avg_pool2d(input, tuple(input.words.shape[1:3]))
+
+
+# --- activation -------------------------------------------------------------------------------------------------------
+
+
+class _BinaryActivation(torch.autograd.Function):
+    """Binary values in the input's dtype; "clipped" saves one bit an element, "identity" nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, encoding: str, surrogate: str) -> Tensor:  # type: ignore[override]
+        mask = None
+        if surrogate == "clipped":
+            words, mask = ops.binarize_with_mask(input, DEFAULT_THRESHOLDS[encoding], encoding)
+        else:
+            words = ops.binarize(input, None, None, DEFAULT_THRESHOLDS[encoding], encoding)
+        ctx.save_for_backward(mask, None if surrogate in ("clipped", "identity") else input)
+        ctx.call = (input.shape[1], encoding, surrogate)
+        return _values(words, input.shape[1], encoding, input.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        mask, kept_input = ctx.saved_tensors
+        channels, encoding, surrogate = ctx.call
+        if mask is not None:
+            grad_output = grad_output * _values(mask, channels, "step", grad_output.dtype)
+        elif kept_input is not None:
+            grad_output = grad_output * derivative(kept_input, surrogate, encoding)
+        return grad_output, None, None
+
+
+def _values(words: Tensor, channels: int, encoding: str, dtype: torch.dtype) -> Tensor:
+    low, high = ENCODING_VALUES[encoding]
+    return unpack_op(words, channels, low, high, dtype).movedim(-1, 1)
+
+
+def binary_activation(x: Tensor, encoding: str = "sign", surrogate: str = "clipped") -> Tensor:
+    """sign(x) in {-1, +1} (sign(0) = +1) or the step 1[x >= 1/2] in {0, 1}, with a straight-through gradient.
+
+    Args:
+        x: (N, C, *spatial) float32, bfloat16 or float16.
+        encoding: "sign" or "step".
+        surrogate: a name of lowbit_ext.binary.surrogates.SURROGATES.
+
+    Returns:
+        Tensor of x's shape and dtype, channels-last in memory. A NaN gives -1 or 0.
+
+    Raises:
+        TypeError: wrong dtype. ValueError: unknown encoding or surrogate.
+    """
+    _check_encoding("binary_activation", encoding)
+    _check_float("binary_activation", "input", x)
+    if surrogate not in SURROGATES:
+        raise ValueError(f"binary_activation: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
+    if _wants_grad(x):
+        return _BinaryActivation.apply(x, encoding, surrogate)
+    return _values(
+        ops.binarize(x, None, None, DEFAULT_THRESHOLDS[encoding], encoding), x.shape[1], encoding, x.dtype
+    )
+
+
+def invert_words(flip: Tensor) -> Tensor:
+    """Bool (C,) as words (ceil(C / 64),): the `invert` of max_pool2d."""
+    return ops.binarize(flip.reshape(1, -1).to(torch.float32), None, None, 0.5, "step").reshape(words_for(flip.numel()))

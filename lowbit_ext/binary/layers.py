@@ -1,0 +1,265 @@
+"""Binary layers: torch.nn's layers with latent float weights, whose forward sees only signs.
+
+A layer binarizes its own input, multiplies bits by bits and saves two bits an activation for the backward pass. It keeps the
+arguments, parameter names and initialisation of the torch.nn layer it derives from, so that optimizers, state_dicts and
+initialisers carry over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.common_types import _size_1_t, _size_2_t
+
+from lowbit_ext.binary import functional
+from lowbit_ext.binary.surrogates import SURROGATES
+from lowbit_ext.packed import ENCODING_VALUES, PackedTensor
+
+WEIGHT_SCALES = ("channel", "layer", None)
+
+
+def _check_choice(layer: str, name: str, value: Any, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{layer}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+class _BinaryLayer(nn.Module):
+    """What the binary layers share: the encoding of the input, its surrogate and the scale of the weight."""
+
+    weight: Tensor
+    encoding: str
+    surrogate: str
+    weight_scale: str | None
+
+    def _configure(self, encoding: str, surrogate: str, weight_scale: str | None) -> None:
+        layer = type(self).__name__
+        _check_choice(layer, "encoding", encoding, tuple(ENCODING_VALUES))
+        _check_choice(layer, "surrogate", surrogate, SURROGATES)
+        _check_choice(layer, "weight_scale", weight_scale, WEIGHT_SCALES)
+        self.encoding, self.surrogate, self.weight_scale = encoding, surrogate, weight_scale
+
+    def scale(self) -> Tensor | None:
+        """Factor of the accumulator, float32 without gradient: mean |weight| of shape (O,) or (1,), or None."""
+        if self.weight_scale is None:
+            return None
+        magnitude = self.weight.detach().abs()
+        if self.weight_scale == "layer":
+            return magnitude.mean(dtype=torch.float32).reshape(1)
+        return magnitude.flatten(1).mean(1, dtype=torch.float32)
+
+    def _options(self, input: Tensor | PackedTensor) -> dict[str, Any]:
+        """Arguments that functional's conv2d, conv1d and linear share."""
+        out_dtype = None
+        if isinstance(input, PackedTensor):
+            if input.encoding != self.encoding:
+                raise ValueError(
+                    f"{type(self).__name__}: packed input has encoding {input.encoding!r}, the layer {self.encoding!r}"
+                )
+            device = input.device.type
+            autocast = torch.is_autocast_enabled(device)
+            out_dtype = torch.get_autocast_dtype(device) if autocast else self.weight.dtype
+        return {
+            "encoding": self.encoding,
+            "surrogate": self.surrogate,
+            "scale": self.scale(),
+            "bias": self.bias,
+            "out_dtype": out_dtype,
+        }
+
+    def extra_repr(self) -> str:
+        """torch's line and the binary options."""
+        return (
+            f"{super().extra_repr()}, encoding={self.encoding!r}, surrogate={self.surrogate!r}, "
+            f"weight_scale={self.weight_scale!r}"
+        )
+
+
+class _BinaryConv(_BinaryLayer):
+    """What the two convolutions share: padding."""
+
+    padding_value: int
+    padding_mode: str
+
+    def _configure_padding(self, padding_value: int) -> None:
+        layer = type(self).__name__
+        _check_choice(layer, "padding_value", padding_value, (0, 1, -1) if self.encoding == "sign" else (0, 1))
+        if self.padding_mode != "zeros":
+            raise ValueError(
+                f"{layer}: padding_mode must be 'zeros', got {self.padding_mode!r}; padding_value sets what is padded"
+            )
+        self.padding_value = padding_value
+
+    def extra_repr(self) -> str:
+        """torch's line and the binary options."""
+        return f"{super().extra_repr()}, padding_value={self.padding_value}"
+
+
+class BinaryConv2d(_BinaryConv, nn.Conv2d):
+    """Convolution of the input's bits with the weight's signs: scale * conv2d(binarize(x), sign(weight)) + bias.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
+            torch.nn.Conv2d; padding_mode only "zeros".
+        encoding: "sign" (x >= 0 is +1, else -1) or "step" (x >= 1/2 is 1, else 0; BinaryDuo).
+        surrogate: derivative that stands for the binarization's (lowbit_ext.binary.surrogates). Behind a
+            BinaryActivation("step") use "identity": its 0 and 1 lie on the ends of the clipped mask 0 < x < 1, which would
+            stop every gradient.
+        padding_value: value of the padding's activations: 0, +1, or -1 (sign only). 0 is torch's padding.
+        weight_scale: "channel" (mean |weight| of each filter, XNOR-Net), "layer" (of the whole weight, BinaryDuo) or None
+            (1).
+
+    Shape:
+        input (N, C, H, W) float32, bfloat16, float16 or a PackedTensor of the layer's encoding; output (N, O, H', W') in
+        the input's dtype (autocast's inside autocast; for packed input the weight's), channels-last in memory.
+
+    Gradient:
+        input: straight-through with `surrogate`. weight: the gradient of scale * sign(weight) as it is, with no gradient
+        through the scale. bias: exact.
+
+    Raises:
+        ValueError: an option outside those above, or a packed input of another encoding.
+
+    Source:
+        Rastegari et al., "XNOR-Net", ECCV 2016; Kim et al., "BinaryDuo", ICLR 2020.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_2_t,
+        stride: _size_2_t = 1,
+        padding: str | _size_2_t = 0,
+        dilation: _size_2_t = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        encoding: str = "sign",
+        surrogate: str = "clipped",
+        padding_value: int = 0,
+        weight_scale: str | None = "channel",
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self._configure(encoding, surrogate, weight_scale)
+        self._configure_padding(padding_value)
+
+    def forward(self, input: Tensor | PackedTensor) -> Tensor:  # type: ignore[override]
+        """See the class."""
+        return functional.conv2d(  # type: ignore[return-value]
+            input,
+            self.weight,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            padding_value=self.padding_value,
+            **self._options(input),
+        )
+
+
+class BinaryConv1d(_BinaryConv, nn.Conv1d):
+    """BinaryConv2d in one dimension: input (N, C, L), output (N, O, L'); arguments as torch.nn.Conv1d and BinaryConv2d."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _size_1_t,
+        stride: _size_1_t = 1,
+        padding: str | _size_1_t = 0,
+        dilation: _size_1_t = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        encoding: str = "sign",
+        surrogate: str = "clipped",
+        padding_value: int = 0,
+        weight_scale: str | None = "channel",
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self._configure(encoding, surrogate, weight_scale)
+        self._configure_padding(padding_value)
+
+    def forward(self, input: Tensor | PackedTensor) -> Tensor:  # type: ignore[override]
+        """See the class."""
+        return functional.conv1d(  # type: ignore[return-value]
+            input,
+            self.weight,
+            stride=self.stride[0],
+            padding=self.padding if isinstance(self.padding, str) else self.padding[0],
+            dilation=self.dilation[0],
+            groups=self.groups,
+            padding_value=self.padding_value,
+            **self._options(input),
+        )
+
+
+class BinaryLinear(_BinaryLayer, nn.Linear):
+    """Product of the input's bits with the weight's signs: scale * binarize(x) @ sign(weight).T + bias.
+
+    Input (*, C) or a PackedTensor (N, C), output (*, O). Arguments as torch.nn.Linear; encoding, surrogate, weight_scale,
+    gradients and errors as BinaryConv2d.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        encoding: str = "sign",
+        surrogate: str = "clipped",
+        weight_scale: str | None = "channel",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._configure(encoding, surrogate, weight_scale)
+
+    def forward(self, input: Tensor | PackedTensor) -> Tensor:  # type: ignore[override]
+        """See the class."""
+        return functional.linear(input, self.weight, **self._options(input))  # type: ignore[return-value]
+
+
+class BinaryActivation(nn.Module):
+    """sign(x) in {-1, +1} or the step 1[x >= 1/2] in {0, 1}, with a straight-through gradient.
+
+    Args:
+        encoding: "sign" (sign(0) = +1) or "step".
+        surrogate: derivative that stands for the activation's (lowbit_ext.binary.surrogates).
+
+    Shape:
+        input (N, C, *) float32, bfloat16 or float16; output of the same shape and dtype, channels-last in memory.
+
+    Raises:
+        ValueError: unknown encoding or surrogate.
+
+    Source:
+        Hubara et al., "Binarized Neural Networks", NeurIPS 2016; Kim et al., "BinaryDuo", ICLR 2020.
+    """
+
+    def __init__(self, encoding: str = "sign", surrogate: str = "clipped") -> None:
+        super().__init__()
+        _check_choice("BinaryActivation", "encoding", encoding, tuple(ENCODING_VALUES))
+        _check_choice("BinaryActivation", "surrogate", surrogate, SURROGATES)
+        self.encoding, self.surrogate = encoding, surrogate
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See the class."""
+        return functional.binary_activation(input, self.encoding, self.surrogate)
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"encoding={self.encoding!r}, surrogate={self.surrogate!r}"
