@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds with CMake; the build folder is kept per interpreter, so a rebuild compiles what changed."""
+    """Configures and builds with CMake; the build folder is kept per interpreter: a rebuild compiles what changed."""
 
     def build_extension(self, extension: Extension) -> None:
         import pybind11

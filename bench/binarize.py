@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-import peers
 import torch
-from harness import DTYPE_NAMES, Config, Row, column, measure, percent_of_rate, reading, require_equal
 
+import peers
+from harness import DTYPE_NAMES, Config, Row, column, measure, percent_of_rate, reading, require_equal
 from lowbit_ext import binary
 
 CAPTION = (

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-import peers
 import torch
 import torch.nn.functional as F
-from harness import BinaryLimit, Config, Row, column, measure, percent_of_rate, popcount_level, require_equal
 
+import peers
+from harness import BinaryLimit, Config, Row, column, measure, percent_of_rate, popcount_level, require_equal
 from lowbit_ext import _native, binary
 
 CAPTION = (

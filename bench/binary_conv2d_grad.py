@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import peers
 import torch
-from harness import Config, Row, column, fastest, measure, ratio, require_close
 from torch import Tensor
 
+import peers
+from harness import Config, Row, column, fastest, measure, ratio, require_close
 from lowbit_ext import binary
 from lowbit_ext.binary import ops
 

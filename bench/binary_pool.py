@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Config, Row, column, fastest, measure, require_close, require_equal
 from torch import Tensor
 
+from harness import Config, Row, column, fastest, measure, require_close, require_equal
 from lowbit_ext import PackedTensor, binary
 
 CAPTION = (

@@ -7,7 +7,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,9 +68,17 @@ class Row:
         blocks_us: least, lower quartile, median and upper quartile of the blocks' times per call, by contender.
     """
 
+    # Quartiles of a contender further apart than this part of its median: other work on the machine took its cores.
+    DISTURBED: ClassVar[float] = 0.3
+
     case: str = dataclasses.field(metadata={"heading": "case"})
     threads: int = dataclasses.field(metadata={"heading": "thr."})
     blocks_us: dict[str, tuple[float, float, float, float]] = dataclasses.field(default_factory=dict)
+
+    def disturbed(self) -> bool:
+        """Whether the blocks of some contender scatter too widely to be trusted."""
+        spreads = ((upper - lower) / median for _, lower, median, upper in self.blocks_us.values())
+        return any(spread > self.DISTURBED for spread in spreads)
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
@@ -191,9 +199,13 @@ class BinaryLimit:
     def __init__(self, level: str) -> None:
         self._level = _native.ISA_LEVELS.index(level)
         self._iterations = 1
-        # Long enough to make the start of the team negligible; the least of a few, or an interruption ends it early.
+        # Long enough to make the start of a team negligible. Found on one thread and by the least of a few times: on a
+        # busy machine a team may wait longer than that for its cores, and the loop would stay too short.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         while min(_time_block(self, 1) for _ in range(5)) < 300:
             self._iterations *= 2
+        torch.set_num_threads(threads)
 
     def __call__(self) -> None:
         self.operations = _native.cpu.popcount_peak(self._level, self._iterations)

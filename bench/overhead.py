@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from harness import Config, Row, column, measure, require_equal
 
+from harness import Config, Row, column, measure, require_equal
 from lowbit_ext import _native, binary
 from lowbit_ext.binary import ops
 

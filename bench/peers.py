@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from harness import fastest
 from torch import Tensor
+
+from harness import fastest
 
 Call = Callable[[], Any]
 

@@ -17,7 +17,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from harness import POPCOUNT_FORMS, Row, popcount_level
 from matplotlib.ticker import LogLocator, NullLocator
 from rich import box
 from rich.console import Console
@@ -25,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 import lowbit_ext
+from harness import POPCOUNT_FORMS, Row, popcount_level
 
 # --- the machine ------------------------------------------------------------------------------------------------------
 
@@ -95,7 +95,7 @@ def _cell(name: str, value: Any) -> Text:
 
 
 def table(title: str, rows: Sequence[Row], width: int) -> Table:
-    """A table no wider than `width`; optional columns are left out, last first, until it fits.
+    """A table no wider than `width`; optional columns are left out, last first, until it fits. * marks disturbed rows.
 
     Args:
         title: heads the table.
@@ -110,7 +110,10 @@ def table(title: str, rows: Sequence[Row], width: int) -> Table:
             heading = "\n".join(field.metadata["heading"].split())
             result.add_column(heading, justify="left" if field.name == "case" else "right", no_wrap=True)
         for row in rows:
-            result.add_row(*(_cell(field.name, getattr(row, field.name)) for field in fields))
+            cells = [_cell(field.name, getattr(row, field.name)) for field in fields]
+            if row.disturbed():
+                cells[0].append(" *")
+            result.add_row(*cells)
         optional = [field for field in fields if field.metadata.get("optional")]
         if not optional or Console(width=10 * width).measure(result).maximum <= width:
             return result

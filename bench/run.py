@@ -44,8 +44,9 @@ def limit_peers() -> None:
 def run(options: argparse.Namespace, console: Any) -> dict[str, list[Any]]:
     """Runs the chosen benchmarks on each number of threads; returns rows by benchmark."""
     import torch
-    from harness import Config
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from harness import Config
 
     modules = {name: importlib.import_module(name) for name in options.only}
     tables: dict[str, list[Any]] = {name: [] for name in modules}
@@ -96,6 +97,10 @@ def main() -> None:
     for name, rows in tables.items():
         console.print(report.table(f"{name}, level {facts['isa']}", rows, console.width))
         console.print(importlib.import_module(name).CAPTION + "\n", style="dim", highlight=False)
+    all_rows = [row for rows in tables.values() for row in rows]
+    disturbed = sum(row.disturbed() for row in all_rows)
+    if disturbed:
+        console.print(f"* {disturbed} of {len(all_rows)} rows were disturbed by other work on this machine")
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / report.file_stem(facts)
     report.write_json(stem.with_suffix(".json"), facts, options.threads, tables)

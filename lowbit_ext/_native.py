@@ -4,10 +4,10 @@ import os
 import threading
 
 # First: torch loads the OpenMP runtime whose symbols the kernels use (csrc/cpu/parallel.h).
-import torch  # noqa: F401
+import torch  #
 
 try:
-    from lowbit_ext import _cpu as cpu
+    from lowbit_ext import _cpu as cpu  # type: ignore[attr-defined]
 except ImportError as error:
     raise ImportError(
         "lowbit_ext: the compiled module lowbit_ext._cpu could not be loaded; reinstall with `pip install .` from the "

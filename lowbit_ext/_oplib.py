@@ -1,7 +1,7 @@
 """Definition of torch operators in one call: schema, CPU launcher, fake.
 
-Operators of this library are raw: they carry no autograd rule, because an autograd.Function outside the operator, entered
-only when a gradient is needed, costs less per call. Users call the wrappers of each method's package.
+Operators of this library are raw: they carry no autograd rule, because an autograd.Function outside the operator,
+entered only when a gradient is needed, costs less per call. Users call the wrappers of each method's package.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)  # a subclass may carry its 
 
 
 def _is_eager() -> bool:
-    """Whether nothing watches or rewrites operator calls: no tracing, no dispatch mode, no functorch level, no profiler."""
+    """Whether nothing watches operator calls: no tracing, no dispatch mode, no functorch level, no profiler."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -27,13 +27,13 @@ def _is_eager() -> bool:
 def define(schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Registers `lowbit::<schema>` and returns the function that calls it.
 
-    In plain eager execution that function runs the launcher at once: the dispatcher takes 6.5 us to carry the 17 arguments
-    of binary_conv2d to it, as long as the rest of the call (bench/overhead.py).
+    In plain eager execution that function runs the launcher at once: the dispatcher takes 6.5 us to carry the 17
+    arguments of binary_conv2d to it, longer than the rest of the call.
 
     Args:
         schema: name and signature, e.g. ``"binarize(Tensor x) -> Tensor"``.
         cpu: launcher: checks, allocates, calls the kernel.
-        fake: the same on tensors without data: checks, returns empty tensors of exactly the launcher's shapes and strides.
+        fake: the same on tensors without data: checks, returns empty tensors of the launcher's shapes and strides.
     """
     name = schema[: schema.index("(")]
     _library.define(schema)

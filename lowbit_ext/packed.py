@@ -124,6 +124,12 @@ def _flatten(packed: PackedTensor) -> tuple[list[Any], Any]:
     return [packed.words, packed.scale], (packed.channels, packed.encoding)
 
 
+def _flatten_with_keys(packed: PackedTensor) -> tuple[list[Any], Any]:
+    tensors, context = _flatten(packed)
+    keys = (torch.utils._pytree.GetAttrKey("words"), torch.utils._pytree.GetAttrKey("scale"))
+    return list(zip(keys, tensors, strict=True)), context
+
+
 def _unflatten(tensors: Any, context: Any) -> PackedTensor:
     # Transforms rebuild the structure with placeholders in place of tensors, so nothing is checked here.
     packed = object.__new__(PackedTensor)
@@ -141,5 +147,6 @@ torch.utils._pytree.register_pytree_node(
     serialized_type_name="lowbit_ext.PackedTensor",
     to_dumpable_context=list,
     from_dumpable_context=tuple,
+    flatten_with_keys_fn=_flatten_with_keys,
 )
 torch.serialization.add_safe_globals([PackedTensor])

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import binary as reference
 
 from lowbit_ext import PackedTensor, _native
 from lowbit_ext.binary import binarize, ops, unpack
 from lowbit_ext.binary.functional import DEFAULT_THRESHOLDS
+from reference import binary as reference
 
 # Below, at and past one and two words; BinaryDuo's widths; past eight words.
 CHANNELS = [1, 3, 31, 32, 33, 45, 63, 64, 65, 127, 128, 129, 513]

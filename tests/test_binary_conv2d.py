@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import binary as reference
 
 from lowbit_ext import PackedTensor, _native
 from lowbit_ext.binary import binarize, conv1d, conv2d, linear, pack_weight
+from reference import binary as reference
 
 # Round one, two, eight and sixteen words; BinaryDuo's odd widths.
 CHANNELS = [1, 7, 8, 31, 32, 33, 45, 63, 64, 65, 90, 127, 128, 129, 256, 511, 513, 1025]
@@ -47,7 +47,9 @@ def test_filter_counts(isa, filters, rng):
         check(rng, 2, 40, (5, 5), filters, (3, 3), encoding, padding=(1, 1))
 
 
-@pytest.mark.parametrize(("encoding", "padding_value"), [("sign", 0), ("sign", 1), ("sign", -1), ("step", 0), ("step", 1)])
+@pytest.mark.parametrize(
+    ("encoding", "padding_value"), [("sign", 0), ("sign", 1), ("sign", -1), ("step", 0), ("step", 1)]
+)
 def test_padding_values(isa, encoding, padding_value, rng):
     for kernel, padding, size in [((3, 3), (1, 1), (6, 5)), ((5, 3), (2, 3), (4, 7)), ((3, 3), (3, 3), (2, 2)),
                                   ((1, 1), (2, 1), (3, 3)), ((7, 7), (6, 6), (1, 1))]:
@@ -63,7 +65,8 @@ def test_groups(isa, groups_channels_filters, rng):
 
 
 def test_strides_dilations_and_rectangles(isa, rng):
-    for stride, dilation, kernel in itertools.product([(1, 1), (2, 2), (3, 1)], [(1, 1), (2, 3)], [(3, 3), (1, 5), (2, 4)]):
+    strides, dilations, kernels = [(1, 1), (2, 2), (3, 1)], [(1, 1), (2, 3)], [(3, 3), (1, 5), (2, 4)]
+    for stride, dilation, kernel in itertools.product(strides, dilations, kernels):
         check(rng, 2, 65, (13, 17), 33, kernel, "sign", stride=stride, dilation=dilation, padding=(1, 2))
         check(rng, 2, 65, (13, 17), 33, kernel, "step", stride=stride, dilation=dilation, padding=(1, 2))
 
@@ -123,7 +126,10 @@ def test_float_epilogue(isa, dtype, rng):
             (dict(scale=0.125), acc * 0.125),
             (dict(bias=bias), acc + bias.view(view)),
             (dict(scale=scale, bias=bias), acc * scale.view(view) + bias.view(view)),
-            (dict(scale=scale, bias=bias, residual=residual), acc * scale.view(view) + bias.view(view) + residual.float()),
+            (
+                dict(scale=scale, bias=bias, residual=residual),
+                acc * scale.view(view) + bias.view(view) + residual.float(),
+            ),
             (dict(residual=residual.contiguous(memory_format=torch.channels_last)), acc + residual.float()),
         ]
         for arguments, value in terms:
@@ -147,10 +153,10 @@ def test_threshold_epilogue(isa, filters, rows, rng):
             flip = torch.rand(rows, filters, generator=rng) < 0.5
             for flips in (None, flip):
                 got = conv2d(packed, weight, threshold=threshold, flip=flips, **options)
+                down = torch.zeros(rows, filters, dtype=torch.bool) if flips is None else flips
                 bits = [
-                    torch.where((flips[r] if flips is not None else torch.zeros(filters, dtype=torch.bool)).view(-1, 1, 1),
-                                expected <= threshold[r].view(-1, 1, 1), expected >= threshold[r].view(-1, 1, 1))
-                    for r in range(rows)
+                    torch.where(d.view(-1, 1, 1), expected <= t.view(-1, 1, 1), expected >= t.view(-1, 1, 1))
+                    for d, t in zip(down, threshold, strict=True)
                 ]
                 assert isinstance(got, PackedTensor)
                 assert got.channels == rows * filters
@@ -164,7 +170,7 @@ def test_threshold_epilogue(isa, filters, rows, rng):
 
 
 def test_threshold_extremes(isa, rng):
-    x, w, expected, _ = check(rng, 1, 64, (3, 3), 4, (1, 1), "sign")
+    x, w, _, _ = check(rng, 1, 64, (3, 3), 4, (1, 1), "sign")
     infinity = float("inf")
     threshold = torch.tensor([infinity, -infinity, infinity, -infinity])
     flip = torch.tensor([False, False, True, True])
@@ -206,7 +212,11 @@ def test_float_inputs(isa, rng):
 
 
 def test_conv1d(isa, rng):
-    for channels, kernel, options in [(70, 3, {}), (64, 5, dict(stride=2, padding=2)), (6, 3, dict(dilation=2, groups=3))]:
+    for channels, kernel, options in [
+        (70, 3, {}),
+        (64, 5, dict(stride=2, padding=2)),
+        (6, 3, dict(dilation=2, groups=3)),
+    ]:
         groups = options.get("groups", 1)
         x = torch.randn(3, channels, 21, generator=rng)
         w = torch.randn(12, channels // groups, kernel, generator=rng)

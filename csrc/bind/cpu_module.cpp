@@ -1,5 +1,5 @@
-// The module lowbit_ext._cpu: integers in, status out, interpreter lock released. Pointers and sizes are checked in Python,
-// in the launchers of lowbit_ext/<method>/ops.py. A pointer of 0 is an absent optional argument.
+// The module lowbit_ext._cpu: integers in, status out, interpreter lock released. Pointers and sizes are checked in
+// Python, in the launchers of lowbit_ext/<method>/ops.py. A pointer of 0 is an absent optional argument.
 #include <pybind11/pybind11.h>
 
 #include <omp.h>
@@ -44,8 +44,9 @@ PYBIND11_MODULE(_cpu, m) {
                        int64_t kernel_height, int64_t kernel_width, int64_t out_height, int64_t out_width,
                        int64_t stride_height, int64_t stride_width, int64_t pad_top, int64_t pad_left,
                        int64_t dilation_height, int64_t dilation_width, int64_t groups) {
-        return ConvShape{batch,      height,        width,        channels, filters,  kernel_height,   kernel_width,   out_height,
-                         out_width,  stride_height, stride_width, pad_top,  pad_left, dilation_height, dilation_width, groups};
+        return ConvShape{batch,        height,          width,          channels,      filters,      kernel_height,
+                         kernel_width, out_height,      out_width,      stride_height, stride_width, pad_top,
+                         pad_left,     dilation_height, dilation_width, groups};
       }))
       .def("valid", [](const ConvShape& shape) { return launch::valid(shape); });
 
@@ -54,8 +55,9 @@ PYBIND11_MODULE(_cpu, m) {
                        int64_t kernel_width, int64_t out_height, int64_t out_width, int64_t stride_height,
                        int64_t stride_width, int64_t pad_top, int64_t pad_left, int64_t dilation_height,
                        int64_t dilation_width) {
-        return PoolShape{batch,         height,       width,   channels, kernel_height,   kernel_width,  out_height, out_width,
-                         stride_height, stride_width, pad_top, pad_left, dilation_height, dilation_width};
+        return PoolShape{batch,        height,     width,           channels,      kernel_height,
+                         kernel_width, out_height, out_width,       stride_height, stride_width,
+                         pad_top,      pad_left,   dilation_height, dilation_width};
       }));
 
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
@@ -104,7 +106,8 @@ PYBIND11_MODULE(_cpu, m) {
       },
       unlocked);
 
-  m.def("binary_conv2d_weight_bytes", [](const ConvShape& shape) { return kernels().binary_conv2d_weight_bytes(shape); });
+  m.def("binary_conv2d_weight_bytes",
+        [](const ConvShape& shape) { return kernels().binary_conv2d_weight_bytes(shape); });
 
   m.def(
       "binary_conv2d_block_weight",

@@ -7,11 +7,11 @@
 namespace lowbit {
 
 struct ConvShape {
-  int64_t batch, height, width, channels;             // input
-  int64_t filters, kernel_height, kernel_width;       // weight
+  int64_t batch, height, width, channels;        // input
+  int64_t filters, kernel_height, kernel_width;  // weight
   int64_t out_height, out_width;
   int64_t stride_height, stride_width;
-  int64_t pad_top, pad_left;                          // bottom and right follow from out_height and out_width
+  int64_t pad_top, pad_left;  // bottom and right follow from out_height and out_width
   int64_t dilation_height, dilation_width;
   int64_t groups;
 };

@@ -1,4 +1,5 @@
-// Geometry of two-dimensional pooling over packed bits, as torch.nn.functional defines it. Internal linkage: see layout.h.
+// Geometry of two-dimensional pooling over packed bits, as torch.nn.functional defines it. Internal linkage: see
+// layout.h.
 #pragma once
 
 #include "core/layout.h"

@@ -5,10 +5,10 @@ namespace lowbit {
 
 enum class Status : int {
   ok = 0,
-  bad_shape = 1,         // a size is negative, inconsistent or its product overflows
-  bad_argument = 2,      // an enumerator or flag outside its documented values
-  unsupported_isa = 3,   // a level this CPU or operating system cannot run
-  small_workspace = 4,   // the workspace is smaller than the kernel's own *_workspace_bytes() says
+  bad_shape = 1,        // a size is negative, inconsistent or its product overflows
+  bad_argument = 2,     // an enumerator or flag outside its documented values
+  unsupported_isa = 3,  // a level this CPU or operating system cannot run
+  small_workspace = 4,  // the workspace is smaller than the kernel's own *_workspace_bytes() says
 };
 
 }  // namespace lowbit

@@ -12,6 +12,7 @@
 #include "cpu/popcount_peak/popcount_peak.h"
 #include "cpu/unpack/unpack.h"
 
+// clang-format off
 // Which implementation serves each level.
 //  entry                                      level: scalar  avx2    avx512  amx
 #define LOWBIT_KERNEL_ROWS(ROW)                                              \
@@ -32,6 +33,7 @@
   ROW(binary_conv2d_weight_grad_items,                scalar, avx2,   avx512, avx512) \
   ROW(binary_conv2d_weight_grad,                      scalar, avx2,   avx512, avx512) \
   ROW(popcount_peak,                                  scalar, avx2,   avx512, amx)
+// clang-format on
 
 namespace lowbit {
 
@@ -41,12 +43,12 @@ struct KernelTable {
 #undef LOWBIT_MEMBER
 };
 
-// The table of the active level. The first call chooses it: LOWBIT_ISA if set, else the best this machine runs.
+// The table of the active level: the best this machine runs until select_isa chooses another.
 const KernelTable& kernels();
 
-Isa best_isa();                // by cpuid, XCR0 and, for amx, the kernel's permission
+Isa best_isa();  // by cpuid, XCR0 and, for amx, the kernel's permission
 Isa active_isa();
-bool select_isa(Isa level);    // false, and no change, where the machine cannot run it
+bool select_isa(Isa level);  // false, and no change, where the machine cannot run it
 const char* isa_name(Isa level);
 
 }  // namespace lowbit

@@ -27,7 +27,9 @@ bool addressable(Sizes... sizes) {
   return (multiply(product, sizes) && ...);
 }
 
-int64_t macs(const ConvShape& shape) { return out_pixels(shape) * shape.filters * taps(shape) * channels_per_group(shape); }
+int64_t macs(const ConvShape& shape) {
+  return out_pixels(shape) * shape.filters * taps(shape) * channels_per_group(shape);
+}
 
 template <class Args, class Kernel>
 Status run_with_workspace(const Args& args, int64_t items, int64_t grain, int64_t per_thread, int64_t workspace_bytes,

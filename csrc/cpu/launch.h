@@ -1,5 +1,5 @@
-// What the binding calls, one function per op: refuses inconsistent sizes, splits the work over torch's threads, runs the
-// active level's kernel. Still no torch, no Python, no allocation.
+// What the binding calls, one function per op: refuses inconsistent sizes, splits the work over torch's threads, runs
+// the active level's kernel. Still no torch, no Python, no allocation.
 #pragma once
 
 #include "cpu/kernel_table.h"
@@ -23,8 +23,8 @@ Status binary_conv2d_input_grad(const BinaryConv2dInputGradArgs& args, int64_t w
 int64_t binary_conv2d_weight_grad_workspace_bytes(const BinaryConv2dWeightGradArgs& args) noexcept;
 Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t workspace_bytes) noexcept;
 
-// Runs the loop of `level` on every thread of torch's pool at once and returns the operations of all; 0 where the machine
-// cannot run the level. For measurements: while it runs, `level` is the active level of the whole process.
+// Runs the loop of `level` on every thread of torch's pool at once and returns the operations of all; 0 where the
+// machine cannot run the level. For measurements: while it runs, `level` is the active level of the whole process.
 int64_t popcount_peak(Isa level, int64_t iterations) noexcept;
 
 // Every size in range, channels and filters divisible by groups, and taps * channels_per_group inside int32.

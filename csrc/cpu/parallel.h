@@ -1,4 +1,5 @@
-// The one place where work is split over threads. Instruction-set units never include it: their kernels run over a range.
+// The one place where work is split over threads. Instruction-set units never include it: their kernels run over a
+// range.
 //
 // Built with -fopenmp but not linked to an OpenMP runtime: torch has loaded its own for the whole process, so the team,
 // its size and torch.set_num_threads() are torch's. Stand-alone C++ tests link libgomp.

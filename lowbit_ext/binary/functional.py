@@ -29,7 +29,7 @@ def _pair(value: Pair, name: str) -> tuple[int, int]:
     pair = tuple(value)
     if len(pair) != 2 or not all(isinstance(item, int) for item in pair):
         raise TypeError(f"binary_conv2d: {name} must be an int or a pair of ints, got {value!r}")
-    return pair  # type: ignore[return-value]
+    return pair
 
 
 def _check_encoding(op: str, encoding: str) -> None:
@@ -136,6 +136,12 @@ def _flatten_weight(weight: PackedWeight) -> tuple[list[Any], Any]:
     return [weight.words, weight.blocked], (weight.shape, weight.groups, weight.isa)
 
 
+def _flatten_weight_with_keys(weight: PackedWeight) -> tuple[list[Any], Any]:
+    tensors, context = _flatten_weight(weight)
+    keys = (torch.utils._pytree.GetAttrKey("words"), torch.utils._pytree.GetAttrKey("blocked"))
+    return list(zip(keys, tensors, strict=True)), context
+
+
 def _unflatten_weight(tensors: Any, context: Any) -> PackedWeight:
     words, blocked = tensors
     shape, groups, isa = context
@@ -149,6 +155,7 @@ torch.utils._pytree.register_pytree_node(
     serialized_type_name="lowbit_ext.PackedWeight",
     to_dumpable_context=list,
     from_dumpable_context=tuple,
+    flatten_with_keys_fn=_flatten_weight_with_keys,
 )
 
 
@@ -221,6 +228,8 @@ def _geometry(
     weight_shape: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair, groups: int
 ) -> _Geometry:
     """Checked and completed geometry of a call."""
+    if torch.compiler.is_compiling():
+        return _cached_geometry.__wrapped__(weight_shape, stride, padding, dilation, groups)
     try:
         return _cached_geometry(weight_shape, stride, padding, dilation, groups)
     except TypeError:  # a list cannot be looked up
@@ -298,7 +307,7 @@ class _BinaryConv2d(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         weight: Tensor | None,
@@ -323,6 +332,7 @@ class _BinaryConv2d(torch.autograd.Function):
         if packed_weight is not None:
             weight_words, blocked = packed_weight.words, packed_weight.blocked
         else:
+            assert weight is not None
             weight_words = _weight_words(weight)
             blocked = ops.binary_conv2d_block_weight(weight_words, channels, geometry.groups)
         output = _run(words, blocked, weight_words.shape[0], scale, bias, residual, None, None, channels, geometry,
@@ -337,7 +347,7 @@ class _BinaryConv2d(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         words, mask, weight_words, scale, kept_input = ctx.saved_tensors
         channels, geometry, encoding, surrogate, padding_value = ctx.call
         filters = weight_words.shape[0]
@@ -382,7 +392,7 @@ def _default_dtype(input: Tensor | PackedTensor, plain: bool) -> torch.dtype:
 def _wants_grad(*values: Any) -> bool:
     if not torch.is_grad_enabled():
         return False
-    for value in values:  # a loop: half the time of any() over a generator
+    for value in values:  # noqa: SIM110  half the time of any() over a generator
         if isinstance(value, Tensor) and value.requires_grad:
             return True
     return False
@@ -417,26 +427,26 @@ def conv2d(
         padding_value: value of the activations in the padding: 0 (these taps add nothing), +1, or -1 (sign only).
         encoding, surrogate: of a float input: its bits ("sign" or "step") and its straight-through estimator
             (lowbit_ext.binary.surrogates). A PackedTensor brings its own encoding.
-        scale: number or (O,): factor of the accumulator. A PackedTensor's own scale multiplies it where it is one number.
+        scale: number or (O,): factor of the accumulator. A PackedTensor's own scale, one number, multiplies it.
         bias: (O,), added after scale.
         residual: (N, O, H', W') float, added last.
-        threshold: number, (O,), (1, O) or (2, O): gives bits, value >= threshold. Two rows give two bits from one value:
-            channels o and O + o of the result.
+        threshold: number, (O,), (1, O) or (2, O): gives bits, value >= threshold. Two rows give two bits from one
+            value: channels o and O + o of the result.
         flip: bool like threshold: compare with <= there.
-        out_dtype: int32, float32, bfloat16 or float16. Default: a float input's dtype (autocast's inside autocast); for a
-            PackedTensor int32, or float32 with scale, bias or residual.
+        out_dtype: int32, float32, bfloat16 or float16. Default: a float input's dtype (autocast's inside autocast);
+            for a PackedTensor int32, or float32 with scale, bias or residual.
 
     Returns:
-        (N, O, H', W') channels-last in memory, or with threshold a PackedTensor of encoding `encoding` (a packed input's
-        own) and O or 2 O channels. Float results are round(round(round(scale * acc) + bias) + residual) in float32, then
-        rounded once to out_dtype.
+        (N, O, H', W') channels-last in memory, or with threshold a PackedTensor of encoding `encoding` (a packed
+        input's own) and O or 2 O channels. Float results are round(round(round(scale * acc) + bias) + residual) in
+        float32, then rounded once to out_dtype.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
 
     Gradient:
-        input: straight-through (`surrogate`); float weight: that of its sign; scale, bias, residual: exact. Packed inputs,
-        packed weights and packed results carry none.
+        input: straight-through (`surrogate`); float weight: that of its sign; scale, bias, residual: exact. Packed
+        inputs, packed weights and packed results carry none.
     """
     if surrogate not in SURROGATES:
         raise ValueError(f"binary_conv2d: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
@@ -468,6 +478,10 @@ def conv2d(
             f"groups={groups} ({channels / groups if groups else 0:g} per group)"
         )
     filters = weight.shape[0]
+    if groups > 1 and filters % groups:
+        raise ValueError(
+            f"binary_conv2d: groups must divide the {channels} input channels and the {filters} filters, got {groups}"
+        )
     geometry = _geometry(weight.shape, stride, padding, dilation, groups)
     if out_dtype is None:
         out_dtype = _default_dtype(input, scale is None and bias is None and residual is None)
@@ -477,8 +491,9 @@ def conv2d(
         # A scale that learns needs the accumulator in its gradient: multiply outside, where autograd sees it.
         late = _wants_grad(scale)
         constant = None if late else _channel_vector(scale, "scale", filters)
+        offset = None if late else _channel_vector(bias, "bias", filters)
         output = _BinaryConv2d.apply(
-            words, None if packed_weight is not None else weight, packed_weight, constant, None if late else _channel_vector(bias, "bias", filters),
+            words, None if packed_weight is not None else weight, packed_weight, constant, offset,
             None if late else residual, channels, geometry, encoding, surrogate, padding_value,
             torch.float32 if late else out_dtype,
         )
@@ -609,7 +624,7 @@ def max_pool2d(
     *,
     invert: Tensor | None = None,
 ) -> PackedTensor:
-    """Maximum over windows of a packed tensor, as torch.nn.functional.max_pool2d on its values; the result stays packed.
+    """Maximum over windows of a packed tensor, as torch.nn.functional.max_pool2d on its values; stays packed.
 
     Args:
         input: PackedTensor (N, C, H, W).
@@ -638,7 +653,7 @@ def avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """Mean over windows of a packed tensor, as torch.nn.functional.avg_pool2d on its values: counted bits, one division.
+    """Mean over windows of a packed tensor, as torch.nn.functional.avg_pool2d on its values.
 
     Returns:
         float32 (N, C, H', W'), channels-last in memory.
@@ -671,7 +686,7 @@ class _BinaryActivation(torch.autograd.Function):
     """Binary values in the input's dtype; "clipped" saves one bit an element, "identity" nothing."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, encoding: str, surrogate: str) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, input: Tensor, encoding: str, surrogate: str) -> Tensor:
         mask = None
         if surrogate == "clipped":
             words, mask = ops.binarize_with_mask(input, DEFAULT_THRESHOLDS[encoding], encoding)
@@ -683,7 +698,7 @@ class _BinaryActivation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         mask, kept_input = ctx.saved_tensors
         channels, encoding, surrogate = ctx.call
         if mask is not None:

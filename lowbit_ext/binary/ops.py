@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -149,8 +150,8 @@ class _ConvPlan:
 
 
 def _check_conv(
-    input_size: tuple[int, ...], channels: int, filters: int, kernel: tuple[int, int], stride: tuple[int, int],
-    padding: tuple[int, int, int, int], dilation: tuple[int, int], groups: int, encoding: str, padding_value: int,
+    input_size: Sequence[int], channels: int, filters: int, kernel: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, encoding: str, padding_value: int,
 ) -> tuple[int, int]:
     """Checks what every convolution op shares; returns the output's height and width."""
     if len(input_size) != 4 or input_size[3] != words_for(channels):
@@ -185,7 +186,8 @@ def _check_conv(
 @functools.lru_cache(maxsize=4096)
 def _conv_plan(
     input_size: tuple[int, ...], channels: int, filters: int, kernel: tuple[int, int], stride: tuple[int, int],
-    padding: tuple[int, int, int, int], dilation: tuple[int, int], groups: int, encoding: str, padding_value: int, isa: str,
+    padding: tuple[int, int, int, int], dilation: tuple[int, int], groups: int, encoding: str, padding_value: int,
+    isa: str,
 ) -> _ConvPlan:
     height, width = _check_conv(
         input_size, channels, filters, kernel, stride, padding, dilation, groups, encoding, padding_value
@@ -234,7 +236,7 @@ def _block_weight_cpu(words: Tensor, channels: int, groups: int) -> Tensor:
     _check_block_weight(words, channels, groups)
     words = words.contiguous()
     sizes = (*words.shape[:3], channels, groups)
-    blocked = torch.empty(weight_bytes(*sizes, _native.active_isa()), dtype=torch.uint8)
+    blocked = torch.zeros(weight_bytes(*sizes, _native.active_isa()), dtype=torch.uint8)  # the layout has gaps
     status = _native.cpu.binary_conv2d_block_weight(_weight_shape(*sizes), words.data_ptr(), blocked.data_ptr())
     _native.check("binary_conv2d_block_weight", status)
     return blocked
@@ -458,8 +460,8 @@ def _weight_grad_cpu(
     )
     size = _native.cpu.binary_conv2d_weight_grad_workspace_bytes(plan.shape)
     status = _native.cpu.binary_conv2d_weight_grad(
-        plan.shape, ENCODINGS[encoding], padding_value, grad_output.data_ptr(), input.data_ptr(), grad_weight.data_ptr(),
-        _native.scratch(size), size,
+        plan.shape, ENCODINGS[encoding], padding_value, grad_output.data_ptr(), input.data_ptr(),
+        grad_weight.data_ptr(), _native.scratch(size), size,
     )
     _native.check("binary_conv2d_weight_grad", status)
     return grad_weight

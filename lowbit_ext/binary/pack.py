@@ -285,7 +285,7 @@ def _batch_norm_step(model: _Model, node: fx.Node) -> Callable[[Tensor], Tensor]
 
     def step(values: Tensor) -> Tensor:
         images = values.reshape(-1, shape[1], *(1,) * pixels).expand(-1, -1, *(2,) * pixels).contiguous()
-        return model.call(node, images).flatten(2).reshape(*images.shape[:2], -1)[..., 0].reshape(-1)
+        return model.call(node, images).reshape(*images.shape[:2], -1)[..., 0].reshape(-1)
 
     return step
 
@@ -457,7 +457,8 @@ class _Packer:
 
     # Emission
 
-    def _add(self, name: str, module: nn.Module, *inputs: fx.Node) -> fx.Node:
+    def _add(self, node: fx.Node, suffix: str, module: nn.Module, *inputs: fx.Node) -> fx.Node:
+        name = (str(node.target) if node.op == "call_module" else node.name) + suffix
         while name in self.modules:
             name += "_"
         self.modules[name] = module
@@ -482,13 +483,13 @@ class _Packer:
         encoding = model.binary_values(node)
         if encoding is not None:
             words = self._bits(node, encoding)
-            return self._add(f"{node.name}_unpack", PackedUnpack(words.channels, encoding, len(model.shape(node))), words.node)
+            return self._add(node, "_unpack", PackedUnpack(words.channels, encoding, len(model.shape(node))), words.node)
         averages, window = model.avg_pool(node)
         if averages:
             encoding = model.binary_values(node.args[0])  # type: ignore[arg-type]
             if encoding is not None:
                 words = self._bits(node.args[0], encoding)  # type: ignore[arg-type]
-                return self._add(node.name, PackedAvgPool2d(words.channels, encoding, window), words.node)
+                return self._add(node, "", PackedAvgPool2d(words.channels, encoding, window), words.node)
         if node.op in ("call_module", "get_attr"):
             target = str(node.target)
             self.modules[target] = operator.attrgetter(target)(model.root)
@@ -532,7 +533,7 @@ class _Packer:
             one_pixel=one_pixel, **options,
         )  # fmt: skip
         inputs = (words.node,) if residual is None else (words.node, residual)
-        output = self._add(str(node.target), module, *inputs)
+        output = self._add(node, "", module, *inputs)
         if bits is not None:
             self._finish_bits(bits, chain, fold, output)  # type: ignore[arg-type]
         return output
@@ -544,7 +545,7 @@ class _Packer:
         for step in chain.steps:
             if isinstance(step, Window):
                 invert = functional.invert_words(next(inverts)) if fold is not None else None
-                output = self._add(f"{bits[0].name}_pool", PackedMaxPool2d(channels, step, invert), output)
+                output = self._add(bits[0], "_pool", PackedMaxPool2d(channels, step, invert), output)
         words = _Words(output, *_images((0, channels, *chain.spatial)))
         self.words[bits] = words
         self.points.append((words, *bits))
@@ -558,7 +559,7 @@ class _Packer:
             return self.words[key]
         if window is not None:
             before = self._bits(node.args[0], encoding)  # type: ignore[arg-type]
-            pooled = self._add(f"{node.name}_bits", PackedMaxPool2d(before.channels, window), before.node)
+            pooled = self._add(node, "_bits", PackedMaxPool2d(before.channels, window), before.node)
             self.words[key] = _Words(pooled, *_images(self.model.shape(node)))
             return self.words[key]
         chain = _chain(self.model, node)
@@ -566,7 +567,7 @@ class _Packer:
         fold = _fold_floats(chain, encoding, channels) if chain.folds else None
         thresholds = () if fold is None else (fold.threshold, fold.flip)
         binarize = PackedBinarize(channels, encoding, *thresholds)
-        output = self._add(f"{node.name}_bits", binarize, self.floats[chain.source])
+        output = self._add(node, "_bits", binarize, self.floats[chain.source])
         return self._finish_bits(key, chain, fold, output)
 
 

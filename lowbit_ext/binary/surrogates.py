@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# clipped: 1 where |u| <= 1 (Hubara et al. 2016); step: 1 where 0 < y < 1 (BinaryDuo). The only one whose derivative is a bit.
+# clipped: 1 where |u| <= 1 (Hubara et al. 2016); step: 1 where 0 < y < 1 (BinaryDuo). The only one that is a bit.
 # identity: 1 everywhere (Bengio et al. 2013).
 # approx_sign: 2 - 2|u| inside |u| < 1 (Bi-Real Net, Liu et al. 2018, eq. 6). polynomial: the name BinaryDuo has for it.
 # swish_sign: derivative of 2 s(bu) (1 + bu (1 - s(bu))) - 1 with s the logistic function and b = 5 (BNN+, Darabi et al.

@@ -1,4 +1,4 @@
-"""Slow float64 definitions of the binary operations, written from the papers and torch.nn.functional, without the kernels."""
+"""Slow float64 definitions of the binary operations, from the papers and torch.nn.functional, without the kernels."""
 
 import torch
 import torch.nn.functional as F

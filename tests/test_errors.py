@@ -1,0 +1,196 @@
+"""Wrong calls: each message names the operation, the argument, what came and what was expected."""
+
+import pytest
+import torch
+
+from lowbit_ext import PackedTensor, _native
+from lowbit_ext.binary import (
+    avg_pool2d,
+    binarize,
+    binary_activation,
+    conv1d,
+    conv2d,
+    global_avg_pool,
+    linear,
+    max_pool2d,
+    ops,
+    pack_weight,
+)
+
+NAN = float("nan")
+X = torch.ones(2, 6, 5, 5)
+W = torch.ones(4, 6, 3, 3)
+P = binarize(X)
+WORDS = P.words
+PW = pack_weight(W)
+FLIP = torch.zeros(4, dtype=torch.bool)
+
+
+def at(name, call, error, message):
+    return pytest.param(call, error, message, id=name)
+
+
+WRONG_CALLS = [
+    at("binarize dtype", lambda: binarize(X.double()), TypeError,
+       "binarize: input must be float32, bfloat16 or float16, got torch.float64"),
+    at("binarize not a tensor", lambda: binarize([1.0]), TypeError, "binarize: input must be a tensor, got list"),
+    at("binarize one dimension", lambda: binarize(X[0, 0, 0]), ValueError,
+       "binarize: input must have shape (N, C, ...), got (5,)"),
+    at("binarize encoding", lambda: binarize(X, "ternary"), ValueError,
+       "binarize: encoding must be 'sign' or 'step', got 'ternary'"),
+    at("binarize threshold count", lambda: binarize(X, threshold=torch.zeros(5)), ValueError,
+       "binarize: threshold must be float32 with one value a channel (6), got torch.float32 (5,)"),
+    at("binarize threshold NaN", lambda: binarize(X, threshold=NAN), ValueError,
+       "binarize: threshold is NaN, which no value can be compared with"),
+    at("binarize thresholds NaN", lambda: binarize(X, threshold=torch.full((6,), NAN)), ValueError,
+       "binarize: threshold holds NaN, which no value can be compared with"),
+    at("binarize flip dtype", lambda: binarize(X, flip=torch.zeros(6)), ValueError,
+       "binarize: flip must be bool with one value a channel (6), got torch.float32 (6,)"),
+    at("binarize flip count", lambda: binarize(X, flip=FLIP), ValueError,
+       "binarize: flip must be bool with one value a channel (6), got torch.bool (4,)"),
+    at("PackedTensor dtype", lambda: PackedTensor(WORDS.int(), 6), TypeError,
+       "PackedTensor: words must be int64, got torch.int32"),
+    at("PackedTensor words", lambda: PackedTensor(WORDS, 65), ValueError,
+       "PackedTensor: 65 channels need words of shape (N, ..., 2), got (2, 5, 5, 1)"),
+    at("PackedTensor encoding", lambda: PackedTensor(WORDS, 6, "gray"), ValueError,
+       "PackedTensor: encoding must be one of ['sign', 'step'], got 'gray'"),
+    at("unpack dtype", lambda: P.unpack(torch.float64), TypeError,
+       "unpack: dtype must be float32, bfloat16 or float16, got torch.float64"),
+    at("pack_weight dtype", lambda: pack_weight(W.int()), TypeError,
+       "pack_weight: weight must be float32, bfloat16 or float16, got torch.int32"),
+    at("pack_weight dimensions", lambda: pack_weight(torch.ones(5)), ValueError,
+       "pack_weight: weight must be (O, C), (O, C, k) or (O, C, kh, kw), got (5,)"),
+    at("pack_weight groups", lambda: pack_weight(W, 3), ValueError,
+       "pack_weight: groups must divide the 4 filters, got 3"),
+    at("pack_weight groups zero", lambda: pack_weight(W, 0), ValueError,
+       "pack_weight: groups must divide the 4 filters, got 0"),
+    at("conv2d input dtype", lambda: conv2d(X.double(), W), TypeError,
+       "binary_conv2d: input must be float32, bfloat16 or float16, got torch.float64"),
+    at("conv2d input type", lambda: conv2d("x", W), TypeError, "binary_conv2d: input must be a tensor, got str"),
+    at("conv2d weight type", lambda: conv2d(X, None), TypeError,
+       "binary_conv2d: weight must be a tensor, got NoneType"),
+    at("conv2d weight dtype", lambda: conv2d(X, W.long()), TypeError,
+       "binary_conv2d: weight must be float32, bfloat16 or float16, got torch.int64"),
+    at("conv2d input dimensions", lambda: conv2d(X[0], W), ValueError,
+       "binary_conv2d: input must be (N, C, H, W), got (6, 5, 5)"),
+    at("conv2d weight dimensions", lambda: conv2d(X, W[0]), ValueError,
+       "binary_conv2d: weight must be (O, C / groups, kh, kw), got (6, 3, 3)"),
+    at("conv2d channels", lambda: conv2d(torch.ones(2, 96, 5, 5), torch.ones(4, 64, 3, 3), groups=2), ValueError,
+       "binary_conv2d: weight has 64 input channels per group, input has 96 with groups=2 (48 per group)"),
+    at("conv2d packed channels", lambda: conv2d(P, pack_weight(torch.ones(4, 7, 3, 3))), ValueError,
+       "binary_conv2d: weight has 7 input channels per group, input has 6 with groups=1 (6 per group)"),
+    at("conv2d groups", lambda: conv2d(X, torch.ones(4, 2, 3, 3), groups=3), ValueError,
+       "binary_conv2d: groups must divide the 6 input channels and the 4 filters, got 3"),
+    at("conv2d groups zero", lambda: conv2d(X, W, groups=0), ValueError,
+       "binary_conv2d: weight has 6 input channels per group, input has 6 with groups=0 (0 per group)"),
+    at("conv2d encoding", lambda: conv2d(X, W, encoding="relu"), ValueError,
+       "binary_conv2d: encoding must be 'sign' or 'step', got 'relu'"),
+    at("conv2d surrogate", lambda: conv2d(X, W, surrogate="tanh"), ValueError,
+       "binary_conv2d: surrogate must be one of clipped, identity, approx_sign, polynomial, swish_sign, got 'tanh'"),
+    at("conv2d stride zero", lambda: conv2d(X, W, stride=0), ValueError,
+       "binary_conv2d: kernel, stride and dilation must be at least 1 and padding at least 0, got kernel=[3, 3], "
+       "stride=[0, 0], dilation=[1, 1], padding=[0, 0, 0, 0]"),
+    at("conv2d padding negative", lambda: conv2d(X, W, padding=-1), ValueError,
+       "binary_conv2d: kernel, stride and dilation must be at least 1 and padding at least 0, got kernel=[3, 3], "
+       "stride=[1, 1], dilation=[1, 1], padding=[-1, -1, -1, -1]"),
+    at("conv2d stride triple", lambda: conv2d(X, W, stride=(1, 1, 1)), TypeError,
+       "binary_conv2d: stride must be an int or a pair of ints, got (1, 1, 1)"),
+    at("conv2d stride float", lambda: conv2d(X, W, stride=(1.0, 2.0)), TypeError,
+       "binary_conv2d: stride must be an int or a pair of ints, got (1.0, 2.0)"),
+    at("conv2d padding name", lambda: conv2d(X, W, padding="full"), ValueError,
+       "binary_conv2d: padding must be ints, 'same' or 'valid', got 'full'"),
+    at("conv2d same with stride", lambda: conv2d(X, W, padding="same", stride=2), ValueError,
+       "binary_conv2d: padding 'same' needs stride 1, got stride=(2, 2)"),
+    at("conv2d image too small", lambda: conv2d(X, W, dilation=3), ValueError,
+       "binary_conv2d: input (5, 5) with padding [0, 0, 0, 0] is smaller than the kernel [3, 3] with dilation [3, 3]"),
+    at("conv2d padding value", lambda: conv2d(X, W, padding_value=2), ValueError,
+       "binary_conv2d: padding_value must be 0, 1 or -1 for sign input, got 2"),
+    at("conv2d step padding value", lambda: conv2d(X, W, encoding="step", padding_value=-1), ValueError,
+       "binary_conv2d: padding_value must be 0 or 1 for step input, got -1"),
+    at("conv2d scale count", lambda: conv2d(X, W, scale=torch.ones(3)), ValueError,
+       "binary_conv2d: scale must be a number or have one value a filter (4), got 3"),
+    at("conv2d bias count", lambda: conv2d(X, W, bias=torch.ones(5)), ValueError,
+       "binary_conv2d: bias must be a number or have one value a filter (4), got 5"),
+    at("conv2d residual shape", lambda: conv2d(X, W, residual=torch.ones(2, 4, 5, 5)), ValueError,
+       "binary_conv2d: residual must be a float tensor of the output's shape (2, 4, 3, 3), "
+       "got torch.float32 (2, 4, 5, 5)"),
+    at("conv2d residual dtype", lambda: conv2d(X, W, residual=torch.ones(2, 4, 3, 3).int()), ValueError,
+       "binary_conv2d: residual must be a float tensor of the output's shape (2, 4, 3, 3), "
+       "got torch.int32 (2, 4, 3, 3)"),
+    at("conv2d out_dtype", lambda: conv2d(P, PW, out_dtype=torch.int8), TypeError,
+       "binary_conv2d: out_dtype must be int32, float32, bfloat16 or float16, got torch.int8"),
+    at("conv2d scaled int32", lambda: conv2d(P, PW, scale=2.0, out_dtype=torch.int32), TypeError,
+       "binary_conv2d: out_dtype int32 takes no scale, bias or residual; ask for a float dtype"),
+    at("conv2d flip alone", lambda: conv2d(P, PW, flip=FLIP), ValueError, "binary_conv2d: flip needs a threshold"),
+    at("conv2d flip dtype", lambda: conv2d(P, PW, threshold=0.0, flip=FLIP.int()), TypeError,
+       "binary_conv2d: flip must be a bool tensor, got torch.int32"),
+    at("conv2d flip type", lambda: conv2d(P, PW, threshold=0.0, flip=True), TypeError,
+       "binary_conv2d: flip must be a bool tensor, got bool"),
+    at("conv2d flip shape", lambda: conv2d(P, PW, threshold=0.0, flip=FLIP[:3]), ValueError,
+       "binary_conv2d: flip must have shape (4,) or that of threshold, got (3,)"),
+    at("conv2d threshold shape", lambda: conv2d(P, PW, threshold=torch.zeros(3, 4)), ValueError,
+       "binary_conv2d: threshold must be a number or have shape (4,), (1, 4) or (2, 4), got (3, 4)"),
+    at("conv2d threshold NaN", lambda: conv2d(P, PW, threshold=NAN), ValueError,
+       "binary_conv2d: threshold holds NaN, which no value can be compared with"),
+    at("conv2d scaled per channel", lambda: conv2d(PackedTensor(WORDS, 6, "sign", torch.ones(6)), PW), ValueError,
+       "binary_conv2d: a packed input's scale must be one number; values scaled per channel cannot be summed as bits, "
+       "got (6,)"),
+    at("conv1d input", lambda: conv1d(X, torch.ones(4, 6, 3)), ValueError,
+       "binary_conv1d: input must be (N, C, L), got (2, 6, 5, 5)"),
+    at("conv1d weight", lambda: conv1d(X[0], W), ValueError,
+       "binary_conv1d: weight must be (O, C / groups, k), got (4, 6, 3, 3)"),
+    at("linear weight", lambda: linear(X, W), ValueError, "binary_linear: weight must be (O, C), got (4, 6, 3, 3)"),
+    at("linear features", lambda: linear(X, torch.ones(4, 6)), ValueError,
+       "binary_linear: weight has 6 input features, input has shape (2, 6, 5, 5)"),
+    at("linear packed image", lambda: linear(P, torch.ones(4, 6)), ValueError,
+       "binary_linear: packed input must be (N, C), got (2, 6, 5, 5)"),
+    at("linear dtype", lambda: linear(X.int(), torch.ones(4, 5)), TypeError,
+       "binary_linear: input must be float32, bfloat16 or float16, got torch.int32"),
+    at("max_pool2d float", lambda: max_pool2d(X, 2), TypeError,
+       "binary_max_pool2d: input must be a PackedTensor, got Tensor"),
+    at("max_pool2d dimensions", lambda: max_pool2d(binarize(X[:, :, 0, 0]), 2), ValueError,
+       "binary_max_pool2d: input must be (N, C, H, W), got (2, 6)"),
+    at("max_pool2d padding", lambda: max_pool2d(P, 2, padding=2), ValueError,
+       "binary_max_pool2d: padding must be between 0 and half the kernel [2, 2], got [2, 2]"),
+    at("max_pool2d window", lambda: max_pool2d(P, 6), ValueError,
+       "binary_max_pool2d: input (5, 5) is smaller than the window [6, 6] with padding [0, 0] and dilation [1, 1]"),
+    at("max_pool2d stride", lambda: max_pool2d(P, 2, 0), ValueError,
+       "binary_max_pool2d: kernel, stride and dilation must be at least 1, got kernel=[2, 2], stride=[0, 0], "
+       "dilation=[1, 1]"),
+    at("max_pool2d invert", lambda: max_pool2d(P, 2, invert=torch.zeros(2, dtype=torch.int64)), ValueError,
+       "binary_max_pool2d: invert must be int64 words (1,), got torch.int64 (2,)"),
+    at("avg_pool2d float", lambda: avg_pool2d(X, 2), TypeError,
+       "binary_avg_pool2d: input must be a PackedTensor, got Tensor"),
+    at("avg_pool2d divisor", lambda: avg_pool2d(P, 2, divisor_override=0), ValueError,
+       "binary_avg_pool2d: divisor_override must be at least 1, got 0"),
+    at("global_avg_pool float", lambda: global_avg_pool(X), TypeError,
+       "binary_avg_pool2d: input must be a PackedTensor, got Tensor"),
+    at("activation surrogate", lambda: binary_activation(X, surrogate="cubic"), ValueError,
+       "binary_activation: surrogate must be one of clipped, identity, approx_sign, polynomial, "
+       "swish_sign, got 'cubic'"),
+    at("activation dtype", lambda: binary_activation(X.double()), TypeError,
+       "binary_activation: input must be float32, bfloat16 or float16, got torch.float64"),
+    at("isa name", lambda: _native.select_isa("sse9"), ValueError,
+       "LOWBIT_ISA: expected one of scalar, avx2, avx512, amx, got 'sse9'"),
+    at("sums past int32", lambda: ops._conv_shape(1, 1, 1, 2**31, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1), ValueError,
+       "binary_conv2d: sizes (batch, height, width, channels, filters, kernel height and width, out height and width, "
+       "stride, padding, dilation, groups) are inconsistent, or too large for exact int32 sums: "
+       "(1, 1, 1, 2147483648, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1)"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), WRONG_CALLS)
+def test_message(call, error, message):
+    with pytest.raises(error) as raised:
+        call()
+    assert str(raised.value) == message
+
+
+def test_weight_of_other_sizes_is_refused():
+    """A private weight copy that does not fit is refused before the kernel reads it."""
+    other = pack_weight(torch.ones(4, 6, 5, 5))
+    with pytest.raises(ValueError, match="weight was not packed for 4 filters"):
+        ops.binary_conv2d(
+            WORDS, other.blocked, None, None, None, None, None, 6, 4, (3, 3), (1, 1), (0,) * 4, (1, 1), 1, "sign", 0,
+            torch.int32,
+        )
