@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit_ext import _native
+from lowbit_ext import PackedTensor, _native
+from lowbit_ext.binary import PackedWeight, ops
 
 # A block is one contender's run of calls. It starts with calls that are not timed, because the block before has left
 # the caches to another contender, and its thread pool may still be spinning on the cores.
@@ -243,3 +244,39 @@ def require_close(what: str, ours: Tensor, expected: Tensor, relative: float) ->
     error = (ours - expected).abs().max().item()
     if not error <= relative * expected.abs().max().item():
         raise RuntimeError(f"{what}: our result is {error:g} away from the reference; nothing was measured")
+
+
+# --- the bare kernel --------------------------------------------------------------------------------------------------
+
+
+def bare_binary_conv2d(
+    packed: PackedTensor, weight: PackedWeight, padding: int
+) -> tuple[Callable[[], None], Tensor]:
+    """The compiled convolution, packed -> int32, without the Python around it, and the tensor it writes.
+
+    The result is allocated and the arguments are converted beforehand, as in a peer's profiled kernel time.
+    """
+    batch, height, width, _ = packed.words.shape
+    filters, _, *kernel = weight.shape
+    out_height, out_width = height + 2 * padding - kernel[0] + 1, width + 2 * padding - kernel[1] + 1
+    shape = _native.cpu.ConvShape(
+        batch, height, width, packed.channels, filters, *kernel, out_height, out_width, 1, 1, padding, padding, 1, 1, 1
+    )
+    output = torch.empty(
+        (batch, filters, out_height, out_width), dtype=torch.int32, memory_format=torch.channels_last
+    )
+    encoding, padding_value, int32, thresholds = ops.ENCODINGS[packed.encoding], 0, 0, 0
+    workspace_bytes = _native.cpu.binary_conv2d_workspace_bytes(shape, encoding, padding_value, int32, thresholds)
+    workspace = torch.empty(workspace_bytes, dtype=torch.uint8)
+    tensors = (packed.words, weight.blocked, output, workspace)
+    absent = (0,) * 8  # scale, bias, residual, threshold
+    arguments = (
+        shape, encoding, padding_value, int32, packed.words.data_ptr(), weight.blocked.data_ptr(), *absent,
+        output.data_ptr(), workspace.data_ptr(), workspace_bytes,
+    )
+
+    def call(tensors: tuple[Tensor, ...] = tensors) -> None:  # keeps what the addresses point at
+        _native.cpu.binary_conv2d(*arguments)
+
+    call()
+    return call, output

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from harness import Config, Row, column, measure, require_equal
-from lowbit_ext import _native, binary
+from harness import Config, Row, bare_binary_conv2d, column, measure, require_equal
+from lowbit_ext import binary
 from lowbit_ext.binary import ops
 
 CAPTION = (
@@ -41,19 +41,7 @@ def rows(config: Config) -> Iterator[Row]:
     packed = binary.binarize(torch.randn(1, CHANNELS, SIZE, SIZE))
     weight = binary.pack_weight(torch.randn(CHANNELS, CHANNELS, 1, 1))
 
-    shape = _native.cpu.ConvShape(1, SIZE, SIZE, CHANNELS, CHANNELS, 1, 1, SIZE, SIZE, 1, 1, 0, 0, 1, 1, 1)
-    output = torch.empty((1, CHANNELS, SIZE, SIZE), dtype=torch.int32, memory_format=torch.channels_last)
-    sign, padding_value, int32 = ops.ENCODINGS["sign"], 0, 0
-    workspace_bytes = _native.cpu.binary_conv2d_workspace_bytes(shape, sign, padding_value, int32, 0)
-    workspace = torch.empty(workspace_bytes, dtype=torch.uint8)
-    arguments = (
-        (shape, sign, padding_value, int32, packed.words.data_ptr(), weight.blocked.data_ptr())
-        + (0,) * 8  # no scale, bias, residual, threshold
-        + (output.data_ptr(), workspace.data_ptr(), workspace_bytes)
-    )
-
-    def bare() -> None:
-        _native.cpu.binary_conv2d(*arguments)
+    bare, output = bare_binary_conv2d(packed, weight, padding=0)
 
     pair = (1, 1)
     calls: list[Callable[[], Any]] = [

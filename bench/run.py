@@ -82,7 +82,8 @@ def main() -> None:
 
     # torch announces that its quantised tensors will be replaced; they are the int8 peer that exists today.
     warnings.filterwarnings("ignore", message=r"torch\.quantize_per_tensor")
-    console = Console()
+    # A file or a pipe has no width of its own: there the tables are given room for their main columns.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     openvino = None if options.no_peers else peers.openvino()
     facts = report.machine(None if openvino is None else openvino.__version__.split("-")[0])
     tables = run(options, console)

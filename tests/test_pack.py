@@ -40,24 +40,23 @@ def shake(model):
 def vgg(widths=(45, 90, 64), encoding="sign", **options):
     """Float stem and classifier; pooling before, behind and without batch norm; a flatten of many pixels."""
     a, b, c = widths
-    options = {"encoding": encoding, **options}
     return shake(
         nn.Sequential(
             nn.Conv2d(3, a, 3, padding=1),
             nn.MaxPool2d(2),
             nn.BatchNorm2d(a),
-            BinaryConv2d(a, b, 3, padding=1, **options),
+            BinaryConv2d(a, b, 3, padding=1, encoding=encoding, **options),
             nn.BatchNorm2d(b),
             nn.Hardtanh(inplace=True),
-            BinaryConv2d(b, c, 3, padding=1, stride=2, bias=False, **options),
+            BinaryConv2d(b, c, 3, padding=1, stride=2, bias=False, encoding=encoding, **options),
             nn.MaxPool2d(3, 2, padding=1, ceil_mode=True),
             nn.BatchNorm2d(c),
             nn.Dropout2d(0.5),
-            BinaryConv2d(c, c, 3, padding="same", groups=c // 16 if c % 16 == 0 else 1, **options),
+            BinaryConv2d(c, c, 3, padding="same", groups=c // 16 if c % 16 == 0 else 1, encoding=encoding, **options),
             nn.BatchNorm2d(c),
             nn.MaxPool2d(2, 1),
             nn.Flatten(),
-            BinaryLinear(c * 4, 70, **options),
+            BinaryLinear(c * 4, 70, encoding=encoding),
             nn.BatchNorm1d(70),
             BinaryActivation(encoding),
             BinaryLinear(70, 33, encoding=encoding, surrogate="identity"),
@@ -74,10 +73,12 @@ class Block(nn.Module):
         super().__init__()
         self.bn = nn.BatchNorm2d(channels)
         self.conv = BinaryConv2d(channels, channels, 3, padding=1)
-        self.after = nn.BatchNorm2d(channels) if normed else nn.Identity()
+        self.after = nn.BatchNorm2d(channels) if normed else None
 
     def forward(self, x):
-        y = self.after(self.conv(self.bn(x)))
+        y = self.conv(self.bn(x))
+        if self.after is not None:
+            y = self.after(y)
         y += x
         return y
 
@@ -102,7 +103,7 @@ class Residual(nn.Module):
         x = F.max_pool2d(x, 2)
         x = self.left(x) + self.right(x)
         x = F.adaptive_avg_pool2d(self.sign(self.bn(x)), 1)
-        return self.head(x.view(x.size(0), -1))
+        return self.head(x.view(x.size(0), self.head.in_features))
 
 
 class Doubled(nn.Module):
@@ -162,3 +163,355 @@ MODELS = {
     "mlp_step": (lambda: mlp("step"), (20,)),
     "audio": (audio, (2, 40)),
 }
+
+
+def packed_mlp():
+    return binary.pack(mlp(), torch.randn(4, 20))
+
+
+def packed_vgg():
+    return binary.pack(vgg(), torch.randn(2, *IMAGE))
+
+
+def flip_bit(data, position):
+    data = bytearray(data)
+    data[position // 8] ^= 1 << position % 8
+    return bytes(data)
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(model, state):
+    assert model.state_dict().keys() == state.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+# --- exactness --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_model_equals_the_model(name, isa):
+    build, shape = MODELS[name]
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    packed = binary.pack(model, torch.randn(2, *shape))
+    x = torch.randn(5, *shape)
+    with torch.no_grad():
+        expected = model(x)
+    assert torch.equal(packed(x), expected)
+    assert torch.equal(packed(x.to(memory_format=torch.channels_last) if x.dim() == 4 else x), expected)
+    assert packed(x[:0]).shape == (0, *expected.shape[1:])
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_values_stay_bits_between_layers():
+    layers = packed_vgg().packed_layers()
+    kinds = [type(layer) for layer in layers.values()]
+    assert kinds.count(PackedBinarize) == 1
+    assert kinds.count(PackedUnpack) == 0
+    floats = [name for name, layer in layers.items() if isinstance(layer, PackedConv2d) and layer.threshold is None]
+    assert floats == ["body.17"], "only the layer in front of the float classifier leaves the packed domain"
+    conv = layers["body.3"]
+    assert conv.threshold.dtype == torch.int32
+    assert 0 < int(conv.flip.sum()) < conv.flip.numel(), "the test needs flipped channels and others"
+    inverts = [bool(layer.invert.any()) for layer in layers.values() if isinstance(layer, PackedMaxPool2d)]
+    assert any(inverts), "the test needs pooling in front of a negative batch norm"
+
+
+def test_shared_value_is_packed_once_and_sums_are_fused():
+    packed = binary.pack(shake(Residual()), torch.randn(2, *IMAGE))
+    kinds = [type(layer) for layer in packed.packed_layers().values()]
+    # Two blocks, the value that both `left` and `right` read, and the one behind their sum.
+    assert kinds.count(PackedBinarize) == 4
+    assert kinds.count(PackedAvgPool2d) == 1
+    additions = [node for node in packed.body.graph.nodes if "add" in str(node.target)]
+    assert len(additions) == 1, "only the sum behind a batch norm stays an addition"
+
+
+def test_one_accumulator_meets_two_thresholds():
+    packed = binary.pack(shake(Doubled()), torch.randn(2, *IMAGE)).packed_layers()
+    assert packed["body.conv1"].threshold.shape == (2, 45)
+    assert packed["body.conv2"].threshold.shape == (2, 33)
+
+
+@pytest.mark.parametrize("gamma", [2.0, -2.0, 0.0])
+@pytest.mark.parametrize("beta", [0.0, 0.3, -0.3])
+@pytest.mark.parametrize("encoding", ["sign", "step"])
+def test_every_accumulator_value_meets_its_threshold(gamma, beta, encoding):
+    """All accumulators of 8 input bits, where the batch norm is exactly at its threshold for some."""
+    model = nn.Sequential(
+        BinaryLinear(8, 16, bias=False, encoding=encoding), nn.BatchNorm1d(16), BinaryActivation(encoding)
+    ).eval()
+    nn.init.constant_(model[1].weight, gamma)
+    nn.init.constant_(model[1].bias, beta)
+    model[1].running_mean.copy_(torch.linspace(-4, 4, 16) * model[0].scale())
+    x = torch.tensor([[(value >> bit & 1) * 2.0 - 1 for bit in range(8)] for value in range(256)])
+    packed = binary.pack(model, x)
+    with torch.no_grad():
+        assert torch.equal(packed(x), model(x))
+
+
+def test_instruction_set_may_change_after_packing():
+    packed = packed_vgg()
+    x = torch.randn(2, *IMAGE)
+    expected, before = packed(x), _native.active_isa()
+    try:
+        for level in _native.available_isas():
+            _native.select_isa(level)
+            assert torch.equal(packed(x), expected), level
+    finally:
+        _native.select_isa(before)
+
+
+def test_trained_network_on_digits():
+    datasets = pytest.importorskip("sklearn.datasets")
+    images, labels = datasets.load_digits(return_X_y=True)
+    images = torch.tensor(images / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
+    labels = torch.tensor(labels)
+    model = nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        BinaryConv2d(32, 64, 3, padding=1),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(64),
+        BinaryConv2d(64, 64, 3, padding=1),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(64),
+        nn.Flatten(),
+        BinaryLinear(256, 64),
+        nn.BatchNorm1d(64),
+        nn.Linear(64, 10),
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(4):
+        for index in torch.randperm(1400).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[index]), labels[index]).backward()
+            optimizer.step()
+    model.eval()
+    packed = binary.pack(model, images[:4])
+    with torch.no_grad():
+        expected = model(images[1400:])
+    assert torch.equal(packed(images[1400:]), expected)
+    assert (expected.argmax(1) == labels[1400:]).float().mean() > 0.85
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = BinaryLinear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("build", "example", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 4)), torch.zeros(1, 4), "no BinaryConv2d"),
+        (Untraceable, torch.zeros(1, 4), "cannot trace"),
+        (lambda: nn.Sequential(BinaryLinear(4, 4)), torch.zeros(1, 5), r"does not run on the example \(1, 5\)"),
+        (lambda: nn.Sequential(BinaryLinear(4, 4)).bfloat16(), torch.zeros(1, 4), "must be float32"),
+    ],
+)
+def test_pack_refuses(build, example, message):
+    with pytest.raises(ValueError, match=message) as info:
+        binary.pack(build(), example)
+    assert "\n" not in str(info.value)
+
+
+def test_pack_names_the_layer_that_differs(monkeypatch):
+    import lowbit_ext.binary.pack as module
+
+    fold = module._fold_integers
+
+    def wrong(*arguments):
+        result = fold(*arguments)
+        result.threshold += 3
+        return result
+
+    monkeypatch.setattr(module, "_fold_integers", wrong)
+    with pytest.raises(ValueError, match=r"packed bits of 1 \(.*\) differ"):
+        binary.pack(nn.Sequential(BinaryLinear(32, 32), nn.BatchNorm1d(32), BinaryLinear(32, 4)), torch.randn(9, 32))
+
+
+def test_training_mode_is_packed_as_evaluation():
+    model = mlp().train()
+    packed = binary.pack(model, torch.randn(4, 20))
+    x = torch.randn(6, 20)
+    assert model.training
+    assert not packed.train().training
+    assert torch.equal(packed(x), model.eval()(x))
+
+
+def test_packed_layers_refuse_other_inputs():
+    with pytest.raises(ValueError, match="pixels"):
+        packed_vgg()(torch.randn(1, 3, 33, 16))
+    with pytest.raises(ValueError, match="must have 7 channels"):
+        binary.pack(nn.Sequential(BinaryLinear(7, 4)), torch.randn(1, 7))(torch.randn(1, 8))
+
+
+# --- copies, states and files -----------------------------------------------------------------------------------------
+
+
+def through_torch_save(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save])
+def test_copies_are_independent_and_equal(clone):
+    packed = packed_vgg()
+    x = torch.randn(2, *IMAGE)
+    expected = packed(x)
+    other = clone(packed)
+    for buffer in packed.buffers():
+        buffer.zero_()
+    assert torch.equal(other(x), expected)
+
+
+def test_casts_leave_packed_layers_alone():
+    packed = packed_mlp()
+    before = {name: buffer.dtype for name, buffer in packed.named_buffers() if name != "checksum"}
+    packed.bfloat16().float()
+    after = {name: buffer.dtype for name, buffer in packed.named_buffers() if name != "checksum"}
+    assert after == before
+    packed.load_state_dict(packed.state_dict())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dict_of_another_training(assign):
+    source, target = packed_vgg(), binary.pack(vgg(), torch.randn(2, *IMAGE))
+    x = torch.randn(2, *IMAGE)
+    assert not torch.equal(source(x), target(x))
+    target.load_state_dict(source.state_dict(), assign=assign)
+    assert torch.equal(source(x), target(x))
+
+
+def test_state_dict_inside_another_module():
+    source, target = (nn.Sequential(nn.Identity(), packed_mlp()) for _ in range(2))
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(3, 20)
+    assert torch.equal(source(x), target(x))
+
+
+def damage_word(state):
+    state["body.1.words"].view(-1)[3] ^= 1 << 17
+
+
+def damage_threshold(state):
+    state["body.3.threshold"].view(-1)[0] += 1
+
+
+def damage_flip(state):
+    state["body.3.flip"].view(-1)[5] ^= True
+
+
+def damage_checksum(state):
+    state["checksum"] += 1
+
+
+def damage_shape(state):
+    state["body.0.weight"] = state["body.0.weight"][:, :-1]
+
+
+def damage_dtype(state):
+    state["body.1.words"] = state["body.1.words"].to(torch.int32)
+
+
+def damage_by_removal(state):
+    del state["body.3.words"]
+
+
+def damage_by_addition(state):
+    state["body.99.words"] = torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_word, damage_threshold, damage_flip, damage_checksum, damage_shape, damage_dtype, damage_by_removal,
+        damage_by_addition,
+    ],
+)  # fmt: skip
+def test_damaged_state_is_refused_and_nothing_written(damage):
+    source, target = packed_mlp(), packed_mlp()
+    state, before = snapshot(source), snapshot(target)
+    damage(state)
+    with pytest.raises(ValueError, match="packed model: "):
+        target.load_state_dict(state)
+    assert_same_state(target, before)
+
+
+def test_file_round_trip(tmp_path):
+    pytest.importorskip("safetensors")
+    source, target = packed_vgg(), packed_vgg()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"older file")
+    binary.save(source, path)
+    assert binary.load(target, path) is target
+    x = torch.randn(2, *IMAGE)
+    assert torch.equal(source(x), target(x))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name], "no temporary file may stay"
+
+
+def test_damaged_files_are_refused_and_nothing_written(tmp_path):
+    pytest.importorskip("safetensors")
+    path, target = tmp_path / "model.safetensors", packed_mlp()
+    binary.save(packed_mlp(), path)
+    whole, before = path.read_bytes(), snapshot(target)
+    bits = torch.randint(len(whole) * 8, (200,)).tolist() + list(range(0, 64 * 8, 5))
+    damaged = [flip_bit(whole, bit) for bit in bits] + [whole[:size] for size in (0, 7, 8, 100, len(whole) - 1)]
+    damaged += [whole + b"x", b"not a model"]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="load: |packed model: "):
+            binary.load(target, path)
+    assert_same_state(target, before)
+
+
+def test_foreign_files_are_refused(tmp_path):
+    torch_files = pytest.importorskip("safetensors.torch")
+    path, target = tmp_path / "model.safetensors", packed_mlp()
+    before = snapshot(target)
+    torch_files.save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="holds no packed model"):
+        binary.load(target, path)
+    binary.save(packed_vgg(), path)
+    with pytest.raises(ValueError, match="packed model: "):
+        binary.load(target, path)
+    # The same tensors, another encoding.
+    binary.save(binary.pack(mlp("step"), torch.randn(4, 20)), path)
+    with pytest.raises(ValueError, match="another architecture"):
+        binary.load(target, path)
+    assert_same_state(target, before)
+    with pytest.raises(FileNotFoundError):
+        binary.load(target, tmp_path / "absent.safetensors")
+    with pytest.raises(TypeError, match="made by pack"):
+        binary.save(nn.Linear(2, 2), path)
+
+
+# --- compilers --------------------------------------------------------------------------------------------------------
+
+
+def test_compiles_without_graph_breaks():
+    packed = packed_vgg()
+    compiled = torch.compile(packed, fullgraph=True)
+    for batch in (2, 5):
+        x = torch.randn(batch, *IMAGE)
+        torch.testing.assert_close(compiled(x), packed(x))
+
+
+def test_exports():
+    packed = packed_vgg()
+    x = torch.randn(2, *IMAGE)
+    program = torch.export.export(packed, (x,))
+    assert torch.equal(program.module()(x), packed(x))

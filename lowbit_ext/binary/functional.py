@@ -383,9 +383,9 @@ def _run(
 
 
 def _default_dtype(input: Tensor | PackedTensor, plain: bool) -> torch.dtype:
-    device = input.device.type
     if isinstance(input, PackedTensor):
         return torch.int32 if plain else torch.float32
+    device = input.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
 
 

@@ -184,7 +184,7 @@ def _check_conv(
 
 
 @functools.lru_cache(maxsize=4096)
-def _conv_plan(
+def _cached_conv_plan(
     input_size: tuple[int, ...], channels: int, filters: int, kernel: tuple[int, int], stride: tuple[int, int],
     padding: tuple[int, int, int, int], dilation: tuple[int, int], groups: int, encoding: str, padding_value: int,
     isa: str,
@@ -198,6 +198,18 @@ def _conv_plan(
     strides = (height * width * filters, 1, width * filters, filters)
     private = weight_bytes(filters, kernel[0], kernel[1], channels, groups, isa)
     return _ConvPlan(shape, (input_size[0], filters, height, width), strides, private)
+
+
+def _conv_plan(
+    input_size: Sequence[int], channels: int, filters: int, kernel: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, encoding: str, padding_value: int,
+) -> _ConvPlan:
+    if type(kernel) is list:  # from the dispatcher; the wrappers' tuples can be looked up as they are
+        kernel, stride, padding, dilation = tuple(kernel), tuple(stride), tuple(padding), tuple(dilation)
+    return _cached_conv_plan(
+        input_size, channels, filters, kernel, stride, padding, dilation, groups, encoding, padding_value,
+        _native.active_isa(),
+    )
 
 
 def _aligned_groups(words: Tensor, channels: int, groups: int) -> Tensor:
@@ -317,10 +329,8 @@ def _binary_conv2d_cpu(
     threshold: Tensor | None, flip: Tensor | None, channels: int, filters: int, kernel: list[int], stride: list[int],
     padding: list[int], dilation: list[int], groups: int, encoding: str, padding_value: int, out_dtype: torch.dtype,
 ) -> Tensor:
-    # Lists come from the dispatcher, tuples from the wrappers; tuple() of a tuple is the tuple itself.
     plan = _conv_plan(
-        input.shape, channels, filters, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups, encoding,
-        padding_value, _native.active_isa(),
+        input.shape, channels, filters, kernel, stride, padding, dilation, groups, encoding, padding_value
     )
     if input.dtype != torch.int64:
         raise TypeError(f"binary_conv2d: input must be int64 words, got {input.dtype}")
@@ -402,8 +412,8 @@ def _input_grad_cpu(
 ) -> Tensor:
     batch, channels, height, width = input_size
     plan = _conv_plan(
-        (batch, height, width, words_for(channels)), channels, filters, tuple(kernel), tuple(stride), tuple(padding),
-        tuple(dilation), groups, "sign", 0, _native.active_isa(),
+        (batch, height, width, words_for(channels)), channels, filters, kernel, stride, padding, dilation, groups,
+        "sign", 0,
     )
     _check_grad_output(grad_output, plan.out_size)
     _check_block_weight(weight, channels, groups)
@@ -449,8 +459,7 @@ def _weight_grad_cpu(
     padding: list[int], dilation: list[int], groups: int, encoding: str, padding_value: int,
 ) -> Tensor:
     plan = _conv_plan(
-        input.shape, channels, filters, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups, encoding,
-        padding_value, _native.active_isa(),
+        input.shape, channels, filters, kernel, stride, padding, dilation, groups, encoding, padding_value
     )
     _check_grad_output(grad_output, plan.out_size)
     grad_output = grad_output.contiguous(memory_format=torch.channels_last)

@@ -2,8 +2,9 @@
 //
 // A tile is kTileRows filters times kTileChannels channels at one tap. The terms of a table are one filter's gradients
 // at kTerms output pixels (a step), so a table serves every tap and channel, and the indices of a step at a tap serve
-// every filter. Pixels come in chunks of kChunkSteps steps whose tables stay in L2 and whose indices at one tap stay in
-// L1; a tile sums a chunk in registers and then adds to memory, which also keeps long sums accurate.
+// every filter. Pixels come in chunks of kChunkSteps steps. The indices of a chunk, one panel for each tap and channel
+// tile, stay in L2 for all filters of a block; the tables of one filter tile are made in L1 just before all panels meet
+// them. A tile sums a chunk in registers and then adds to memory, which also keeps long sums accurate.
 //
 // Where padding contributes nothing although a bit cannot say so (sign, padding value 0), steps are formed among pixels
 // for which the same taps fall inside, and a tap skips the steps for which it falls outside.
@@ -15,11 +16,11 @@
 namespace lowbit {
 namespace {
 
-constexpr int64_t kChunkSteps = 64;       // 16 KiB of indices at avx512, a third of its L1; 8 KiB at avx2, a quarter
-constexpr int64_t kBlockFilters = 70;     // 64 in tiles of 6 and 7 or of 3 rows: 256 KiB of tables at avx512
-constexpr int64_t kBlockSums = 80 << 10;  // of grad_weight: 320 KiB, 2 tiles of 64 channels at 3 x 3 taps
+constexpr int64_t kChunkSteps = 64;    // 28 KiB of tables at avx512, 6 KiB at avx2
+constexpr int64_t kBlockFilters = 64;  // enough to hide the cost of the indices
+constexpr int64_t kBlockPanels = 18;   // 288 KiB of indices and as many of sums at avx512, half at avx2
 
-// Equal parts of [0, size), as few as a part may be long.
+// Equal parts of [0, size), as few as a part of at most `longest` allows.
 struct Partition {
   int64_t size, parts;
 
@@ -36,14 +37,15 @@ class WeightGrad {
         skip_padding_(args.encoding == Encoding::sign && args.padding_value == 0),
         filter_tiles_(Partition::of_at_most(Vector::kTileRows, filters_per_group(shape_))),
         channel_tiles_(Partition::of_at_most(kTileChannels<Vector>, channels_per_group(shape_))),
-        filter_blocks_(Partition::of_at_most(kBlockFilterTiles, filter_tiles_.parts)),
-        channel_blocks_(Partition::of_at_most(
-            1 + kBlockSums / (taps(shape_) * kBlockFilters * kTileChannels<Vector> + 1), channel_tiles_.parts)) {
+        filter_blocks_(Partition::of_at_most(ceil_div(kBlockFilters, Vector::kTileRows), filter_tiles_.parts)),
+        channel_blocks_(Partition::of_at_most(1 + (kBlockPanels - 1) / taps(shape_), channel_tiles_.parts)) {
+    const int64_t block_tiles = channel_blocks_.parts > 0 ? ceil_div(channel_tiles_.parts, channel_blocks_.parts) : 0;
     WorkspaceCursor cursor(workspace);
-    tables_ = cursor.take<float>(kBlockFilterTiles * kChunkSteps * kStepFloats);
-    indices_ = cursor.take<int32_t>(kChunkSteps * kTileChannels<Vector>);
+    tables_ = cursor.take<float>(kChunkSteps * kStepFloats);
+    indices_ = cursor.take<int32_t>(taps(shape_) * block_tiles * kPanelInts);
     pixels_ = cursor.take<Pixel>(kChunkSteps * Vector::kTerms);
-    runs_ = cursor.take<Run>(kChunkSteps);
+    runs_ = cursor.take<Run>(taps(shape_) * block_tiles * kChunkSteps);
+    run_counts_ = cursor.take<int64_t>(taps(shape_) * block_tiles);
     workspace_bytes_ = cursor.bytes();
   }
 
@@ -53,77 +55,48 @@ class WeightGrad {
   int64_t items() const { return shape_.groups * filter_tiles_.parts * taps(shape_) * channel_tiles_.parts; }
 
   void run(int64_t begin, int64_t end) {
-    int64_t first = 0;  // item of the block
+    int64_t first_item = 0;  // of the block
     for (int64_t group = 0; group < shape_.groups; ++group) {
       for (int64_t filter_block = 0; filter_block < filter_blocks_.parts; ++filter_block) {
         for (int64_t channel_block = 0; channel_block < channel_blocks_.parts; ++channel_block) {
-          block_ = {group,
-                    filter_blocks_.begin(filter_block),
-                    filter_blocks_.begin(filter_block + 1),
-                    channel_blocks_.begin(channel_block),
-                    channel_blocks_.begin(channel_block + 1),
-                    0,
-                    0};
-          const int64_t count = (block_.end_filter_tile - block_.first_filter_tile) * taps(shape_) *
-                                (block_.end_channel_tile - block_.first_channel_tile);
-          block_.begin_item = begin > first ? begin - first : 0;
-          block_.end_item = end < first + count ? end - first : count;
-          first += count;
-          if (block_.begin_item < block_.end_item) sum_block();
+          group_ = group;
+          first_filter_tile_ = filter_blocks_.begin(filter_block);
+          first_channel_tile_ = channel_blocks_.begin(channel_block);
+          panels_ = taps(shape_) * (channel_blocks_.begin(channel_block + 1) - first_channel_tile_);
+          const int64_t items = (filter_blocks_.begin(filter_block + 1) - first_filter_tile_) * panels_;
+          begin_item_ = begin > first_item ? begin - first_item : 0;
+          end_item_ = end < first_item + items ? end - first_item : items;
+          first_item += items;
+          if (begin_item_ < end_item_) sum_block();
         }
       }
     }
   }
 
  private:
-  static constexpr int64_t kBlockFilterTiles = kBlockFilters / Vector::kTileRows;
-  static constexpr int64_t kStepFloats = Vector::kTileRows * Vector::kTableFloats;  // tables of a tile at one step
-
+  static constexpr int64_t kStepFloats = Vector::kTileRows * Vector::kTableFloats;
+  static constexpr int64_t kPanelInts = kChunkSteps * kTileChannels<Vector>;
   static constexpr float kNoGradients[Vector::kTileRows] = {};
 
-  // The place of an output pixel in both images; no_pixel() fills up a step.
+  // The place of an output pixel in both images.
   struct Pixel {
-    const float* grad_output;  // null: none
-    int64_t image;
-    int64_t row, column;  // input coordinates under tap 0, perhaps outside
+    const float* grad_output;  // of the group's first filter; null where the pixel only fills up a step
+    int64_t row, column;       // input coordinates under tap 0, perhaps outside
+    int64_t word;              // offset into the input there
   };
 
-  // A block of tiles and the part [begin_item, end_item) of its items that is to be computed.
-  struct Block {
-    int64_t group;
-    int64_t first_filter_tile, end_filter_tile;
-    int64_t first_channel_tile, end_channel_tile;
-    int64_t begin_item, end_item;
-  };
-
-  bool has_item(int64_t filter_tile, int64_t tap, int64_t channel_tile) const {
-    const int64_t channel_tiles = block_.end_channel_tile - block_.first_channel_tile;
-    const int64_t item = ((filter_tile - block_.first_filter_tile) * taps(shape_) + tap) * channel_tiles +
-                         channel_tile - block_.first_channel_tile;
-    return item >= block_.begin_item && item < block_.end_item;
+  // Items of a block are numbered [filter tile, panel], panels [tap, channel tile].
+  int64_t block_channel_tiles() const { return panels_ / taps(shape_); }
+  int64_t first_channel(int64_t panel) const {
+    return (first_channel_tile_ + panel % block_channel_tiles()) * kTileChannels<Vector>;
   }
-
-  // Filter tiles of which the block has items at all: [first, end).
-  int64_t first_used_filter_tile() const { return block_.first_filter_tile + block_.begin_item / filter_tile_items(); }
-  int64_t end_used_filter_tile() const {
-    return block_.first_filter_tile + ceil_div(block_.end_item, filter_tile_items());
-  }
-  int64_t filter_tile_items() const { return taps(shape_) * (block_.end_channel_tile - block_.first_channel_tile); }
-
-  int64_t first_channel(int64_t channel_tile) const { return channel_tile * kTileChannels<Vector>; }
-
-  int64_t tile_channels(int64_t channel_tile) const {
-    const int64_t rest = channels_per_group(shape_) - first_channel(channel_tile);
+  int64_t panel_channels(int64_t panel) const {
+    const int64_t rest = channels_per_group(shape_) - first_channel(panel);
     return rest < kTileChannels<Vector> ? rest : kTileChannels<Vector>;
   }
 
-  float* grad_weight(int64_t filter, int64_t tap, int64_t channel_tile) const {
-    const int64_t row = (block_.group * filters_per_group(shape_) + filter) * taps(shape_) + tap;
-    return args_.grad_weight + row * channels_per_group(shape_) + first_channel(channel_tile);
-  }
-
   void sum_block() {
-    clear_block();
+    for (int64_t item = begin_item_; item < end_item_; ++item) clear_tile(item / panels_, item % panels_);
     pixel_count_ = 0;
     const int64_t out_height = shape_.out_height;
     for (int64_t begin_row = 0, end_row = 0; begin_row < out_height; begin_row = end_row) {
@@ -139,7 +112,7 @@ class WeightGrad {
     if (pixel_count_ > 0) add_chunk();
   }
 
-  // End of the run of output rows (or columns) from `begin` on that form steps together.
+  // End of the run of output rows (or columns) from `begin` on that may share a step.
   int64_t end_of_class(int64_t begin, int64_t out_size, int64_t stride, int64_t pad, int64_t dilation, int64_t kernel,
                        int64_t size) const {
     if (!skip_padding_) return out_size;
@@ -152,17 +125,20 @@ class WeightGrad {
   }
 
   void add_class(int64_t begin_row, int64_t end_row, int64_t begin_column, int64_t end_column) {
-    const float* group_grad = args_.grad_output + block_.group * filters_per_group(shape_);
+    const float* group_grad = args_.grad_output + group_ * filters_per_group(shape_);
+    const int64_t pixel_words = shape_.groups * words_per_group(shape_);
     for (int64_t image = 0; image < shape_.batch; ++image) {
-      for (int64_t row = begin_row; row < end_row; ++row) {
-        for (int64_t column = begin_column; column < end_column; ++column) {
-          const int64_t out_pixel = (image * shape_.out_height + row) * shape_.out_width + column;
-          add_pixel({group_grad + out_pixel * shape_.filters, image, row * shape_.stride_height - shape_.pad_top,
-                     column * shape_.stride_width - shape_.pad_left});
+      for (int64_t out_row = begin_row; out_row < end_row; ++out_row) {
+        for (int64_t out_column = begin_column; out_column < end_column; ++out_column) {
+          const int64_t out_pixel = (image * shape_.out_height + out_row) * shape_.out_width + out_column;
+          const int64_t row = out_row * shape_.stride_height - shape_.pad_top;
+          const int64_t column = out_column * shape_.stride_width - shape_.pad_left;
+          add_pixel({group_grad + out_pixel * shape_.filters, row, column,
+                     ((image * shape_.height + row) * shape_.width + column) * pixel_words});
         }
       }
     }
-    while (pixel_count_ % Vector::kTerms != 0) add_pixel({nullptr, 0, 0, 0});
+    while (pixel_count_ % Vector::kTerms != 0) add_pixel({nullptr, shape_.height, shape_.width, 0});
   }
 
   void add_pixel(const Pixel& pixel) {
@@ -173,121 +149,111 @@ class WeightGrad {
     }
   }
 
-  // The sums are added to grad_weight chunk by chunk, so it starts at zero.
-  void clear_block() {
-    for_each_tile([this](int64_t filter_tile, int64_t tap, int64_t channel_tile) {
-      for (int64_t filter = filter_tiles_.begin(filter_tile); filter < filter_tiles_.begin(filter_tile + 1); ++filter) {
-        float* sums = grad_weight(filter, tap, channel_tile);
-        for (int64_t channel = 0; channel < tile_channels(channel_tile); ++channel) sums[channel] = 0.0f;
-      }
-    });
-  }
-
-  template <class Body>
-  void for_each_tile(const Body& body) const {
-    for (int64_t filter_tile = first_used_filter_tile(); filter_tile < end_used_filter_tile(); ++filter_tile) {
-      for (int64_t tap = 0; tap < taps(shape_); ++tap) {
-        for (int64_t tile = block_.first_channel_tile; tile < block_.end_channel_tile; ++tile) {
-          if (has_item(filter_tile, tap, tile)) body(filter_tile, tap, tile);
-        }
-      }
-    }
-  }
-
-  float* tile_tables(int64_t filter_tile) const {
-    return tables_ + (filter_tile - block_.first_filter_tile) * kChunkSteps * kStepFloats;
-  }
-
   void add_chunk() {
     const int64_t steps = pixel_count_ / Vector::kTerms;
-    const int64_t begin_tile = first_used_filter_tile();
-    const int64_t end_tile = end_used_filter_tile();
-    for (int64_t tile = begin_tile; tile < end_tile; ++tile) make_tables(tile, steps);
-    for (int64_t tap = 0; tap < taps(shape_); ++tap) {
-      for (int64_t channel_tile = block_.first_channel_tile; channel_tile < block_.end_channel_tile; ++channel_tile) {
-        bool is_made = false;
-        int64_t run_count = 0;
-        for (int64_t tile = begin_tile; tile < end_tile; ++tile) {
-          if (!has_item(tile, tap, channel_tile)) continue;
-          if (!is_made) run_count = make_runs(tap, channel_tile, steps);
-          is_made = true;
-          if (run_count > 0) add_tile(tile, tap, channel_tile, run_count);
-        }
+    const int64_t used_panels = end_item_ - begin_item_ < panels_ ? end_item_ - begin_item_ : panels_;
+    for (int64_t i = 0; i < used_panels; ++i) make_panel((begin_item_ + i) % panels_, steps);
+    int64_t filter_tile = -1;
+    for (int64_t item = begin_item_; item < end_item_; ++item) {
+      if (item / panels_ != filter_tile) {
+        filter_tile = item / panels_;
+        make_tables(filter_tile, steps);
       }
+      add_tile(filter_tile, item % panels_);
     }
   }
 
-  // Tables [steps, filters of the tile] of the chunk.
+  // Gathers the indices of the chunk for one tap and channel tile, leaving out the steps for which the tap falls into
+  // skipped padding. Each run is a stretch of neighbouring steps.
+  void make_panel(int64_t panel, int64_t steps) {
+    const int64_t tap = panel / block_channel_tiles();
+    const int64_t row_offset = tap / shape_.kernel_width * shape_.dilation_height;
+    const int64_t column_offset = tap % shape_.kernel_width * shape_.dilation_width;
+    const int64_t group_words = words_per_group(shape_);
+    const int64_t channel = first_channel(panel);
+    const int64_t word_offset = (row_offset * shape_.width + column_offset) * shape_.groups * group_words +
+                                group_ * group_words + channel / kWordBits;
+    const uint64_t padding = args_.padding_value > 0 ? ~uint64_t{0} : 0;
+    const int vectors = tile_vectors<Vector>(panel_channels(panel));
+    int32_t* indices = indices_ + panel * kPanelInts;
+    Run* run = runs_ + panel * kChunkSteps - 1;
+    int64_t end_of_run = -1;  // step that would continue it
+    for (int64_t step = 0; step < steps; ++step) {
+      uint64_t words[Vector::kTerms];
+      bool is_inside = false;  // some pixel; when padding is skipped, all pixels that do not merely fill up
+      for (int term = 0; term < Vector::kTerms; ++term) {
+        const Pixel& pixel = pixels_[step * Vector::kTerms + term];
+        words[term] = padding;
+        if (is_index(pixel.row + row_offset, shape_.height) && is_index(pixel.column + column_offset, shape_.width)) {
+          words[term] = args_.input[pixel.word + word_offset] >> channel % kWordBits;
+          is_inside = true;
+        }
+      }
+      if (skip_padding_ && !is_inside) continue;
+      if (step != end_of_run) *++run = {tables_ + step * kStepFloats, indices, 0};
+      ++run->steps;
+      end_of_run = step + 1;
+      Vector::make_indices(words, vectors, indices);
+      indices += vectors * Vector::kLanes;
+    }
+    run_counts_[panel] = run + 1 - (runs_ + panel * kChunkSteps);
+  }
+
+  static bool is_index(int64_t index, int64_t size) {
+    return static_cast<uint64_t>(index) < static_cast<uint64_t>(size);
+  }
+
+  // Tables [steps, filters of the tile] of the chunk, kTileRows apart.
   void make_tables(int64_t filter_tile, int64_t steps) {
-    const int64_t begin_filter = filter_tiles_.begin(filter_tile);
-    const int64_t end_filter = filter_tiles_.begin(filter_tile + 1);
+    const int64_t first_filter = filter_tiles_.begin(first_filter_tile_ + filter_tile);
+    const int64_t filters = filter_tiles_.begin(first_filter_tile_ + filter_tile + 1) - first_filter;
     for (int64_t step = 0; step < steps; ++step) {
       const float* grads[Vector::kTerms];
       for (int term = 0; term < Vector::kTerms; ++term) {
         const float* grad = pixels_[step * Vector::kTerms + term].grad_output;
-        grads[term] = grad == nullptr ? kNoGradients : grad + begin_filter;
+        grads[term] = grad == nullptr ? kNoGradients : grad + first_filter;
       }
-      float* table = tile_tables(filter_tile) + step * kStepFloats;
-      for (int64_t filter = 0; filter < end_filter - begin_filter; ++filter, table += Vector::kTableFloats) {
+      float* tables = tables_ + step * kStepFloats;
+      for (int64_t filter = 0; filter < filters; ++filter) {
         float terms[Vector::kTerms];
         for (int term = 0; term < Vector::kTerms; ++term) terms[term] = grads[term][filter];
-        Vector::make_table(terms, table);
+        Vector::make_table(terms, tables + filter * Vector::kTableFloats);
       }
     }
   }
 
-  // Gathers the indices of the chunk at one tap, leaving out the steps for which the tap falls into skipped padding.
-  // Each run is a stretch of neighbouring steps; its tables are those of the block's first filter tile.
-  int64_t make_runs(int64_t tap, int64_t channel_tile, int64_t steps) {
-    const int64_t row_offset = tap / shape_.kernel_width * shape_.dilation_height;
-    const int64_t column_offset = tap % shape_.kernel_width * shape_.dilation_width;
-    const int64_t pixel_words = shape_.groups * words_per_group(shape_);
-    const int64_t channel = first_channel(channel_tile);
-    const uint64_t* input = args_.input + block_.group * words_per_group(shape_) + channel / kWordBits;
-    const uint64_t padding = args_.padding_value > 0 ? ~uint64_t{0} : 0;
-    const int vectors = tile_vectors<Vector>(tile_channels(channel_tile));
-    int32_t* indices = indices_;
-    int64_t run_count = 0;
-    bool is_open = false;
-    for (int64_t step = 0; step < steps; ++step) {
-      uint64_t words[Vector::kTerms];
-      bool any_inside = false;
-      for (int term = 0; term < Vector::kTerms; ++term) {
-        const Pixel& pixel = pixels_[step * Vector::kTerms + term];
-        const int64_t row = pixel.row + row_offset;
-        const int64_t column = pixel.column + column_offset;
-        const bool inside =
-            pixel.grad_output != nullptr && row >= 0 && row < shape_.height && column >= 0 && column < shape_.width;
-        const int64_t word = ((pixel.image * shape_.height + row) * shape_.width + column) * pixel_words;
-        words[term] = inside ? input[word] >> channel % kWordBits : padding;
-        any_inside |= inside;
-      }
-      if (skip_padding_ && !any_inside) {
-        is_open = false;
-        continue;
-      }
-      if (!is_open) runs_[run_count++] = {tables_ + step * kStepFloats, indices, 0};
-      is_open = true;
-      ++runs_[run_count - 1].steps;
-      Vector::make_indices(words, vectors, indices);
-      indices += vectors * Vector::kLanes;
+  // Calls body(row of grad_weight, number of the filter in the tile) for every filter of a tile.
+  template <class Body>
+  void for_each_filter(int64_t filter_tile, int64_t panel, const Body& body) const {
+    const int64_t first_filter = filter_tiles_.begin(first_filter_tile_ + filter_tile);
+    const int64_t end_filter = filter_tiles_.begin(first_filter_tile_ + filter_tile + 1);
+    const int64_t tap = panel / block_channel_tiles();
+    for (int64_t filter = first_filter; filter < end_filter; ++filter) {
+      const int64_t row = (group_ * filters_per_group(shape_) + filter) * taps(shape_) + tap;
+      body(args_.grad_weight + row * channels_per_group(shape_) + first_channel(panel), filter - first_filter);
     }
-    return run_count;
   }
 
-  void add_tile(int64_t filter_tile, int64_t tap, int64_t channel_tile, int64_t run_count) {
-    const int64_t begin_filter = filter_tiles_.begin(filter_tile);
-    const int rows = static_cast<int>(filter_tiles_.begin(filter_tile + 1) - begin_filter);
-    const int64_t channels = tile_channels(channel_tile);
+  void clear_tile(int64_t filter_tile, int64_t panel) {
+    const int64_t channels = panel_channels(panel);
+    for_each_filter(filter_tile, panel, [&](float* row, int64_t) {
+      for (int64_t channel = 0; channel < channels; ++channel) row[channel] = 0.0f;
+    });
+  }
+
+  void add_tile(int64_t filter_tile, int64_t panel) {
+    if (run_counts_[panel] == 0) return;
+    const int64_t first_filter = filter_tiles_.begin(first_filter_tile_ + filter_tile);
+    const int rows = static_cast<int>(filter_tiles_.begin(first_filter_tile_ + filter_tile + 1) - first_filter);
+    const int64_t channels = panel_channels(panel);
     alignas(64) float sums[kTileFloats<Vector>];
-    accumulate<Vector>(rows, tile_vectors<Vector>(channels), runs_, run_count, tile_tables(filter_tile) - tables_,
+    accumulate<Vector>(rows, tile_vectors<Vector>(channels), runs_ + panel * kChunkSteps, run_counts_[panel], 0,
                        kStepFloats, sums);
-    for (int r = 0; r < rows; ++r) {
-      float* row = grad_weight(begin_filter + r, tap, channel_tile);
+    for_each_filter(filter_tile, panel, [&](float* row, int64_t r) {
       for (int64_t lane = 0; lane < channels; lane += Vector::kLanes) {
         Vector::add_to(row + lane, Vector::load(sums + r * kTileChannels<Vector> + lane), channels - lane);
       }
-    }
+    });
   }
 
   const BinaryConv2dWeightGradArgs& args_;
@@ -297,12 +263,15 @@ class WeightGrad {
   const Partition filter_blocks_, channel_blocks_;  // of those tiles
   int64_t workspace_bytes_;
 
-  float* tables_;     // [kBlockFilterTiles, kChunkSteps, kTileRows, kTableFloats]
-  int32_t* indices_;  // [kChunkSteps, vectors, kLanes]
-  Pixel* pixels_;     // [kChunkSteps, kTerms]
-  Run* runs_;         // [kChunkSteps]
+  float* tables_;        // [kChunkSteps, kTileRows, kTableFloats]
+  int32_t* indices_;     // [panels, kPanelInts]
+  Pixel* pixels_;        // [kChunkSteps, kTerms]
+  Run* runs_;            // [panels, kChunkSteps]
+  int64_t* run_counts_;  // [panels]
 
-  Block block_ = {};
+  // The block, and the part [begin_item_, end_item_) of its items that is to be computed.
+  int64_t group_ = 0, first_filter_tile_ = 0, first_channel_tile_ = 0, panels_ = 0;
+  int64_t begin_item_ = 0, end_item_ = 0;
   int64_t pixel_count_ = 0;  // in pixels_
 };
 
