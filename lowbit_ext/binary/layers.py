@@ -1,13 +1,13 @@
 """Binary layers: torch.nn's layers with latent float weights, whose forward sees only signs.
 
-A layer binarizes its own input, multiplies bits by bits and saves two bits an activation for the backward pass. It keeps the
-arguments, parameter names and initialisation of the torch.nn layer it derives from, so that optimizers, state_dicts and
-initialisers carry over.
+A layer binarizes its own input, multiplies bits by bits and saves two bits an activation for the backward pass. It
+keeps the arguments, parameter names and initialisation of the torch.nn layer it derives from, so that optimizers, state_dicts
+and initialisers carry over.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class _BinaryConv(_BinaryLayer):
     """What the two convolutions share: padding."""
 
     padding_value: int
-    padding_mode: str
+    padding_mode: Any
 
     def _configure_padding(self, padding_value: int) -> None:
         layer = type(self).__name__
@@ -104,19 +104,19 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
             torch.nn.Conv2d; padding_mode only "zeros".
         encoding: "sign" (x >= 0 is +1, else -1) or "step" (x >= 1/2 is 1, else 0; BinaryDuo).
         surrogate: derivative that stands for the binarization's (lowbit_ext.binary.surrogates). Behind a
-            BinaryActivation("step") use "identity": its 0 and 1 lie on the ends of the clipped mask 0 < x < 1, which would
-            stop every gradient.
+            BinaryActivation("step") use "identity": its 0 and 1 lie on the ends of the clipped mask 0 < x < 1, which
+            would stop every gradient.
         padding_value: value of the padding's activations: 0, +1, or -1 (sign only). 0 is torch's padding.
-        weight_scale: "channel" (mean |weight| of each filter, XNOR-Net), "layer" (of the whole weight, BinaryDuo) or None
-            (1).
+        weight_scale: "channel" (mean |weight| of each filter, XNOR-Net), "layer" (of the whole weight, BinaryDuo) or
+            None (1).
 
     Shape:
-        input (N, C, H, W) float32, bfloat16, float16 or a PackedTensor of the layer's encoding; output (N, O, H', W') in
-        the input's dtype (autocast's inside autocast; for packed input the weight's), channels-last in memory.
+        input (N, C, H, W) float32, bfloat16, float16 or a PackedTensor of the layer's encoding; output (N, O, H', W')
+        in the input's dtype (autocast's inside autocast; for packed input the weight's), channels-last in memory.
 
     Gradient:
-        input: straight-through with `surrogate`. weight: the gradient of scale * sign(weight) as it is, with no gradient
-        through the scale. bias: exact.
+        input: straight-through with `surrogate`. weight: the gradient of scale * sign(weight) as it is, with no
+        gradient through the scale. bias: exact.
 
     Raises:
         ValueError: an option outside those above, or a packed input of another encoding.
@@ -135,7 +135,7 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         dilation: _size_2_t = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros"] = "zeros",
         device: Any = None,
         dtype: Any = None,
         *,
@@ -150,7 +150,7 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         self._configure(encoding, surrogate, weight_scale)
         self._configure_padding(padding_value)
 
-    def forward(self, input: Tensor | PackedTensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor | PackedTensor) -> Tensor:
         """See the class."""
         return functional.conv2d(  # type: ignore[return-value]
             input,
@@ -165,7 +165,10 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
 
 
 class BinaryConv1d(_BinaryConv, nn.Conv1d):
-    """BinaryConv2d in one dimension: input (N, C, L), output (N, O, L'); arguments as torch.nn.Conv1d and BinaryConv2d."""
+    """BinaryConv2d in one dimension: input (N, C, L), output (N, O, L').
+
+    Arguments as torch.nn.Conv1d; the options, gradients and errors of BinaryConv2d.
+    """
 
     def __init__(
         self,
@@ -177,7 +180,7 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
         dilation: _size_1_t = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros"] = "zeros",
         device: Any = None,
         dtype: Any = None,
         *,
@@ -192,7 +195,7 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
         self._configure(encoding, surrogate, weight_scale)
         self._configure_padding(padding_value)
 
-    def forward(self, input: Tensor | PackedTensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor | PackedTensor) -> Tensor:
         """See the class."""
         return functional.conv1d(  # type: ignore[return-value]
             input,
@@ -209,8 +212,8 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
 class BinaryLinear(_BinaryLayer, nn.Linear):
     """Product of the input's bits with the weight's signs: scale * binarize(x) @ sign(weight).T + bias.
 
-    Input (*, C) or a PackedTensor (N, C), output (*, O). Arguments as torch.nn.Linear; encoding, surrogate, weight_scale,
-    gradients and errors as BinaryConv2d.
+    Input (*, C) or a PackedTensor (N, C), output (*, O). Arguments as torch.nn.Linear; encoding, surrogate,
+    weight_scale, gradients and errors as BinaryConv2d.
     """
 
     def __init__(
@@ -228,7 +231,7 @@ class BinaryLinear(_BinaryLayer, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._configure(encoding, surrogate, weight_scale)
 
-    def forward(self, input: Tensor | PackedTensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor | PackedTensor) -> Tensor:
         """See the class."""
         return functional.linear(input, self.weight, **self._options(input))  # type: ignore[return-value]
 

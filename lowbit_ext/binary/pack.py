@@ -1,9 +1,9 @@
 """pack(): a trained model as a network of packed bits and integer thresholds.
 
-Between a binary layer and the next place that binarizes its result, everything a network usually has there - the layer's
-scale and bias, batch norm, ReLU, hardtanh, max-pooling - is monotone in the integer accumulator, channel by channel. The whole
-chain is therefore one comparison, acc >= t or acc <= t. Bisection over the accumulator's range finds t with the model's own
-modules in float32, which reproduces their rounding to the bit; the formula for t would not.
+Between a binary layer and the next place that binarizes its result, everything a network usually has there - the
+layer's scale and bias, batch norm, ReLU, hardtanh, max-pooling - is monotone in the integer accumulator, channel by
+channel. The whole chain is therefore one comparison, acc >= t or acc <= t. Bisection over the accumulator's range finds
+t with the model's own modules in float32, which reproduces their rounding to the bit; the formula for t would not.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from lowbit_ext.packed import unpack_op
 
 __all__ = ["PackedModel", "load", "pack", "save"]
 
-# --- the model's graph --------------------------------------------------------------------------------------------------
+# --- the model's graph ------------------------------------------------------------------------------------------------
 
 _BINARY_LAYERS = (layers.BinaryConv2d, layers.BinaryConv1d, layers.BinaryLinear)
-# Monotone with every rounding included, and the same for all channels. Sigmoid and tanh are not: their last bits may fall.
+# Monotone with every rounding included, the same for all channels. Sigmoid and tanh are not: their last bits may fall.
 _MONOTONE_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh, layers.BinaryActivation)
 _MONOTONE_CALLS = (F.relu, torch.relu, F.relu6, F.hardtanh, torch.clamp, "relu", "clamp")
 _TRANSPARENT_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
@@ -128,9 +128,7 @@ class _Model:
         """Leaves values as they are."""
         if node.op == "call_module":
             return type(self.module(node)) in _TRANSPARENT_MODULES
-        return node.target == "contiguous" or (
-            node.target in _DROPOUT_CALLS and not node.kwargs.get("training", True)
-        )
+        return node.target == "contiguous" or (node.target in _DROPOUT_CALLS and not node.kwargs.get("training", True))
 
     def is_flatten(self, node: fx.Node) -> bool:
         """Reshapes (N, C, *spatial) to (N, features)."""
@@ -144,12 +142,12 @@ class _Model:
         if node.target not in (torch.cat, torch.concat) or len(node.all_input_nodes) != 1:
             return False
         tensors, axis, *_ = (*node.args, *node.kwargs.values(), 0)
-        return len(tensors) == 2 and axis == 1  # type: ignore[arg-type]
+        return bool(len(tensors) == 2 and axis == 1)  # type: ignore[arg-type]
 
     def is_batch_norm(self, node: fx.Node) -> bool:
         """A batch norm that uses its running statistics."""
         module = self.module(node)
-        return type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) and module.running_mean is not None  # type: ignore[union-attr]
+        return isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.running_mean is not None
 
     def is_monotone(self, node: fx.Node) -> bool:
         """Elementwise, never falling, the same for all channels."""
@@ -221,13 +219,13 @@ class _Model:
         while True:
             module = self.module(node)
             if type(module) is layers.BinaryActivation:
-                return module.encoding  # type: ignore[union-attr, return-value]
+                return module.encoding
             if not (self.is_transparent(node) or self.is_flatten(node) or self.max_pool(node)):
                 return None
             node = node.args[0]  # type: ignore[assignment]
 
 
-# --- chains and thresholds ----------------------------------------------------------------------------------------------
+# --- chains and thresholds --------------------------------------------------------------------------------------------
 
 _Step = Callable[[Tensor], Tensor] | Window
 
@@ -266,7 +264,7 @@ def _chain(model: _Model, node: fx.Node) -> _Chain:
             steps.append(_batch_norm_step(model, node))
             normed = True
         elif model.is_monotone(node):
-            steps.append(lambda values, node=node: model.call(node, values.unsqueeze(0)).squeeze(0))
+            steps.append(_elementwise_step(model, node))
         elif model.is_doubling(node) and doubling is None:
             doubling = (node, len(steps))
         elif not model.is_transparent(node):
@@ -276,6 +274,10 @@ def _chain(model: _Model, node: fx.Node) -> _Chain:
         node, steps = doubling[0], steps[: doubling[1]]
         doubling = None
     return _Chain(node, steps[::-1], doubling is not None, model.shape(layout)[2:])
+
+
+def _elementwise_step(model: _Model, node: fx.Node) -> Callable[[Tensor], Tensor]:
+    return lambda values: model.call(node, values.unsqueeze(0)).squeeze(0)
 
 
 def _batch_norm_step(model: _Model, node: fx.Node) -> Callable[[Tensor], Tensor]:
@@ -292,12 +294,12 @@ def _batch_norm_step(model: _Model, node: fx.Node) -> Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass
 class _Fold:
-    """A chain as one comparison a channel: position >= threshold, <= where flip; inversions of its poolings, in order."""
+    """A chain as one comparison a channel: position >= threshold, or <= where flip."""
 
     threshold: Tensor
     flip: Tensor
-    inverts: list[Tensor]
-    constant: Tensor  # always or never met
+    inverts: list[Tensor]  # of each pooling: whether it takes the minimum of bits
+    constant: Tensor  # whether always or never met
 
 
 def _fold(chain: _Chain, encoding: str, low: Tensor, high: Tensor, value: Callable[[Tensor], Tensor]) -> _Fold:
@@ -330,13 +332,13 @@ def _fold(chain: _Chain, encoding: str, low: Tensor, high: Tensor, value: Callab
     position = torch.where(flip, below, above)
     position = torch.where(constant, torch.where(first, low, high + 1), position)
     # A maximum of values is the maximum of their bits where the bit rises with the value, their minimum where it falls.
-    inverts = [
-        ~constant & ((before < after) == flip) for before, after in zip(pooled_first, pooled_last, strict=True)
-    ]
+    inverts = [~constant & ((before < after) == flip) for before, after in zip(pooled_first, pooled_last, strict=True)]
     return _Fold(position, flip, inverts, constant)
 
 
-def _fold_integers(chain: _Chain, encoding: str, reach: int, scale: Tensor | None, bias: Tensor | None, filters: int) -> _Fold:
+def _fold_integers(
+    chain: _Chain, encoding: str, reach: int, scale: Tensor | None, bias: Tensor | None, filters: int
+) -> _Fold:
     """Thresholds on the accumulator of a binary layer, |acc| <= reach, whose own epilogue comes first."""
 
     def value(positions: Tensor) -> Tensor:
@@ -367,7 +369,7 @@ def _fold_floats(chain: _Chain, encoding: str, channels: int) -> _Fold:
     return fold
 
 
-# --- building the packed graph --------------------------------------------------------------------------------------------
+# --- building the packed graph ----------------------------------------------------------------------------------------
 
 _FLOAT = "float"
 
@@ -407,7 +409,7 @@ class _Packer:
         model = self.model
         while True:
             module = model.module(node)
-            same = type(module) is layers.BinaryActivation and module.encoding == encoding  # type: ignore[union-attr]
+            same = type(module) is layers.BinaryActivation and module.encoding == encoding
             if not (same or model.is_transparent(node) or model.is_flatten(node)):
                 return node, model.max_pool(node)
             node = node.args[0]  # type: ignore[assignment]
@@ -438,7 +440,7 @@ class _Packer:
                     self.demands[source].add(_FLOAT)
 
     def _find_residuals(self) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
-        """Additions directly behind a binary layer, as {addition: (layer, other summand)}: the kernel's exact epilogue."""
+        """Additions directly behind a binary layer, which the kernel does exactly: {addition: (layer, other)}."""
         model, residuals = self.model, {}
         for node in model.graph.nodes:
             added = node.target in (operator.add, torch.add) and not node.kwargs and len(node.all_input_nodes) == 2
@@ -483,7 +485,8 @@ class _Packer:
         encoding = model.binary_values(node)
         if encoding is not None:
             words = self._bits(node, encoding)
-            return self._add(node, "_unpack", PackedUnpack(words.channels, encoding, len(model.shape(node))), words.node)
+            unpack = PackedUnpack(words.channels, encoding, len(model.shape(node)))
+            return self._add(node, "_unpack", unpack, words.node)
         averages, window = model.avg_pool(node)
         if averages:
             encoding = model.binary_values(node.args[0])  # type: ignore[arg-type]
@@ -495,9 +498,7 @@ class _Packer:
             self.modules[target] = operator.attrgetter(target)(model.root)
         return self.graph.node_copy(node, self.floats.__getitem__)
 
-    def _emit_layer(
-        self, node: fx.Node, bits: tuple[fx.Node, str] | None, residual: fx.Node | None = None
-    ) -> fx.Node:
+    def _emit_layer(self, node: fx.Node, bits: tuple[fx.Node, str] | None, residual: fx.Node | None = None) -> fx.Node:
         """A binary layer as floats, or as the bits of a later value."""
         model, layer = self.model, self.model.binary_layer(node)
         words = self._bits(node.args[0], layer.encoding)  # type: ignore[arg-type]
@@ -577,24 +578,24 @@ class _Packer:
 def pack(model: nn.Module, example_input: Any) -> PackedModel:
     """Packs a trained model: binary layers on bits, thresholds in integers, all else as it is.
 
-    A copy of the model in evaluation mode is traced by torch.fx (so it needs static control flow). Activations stay packed
-    between binary layers: scale, bias, batch norm, ReLU, hardtanh, clamp, dropout and max-pooling between them become one
-    integer threshold a channel, bit-exact with the float model; flattening, average pooling of bits and an addition directly
-    behind a binary layer are taken along. Float layers are untouched. The result is compared with the model on the example,
-    bit for bit at every packed value.
+    A copy of the model in evaluation mode is traced by torch.fx (so it needs static control flow). Activations stay
+    packed between binary layers: scale, bias, batch norm, ReLU, hardtanh, clamp, dropout and max-pooling between them
+    become one integer threshold a channel, bit-exact with the float model; flattening, average pooling of bits and an
+    addition directly behind a binary layer are taken along. Float layers are untouched. The result is compared with the
+    model on the example, bit for bit at every packed value.
 
     Args:
         model: a float32 CPU module; not modified.
-        example_input: a tensor, or a tuple of the model's inputs. Batch size is free later, the image size only where no
-            linear layer is packed.
+        example_input: a tensor, or a tuple of the model's inputs. Batch size is free later, the image size only where
+            no linear layer is packed.
 
     Returns:
         PackedModel.
 
     Raises:
         TypeError: not a module.
-        ValueError: the model has no binary layer, cannot be traced or run on the example, is not float32 on the CPU, or the
-            packed model differs from it (names the first layer that does).
+        ValueError: the model has no binary layer, cannot be traced or run on the example, is not float32 on the CPU, or
+            the packed model differs from it (names the first layer that does).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"pack: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -634,7 +635,7 @@ def pack(model: nn.Module, example_input: Any) -> PackedModel:
 
 
 def _check_output(expected: Any, result: Any) -> None:
-    """Float layers behind equal bits see equal inputs, but perhaps in another memory format: a few roundings are allowed."""
+    """Float layers see equal inputs, but perhaps in another memory format: that may change a few roundings."""
     pairs = zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(result), strict=True)
     for want, got in pairs:
         if not isinstance(want, Tensor) or torch.equal(want, got):

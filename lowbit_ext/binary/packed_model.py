@@ -40,10 +40,12 @@ class PackedLayer(nn.Module):
         """Derives from the buffers what a call needs."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        dtypes = {name: buffer.dtype for name, buffer in self.named_buffers()}
+        exact = dict(self.named_buffers())
         super()._apply(fn, recurse)
-        for name, dtype in dtypes.items():
-            setattr(self, name, getattr(self, name).to(dtype))
+        for name, buffer in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
         self.prepare()
         return self
 
@@ -58,7 +60,7 @@ def _unless_zero(buffer: Tensor | None) -> Tensor | None:
 
 
 class PackedBinarize(PackedLayer):
-    """Float (N, C, *spatial) -> words, by one threshold for all channels or by one a channel (a batch norm in front)."""
+    """Float (N, C, *spatial) -> words, by one threshold for all channels or one a channel (a batch norm in front)."""
 
     threshold: Tensor | None
     flip: Tensor | None
@@ -72,17 +74,18 @@ class PackedBinarize(PackedLayer):
         self.register_buffer("flip", flip)
         self.prepare()
 
-    def prepare(self) -> None:  # noqa: D102
+    def prepare(self) -> None:
         common = functional.DEFAULT_THRESHOLDS[self.encoding]
         self._arguments = (self.threshold, _unless_zero(self.flip), common, self.encoding)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] != self.channels:
             raise ValueError(f"packed model: input must have {self.channels} channels, got {tuple(x.shape)}")
         words = ops.binarize(x, *self._arguments)
-        return words if words.dim() == 4 else words.reshape(words.shape[0], 1, -1, words.shape[-1])
+        shape = words.shape
+        return words if len(shape) == 4 else words.reshape(shape[0], *(1,) * (4 - len(shape)), *shape[1:])
 
-    def extra_repr(self) -> str:  # noqa: D102
+    def extra_repr(self) -> str:
         thresholds = "one" if self.threshold is None else "per channel"
         return f"channels={self.channels}, encoding={self.encoding!r}, thresholds={thresholds}"
 
@@ -134,19 +137,19 @@ class PackedConv2d(PackedLayer):
         self.register_buffer("blocked", weight.blocked, persistent=False)
         self.prepare()
 
-    def prepare(self) -> None:  # noqa: D102
+    def prepare(self) -> None:
         geometry = self.geometry
         channels = self.shape[1] * geometry.groups
         self.isa = _native.active_isa()
         self.blocked = ops.binary_conv2d_block_weight(self.words, channels, geometry.groups)
-        # Buffers are looked up through nn.Module.__getattr__, a third of a microsecond each: once here, not in each call.
+        # Looked up once here and not in each call: nn.Module.__getattr__ takes a third of a microsecond a buffer.
         self._before_residual = (self.blocked, self.scale, self.bias)
         self._after_residual = (
             self.threshold, _unless_zero(self.flip), channels, self.shape[0], geometry.kernel, geometry.stride,
             geometry.padding, geometry.dilation, geometry.groups, self.encoding, self.padding_value, torch.float32,
         )  # fmt: skip
 
-    def forward(self, words: Tensor, residual: Tensor | None = None) -> Tensor:  # noqa: D102
+    def forward(self, words: Tensor, residual: Tensor | None = None) -> Tensor:
         if not torch.compiler.is_compiling() and self.isa != _native.active_isa():
             self.prepare()
         if residual is not None and residual.dim() < 4:
@@ -154,13 +157,13 @@ class PackedConv2d(PackedLayer):
             residual = residual.reshape(*shape[:2], *(1,) * (4 - len(shape)), *shape[2:])
         if self.one_pixel and words.shape[1:3] != self.shape[2:]:
             raise ValueError(
-                f"packed model: a linear layer was packed for images of {self.shape[2]} x {self.shape[3]} pixels in front "
-                f"of it, got {words.shape[1]} x {words.shape[2]}"
+                f"packed model: a linear layer was packed for images of {self.shape[2]} x {self.shape[3]} pixels, "
+                f"got {words.shape[1]} x {words.shape[2]}"
             )
         output = ops.binary_conv2d(words, *self._before_residual, residual, *self._after_residual)
         return output if output.dtype == torch.int64 else drop_axes(output, self.out_dims)
 
-    def extra_repr(self) -> str:  # noqa: D102
+    def extra_repr(self) -> str:
         geometry = self.geometry
         terms = [name for name in ("scale", "bias", "threshold") if getattr(self, name) is not None]
         return (
@@ -193,17 +196,17 @@ class PackedMaxPool2d(PackedLayer):
         self.register_buffer("invert", invert)
         self.prepare()
 
-    def prepare(self) -> None:  # noqa: D102
+    def prepare(self) -> None:
         window = self.window
         self._arguments = (
             _unless_zero(self.invert), self.channels, window.kernel, window.stride, window.padding, window.dilation,
             window.ceil_mode,
         )  # fmt: skip
 
-    def forward(self, words: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, words: Tensor) -> Tensor:
         return ops.binary_max_pool2d(words, *self._arguments)
 
-    def extra_repr(self) -> str:  # noqa: D102
+    def extra_repr(self) -> str:
         return f"channels={self.channels}, {self.window}, inverts={self.invert is not None}"
 
 
@@ -219,12 +222,12 @@ class PackedAvgPool2d(PackedLayer):
         super().__init__()
         self.channels, self.encoding, self.window = channels, encoding, window
 
-    def forward(self, words: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, words: Tensor) -> Tensor:
         size = words.shape[1:3]
         window = self.window if self.window is not None else (size, size, (0, 0), False, True, 0)
         return ops.binary_avg_pool2d(words, self.channels, *window, self.encoding)
 
-    def extra_repr(self) -> str:  # noqa: D102
+    def extra_repr(self) -> str:
         return f"channels={self.channels}, encoding={self.encoding!r}, window={self.window}"
 
 
@@ -235,11 +238,11 @@ class PackedUnpack(PackedLayer):
         super().__init__()
         self.channels, self.encoding, self.dims = channels, encoding, dims
 
-    def forward(self, words: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, words: Tensor) -> Tensor:
         low, high = ENCODING_VALUES[self.encoding]
         return drop_axes(unpack_op(words, self.channels, low, high, torch.float32).movedim(-1, 1), self.dims)
 
-    def extra_repr(self) -> str:  # noqa: D102
+    def extra_repr(self) -> str:
         return f"channels={self.channels}, encoding={self.encoding!r}, dims={self.dims}"
 
 
@@ -252,15 +255,15 @@ def _crc32(tensors: Mapping[str, Tensor], seed: str) -> int:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
     return crc
 
 
 class PackedModel(nn.Module):
     """A packed network, made by pack(): inference only, without gradients.
 
-    Binary layers hold words of weights and integer thresholds; float layers are the model's own. Takes the model's inputs,
-    with any batch size. The buffer `checksum` is a CRC-32 over the packed layers' buffers and their architecture.
+    Binary layers hold words of weights and integer thresholds; float layers are the model's own. Takes the model's
+    inputs, of any batch size. The buffer `checksum` is a CRC-32 over the packed layers' buffers and architecture.
 
     Raises:
         ValueError: from load_state_dict, before anything is written, for a state whose packed buffers do not match its

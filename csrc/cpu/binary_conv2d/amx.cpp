@@ -27,8 +27,9 @@ constexpr int64_t kAccRow = kFilterBlock * static_cast<int64_t>(sizeof(int32_t))
 constexpr int64_t kStripFilters = 32;      // of a micro-kernel
 constexpr int64_t kGroupTiles = 2;         // pixel tiles of a micro-kernel
 constexpr int64_t kMaxSteps = 12;          // of a micro-kernel: 24 KiB of weights, half of L1
-constexpr int64_t kMaxBlockTiles = 128;    // pixel tiles of a block: 512 KiB of accumulators
+constexpr int64_t kMaxBlockTiles = 96;     // pixel tiles of a block: 384 KiB of accumulators
 constexpr int64_t kMaxBandBytes = 1 << 20;
+constexpr int64_t kMaxWorkspaceBytes = 4 << 20;  // beyond L2: very wide images or dilations, very many channels
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -74,6 +75,17 @@ struct Axis {
     return position * stride + phase * dilation % stride - pad;
   }
   TapRange taps(int64_t out_index) const { return valid_taps(out_index, stride, pad, dilation, kernel, size); }
+  // Taps inside the image, summed over the outputs: for each tap the outputs o with 0 <= o * stride + first < size.
+  int64_t all_taps() const {
+    int64_t total = 0;
+    for (int64_t tap = 0; tap < kernel; ++tap) {
+      const int64_t first = tap * dilation - pad;
+      const int64_t begin = first >= 0 ? 0 : ceil_div(-first, stride);
+      const int64_t end = first >= size ? 0 : min_of(ceil_div(size - first, stride), out_size);
+      total += max_of(end - begin, 0);
+    }
+    return total;
+  }
 };
 
 // A pointwise convolution is one of 1 x 1 images.
@@ -140,7 +152,7 @@ struct Plan {
   int64_t filter_blocks;    // of a convolution group
   int64_t image_blocks, row_blocks;
   int64_t groups_per_block;  // most of any block
-  double block_cost;
+  double pixel_cost;         // estimated cycles per output pixel
 
   explicit Plan(const ConvShape& original)
       : shape(merge_pixels(original)),
@@ -191,16 +203,17 @@ struct Plan {
         best = cost;
         image_blocks = image_parts;
         row_blocks = row_parts;
-        block_cost = cost;
+        pixel_cost = cost;
       }
       if (images == shape.batch) break;
     }
   }
 
-  // Cycles: 22 for a tile product with its loads, 20 to expand a weight tile, 5 to expand an activation word.
+  // Measured cycles: 23 for a tile product with its loads and its share of accumulator traffic, 40 to expand a weight
+  // tile, 5 to expand an activation word.
   double estimate(const BlockGeometry& block) const {
     const double weight_tiles = static_cast<double>(steps * shape.groups * ceil_div(filters, kTileRows));
-    return weight_tiles * static_cast<double>(22 * block.tiles + 20) +
+    return weight_tiles * static_cast<double>(23 * block.tiles + 40) +
            5.0 * static_cast<double>(block.cells * words * shape.groups);
   }
 };
@@ -552,16 +565,17 @@ class Worker {
   int64_t band_group_ = -1, band_begin_ = 0, band_end_ = 0;
 };
 
-// Compares cycles with those of the AVX-512 kernel, 3 for 16 filters, 64 channels and a pixel. The one place that
-// decides, by shape alone.
+// The one place that decides, by shape alone: compares the estimate with the AVX-512 kernel's, which takes 2.5 cycles for
+// a pixel, 16 filters and 64 channels, and only for taps inside the image.
 inline bool use_amx(const ConvShape& shape) {
-  if (!weight_suits_amx(shape) || out_pixels(shape) == 0) return false;
-  if (shape.height == 0 || shape.width == 0) return false;
-  if (out_pixels(shape) < kTileRows / 2) return false;
+  if (!weight_suits_amx(shape) || out_pixels(shape) == 0 || shape.height == 0 || shape.width == 0) return false;
   const Plan plan(shape);
-  if (WorkspaceLayout(plan).bytes > int64_t{8} << 20) return false;
-  const double avx512 = 3.0 * static_cast<double>(plan.steps * shape.groups * ceil_div(plan.filters, kTileRows));
-  return plan.block_cost < avx512;
+  if (WorkspaceLayout(plan).bytes > kMaxWorkspaceBytes) return false;
+  const double tap_pixels =
+      static_cast<double>(plan.shape.batch * plan.vertical.all_taps() * plan.horizontal.all_taps());
+  const double avx512 = 2.5 * tap_pixels * static_cast<double>(plan.words * shape.groups) *
+                        static_cast<double>(ceil_div(plan.filters, kTileRows));
+  return plan.pixel_cost * static_cast<double>(out_pixels(shape)) < avx512;
 }
 
 }  // namespace

@@ -1,25 +1,20 @@
-#include "core/half.h"
 #include "cpu/binary_conv2d_input_grad/binary_conv2d_input_grad.h"
 
 namespace lowbit::scalar {
 namespace {
 
-// sums[c] += w[c] * term
-void add_signed(const uint64_t* weight, int64_t channels, float term, float* sums) {
-  const uint32_t bits = float_to_bits(term);
-  for (int64_t c = 0; c < channels; ++c) {
-    const uint32_t minus = static_cast<uint32_t>(~(weight[c / kWordBits] >> (c % kWordBits)) & 1);
-    sums[c] += bits_to_float(bits ^ (minus << 31));
-  }
+// sums[i] += w[i] * term, w the signs of one word.
+void add_signed(uint64_t weight, int64_t count, float term, double* sums) {
+  for (int64_t i = 0; i < count; ++i) sums[i] += (weight >> i & 1) != 0 ? term : -term;
 }
 
-// The gradient of one input pixel and group, without the mask.
-void sum_pixel(const BinaryConv2dInputGradArgs& args, int64_t image, int64_t row, int64_t column, int64_t group,
-               float* sums) {
+// The gradient of up to 64 channels of one input pixel, those of one weight word of a group, without the mask. Summed
+// in double: a plain float32 sum over all filters and taps would lose more than torch's blocked ones.
+void sum_word(const BinaryConv2dInputGradArgs& args, int64_t image, int64_t row, int64_t column, int64_t group,
+              int64_t word, int64_t count, float* grad_input) {
   const ConvShape& shape = args.shape;
-  const int64_t channels = channels_per_group(shape);
   const int64_t filters = filters_per_group(shape);
-  for (int64_t c = 0; c < channels; ++c) sums[c] = 0.0f;
+  double sums[kWordBits] = {};
   for (int64_t ky = 0; ky < shape.kernel_height; ++ky) {
     const int64_t reach_row = row + shape.pad_top - ky * shape.dilation_height;
     const int64_t y = reach_row / shape.stride_height;
@@ -33,10 +28,11 @@ void sum_pixel(const BinaryConv2dInputGradArgs& args, int64_t image, int64_t row
       for (int64_t o = group * filters; o < (group + 1) * filters; ++o) {
         const float scale = args.scale == nullptr ? 1.0f : args.scale[o * args.scale_stride];
         const int64_t tap = (o * shape.kernel_height + ky) * shape.kernel_width + kx;
-        add_signed(args.weight + tap * words_per_group(shape), channels, scale * grad_output[o], sums);
+        add_signed(args.weight[tap * words_per_group(shape) + word], count, scale * grad_output[o], sums);
       }
     }
   }
+  for (int64_t i = 0; i < count; ++i) grad_input[i] = static_cast<float>(sums[i]);
 }
 
 }  // namespace
@@ -55,7 +51,11 @@ void binary_conv2d_input_grad(const BinaryConv2dInputGradArgs& args, int64_t beg
     const int64_t image = pixel / shape.width / shape.height;
     float* grad_input = args.grad_input + pixel * shape.channels;
     for (int64_t group = 0; group < shape.groups; ++group) {
-      sum_pixel(args, image, row, pixel % shape.width, group, grad_input + group * channels_per_group(shape));
+      for (int64_t word = 0; word < words_per_group(shape); ++word) {
+        const int64_t channel = word * kWordBits, rest = channels_per_group(shape) - channel;
+        sum_word(args, image, row, pixel % shape.width, group, word, rest < kWordBits ? rest : kWordBits,
+                 grad_input + group * channels_per_group(shape) + channel);
+      }
     }
     if (args.mask == nullptr) continue;
     const uint64_t* mask = args.mask + pixel * words_for(shape.channels);

@@ -1,0 +1,169 @@
+"""Gradients of the convolution: within twice torch's own float32 error of the float64 reference, on every level."""
+
+import pytest
+import torch
+
+from lowbit_ext.binary import binarize, conv1d, conv2d, linear, ops, pack_weight
+from lowbit_ext.packed import unpack_op
+from reference import binary as reference
+
+# (batch, channels, (height, width), filters, kernel, stride, padding, dilation, groups)
+CALLS = [
+    (2, 70, (6, 5), 9, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (1, 1, (4, 4), 1, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    (3, 64, (14, 14), 64, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (2, 129, (7, 9), 65, (3, 3), (2, 2), (1, 1), (1, 1), 1),
+    (2, 33, (11, 8), 17, (2, 5), (3, 1), (2, 3), (2, 1), 1),
+    (2, 99, (5, 6), 66, (3, 3), (1, 1), (1, 1), (1, 1), 3),
+    (2, 128, (5, 6), 256, (3, 3), (1, 2), (0, 1), (1, 1), 2),
+    (2, 6, (5, 5), 6, (3, 3), (1, 1), (1, 1), (1, 1), 6),
+    (1, 40, (3, 3), 130, (5, 5), (4, 4), (2, 2), (1, 1), 1),
+    (0, 40, (3, 3), 8, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+]
+
+
+def float_gradients(a, s, g, stride, sides, dilation, groups, padding_value, dtype):
+    """Gradients of the binary values a and s by torch's own convolution in `dtype`."""
+    a, s = (value.detach().to(dtype, copy=True).requires_grad_() for value in (a, s))
+    top, left, bottom, right = sides
+    padded = torch.nn.functional.pad(a, (left, right, top, bottom), value=float(padding_value))
+    torch.nn.functional.conv2d(padded, s, stride=stride, dilation=dilation, groups=groups).backward(g.to(dtype))
+    return a.grad, s.grad
+
+
+def assert_as_good(got, plain, exact, what):
+    """The error is at most twice that of plain float32 torch, counted in its largest element."""
+    bound = 2 * (plain.double() - exact).abs().max().item() if exact.numel() else 0.0
+    spacing = 4e-7 * exact.abs().max().item() if exact.numel() else 0.0  # torch may be exact where we round once
+    error = (got.double() - exact).abs().max().item() if exact.numel() else 0.0
+    assert got.shape == exact.shape
+    assert error <= max(bound, spacing), f"{what}: error {error:.3g}, torch's {bound / 2:.3g}"
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+@pytest.mark.parametrize(("encoding", "padding_value"), [("sign", 0), ("sign", -1), ("step", 1)])
+def test_kernels(isa, call, encoding, padding_value, rng):
+    batch, channels, size, filters, kernel, stride, padding, dilation, groups = call
+    x = torch.randn(batch, channels, *size, generator=rng)
+    w = torch.randn(filters, channels // groups, *kernel, generator=rng)
+    a, s = reference.activation(x, encoding, 0.5 if encoding == "step" else 0.0), reference.sign(w)
+    sides = (*padding, *padding)
+    out = reference.conv2d(a, s, stride, sides, dilation, groups, padding_value)
+    g = torch.randn(out.shape, generator=rng)
+    options = (stride, sides, dilation, groups, padding_value)
+    exact = float_gradients(a, s, g, *options, torch.float64)
+    plain = float_gradients(a, s, g, *options, torch.float32)
+    shape = (filters, kernel, stride, sides, dilation, groups)
+    words = binarize(x, encoding).words
+    weight = ops.binary_conv2d_weight_grad(g, words, channels, *shape, encoding, padding_value)
+    assert_as_good(weight, plain[1], exact[1], f"{isa} weight")
+    scale = torch.rand(filters, generator=rng)
+    packed = pack_weight(w, groups)
+    mask = binarize(torch.randn(x.shape, generator=rng), "step").words
+    for factor, bits in ((None, None), (scale, None), (None, mask), (scale[:1], mask)):
+        scaled = g if factor is None else g * factor.view(-1, 1, 1)
+        exact_input = float_gradients(a, s, scaled.double(), *options, torch.float64)[0]
+        plain_input = float_gradients(a, s, scaled, *options, torch.float32)[0]
+        if bits is not None:
+            inside = unpack_op(bits, channels, 0.0, 1.0, torch.float32).movedim(-1, 1)
+            exact_input, plain_input = exact_input * inside, plain_input * inside
+        got = ops.binary_conv2d_input_grad(g, packed.words, factor, bits, list(x.shape), *shape)
+        assert_as_good(got, plain_input, exact_input, f"{isa} input")
+
+
+def test_threads_do_not_change_gradients(isa, rng):
+    g, x, w = (torch.randn(size, generator=rng) for size in [(4, 64, 14, 14), (4, 96, 14, 14), (64, 96, 3, 3)])
+    shape = (64, (3, 3), (1, 1), (1,) * 4, (1, 1), 1)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append((
+            ops.binary_conv2d_weight_grad(g, binarize(x).words, 96, *shape, "sign", 0),
+            ops.binary_conv2d_input_grad(g, pack_weight(w).words, None, None, list(x.shape), *shape),
+        ))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("surrogate", ["clipped", "identity", "approx_sign", "polynomial", "swish_sign"])
+@pytest.mark.parametrize("encoding", ["sign", "step"])
+def test_straight_through(encoding, surrogate, rng):
+    """Through the functions: surrogate at the input, the sign's gradient at the weight, exact for bias and scale."""
+    x = torch.randn(2, 33, 6, 5, generator=rng).requires_grad_()
+    w = torch.randn(7, 33, 3, 3, generator=rng).requires_grad_()
+    bias, scale = torch.randn(7, generator=rng).requires_grad_(), torch.rand(7, generator=rng).requires_grad_()
+    residual = torch.randn(2, 7, 6, 5, generator=rng).requires_grad_()
+    leaves = (x, w, bias, scale, residual)
+    g = torch.randn(2, 7, 6, 5, generator=rng)
+    options = dict(padding=1, encoding=encoding, surrogate=surrogate, bias=bias, residual=residual)
+    acc = reference.conv2d(reference.activation(x, encoding, 0.5 if encoding == "step" else 0.0), reference.sign(w),
+                           1, (1,) * 4, 1, 1, 0)
+    a, s = reference.activation(x, encoding, 0.5 if encoding == "step" else 0.0), reference.sign(w)
+    for factor in (scale, scale.detach()):
+        for leaf in leaves:
+            leaf.grad = None
+        conv2d(x, w, scale=factor, **options).backward(g)
+        scaled = g.double() * factor.detach().double().view(-1, 1, 1)
+        through, _ = float_gradients(a, s, scaled, (1, 1), (1,) * 4, (1, 1), 1, 0, torch.float64)
+        expected = through * reference.surrogate_derivative(x.detach(), surrogate, encoding)
+        assert torch.allclose(x.grad.double(), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+        assert torch.allclose(bias.grad, g.sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
+        assert torch.equal(residual.grad, g)
+        if factor is scale:
+            _, weight = float_gradients(a, s, scaled, (1, 1), (1,) * 4, (1, 1), 1, 0, torch.float64)
+            assert torch.allclose(scale.grad.double(), (g * acc).sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
+        else:
+            _, weight = float_gradients(a, s, g, (1, 1), (1,) * 4, (1, 1), 1, 0, torch.float64)
+        assert torch.allclose(w.grad.double(), weight, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_reach_one_dimension_and_linear(rng):
+    x = torch.randn(3, 20, 9, generator=rng).requires_grad_()
+    w, v = torch.randn(4, 20, 3, generator=rng).requires_grad_(), torch.randn(6, 9, generator=rng).requires_grad_()
+    conv1d(x, w, padding=1).square().sum().backward()
+    a, s = reference.activation(x, "sign", 0.0).requires_grad_(), reference.sign(w).requires_grad_()
+    torch.nn.functional.conv1d(a, s, padding=1).square().sum().backward()
+    assert torch.allclose(x.grad.double(), a.grad * (x.detach().abs() <= 1), rtol=1e-5)
+    assert torch.allclose(w.grad.double(), s.grad, rtol=1e-5)
+    x.grad = None
+    linear(x, v).square().sum().backward()
+    a, s = reference.activation(x, "sign", 0.0).requires_grad_(), reference.sign(v).requires_grad_()
+    (a @ s.T).square().sum().backward()
+    assert torch.allclose(x.grad.double(), a.grad * (x.detach().abs() <= 1), rtol=1e-5)
+    assert torch.allclose(v.grad.double(), s.grad, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, rng):
+    x = torch.randn(2, 33, 6, 5, generator=rng).to(dtype).requires_grad_()
+    w = torch.randn(7, 33, 3, 3, generator=rng).to(dtype).requires_grad_()
+    out = conv2d(x, w)
+    assert out.dtype == dtype
+    out.sum().backward()
+    a, s = reference.activation(x, "sign", 0.0).requires_grad_(), reference.sign(w).requires_grad_()
+    torch.nn.functional.conv2d(a, s).sum().backward()
+    assert torch.equal(x.grad, (a.grad * (x.detach().double().abs() <= 1)).to(dtype))
+    assert torch.equal(w.grad, s.grad.to(dtype))
+
+
+def test_only_bits_are_saved(rng):
+    """An activation bit and a mask bit an element, and the weight's bits."""
+    x = torch.randn(4, 256, 14, 14, generator=rng).requires_grad_()
+    w = torch.randn(256, 256, 3, 3, generator=rng).requires_grad_()
+
+    def saved_bytes(function):
+        sizes = {}
+        def pack(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            function()
+        return sum(sizes.values())
+
+    ours = saved_bytes(lambda: conv2d(x, w, padding=1))
+    assert ours == (2 * x.numel() + w.numel()) // 8
+    emulated = saved_bytes(lambda: torch.nn.functional.conv2d(
+        torch.nn.functional.hardtanh(x).sign(), w.sign(), padding=1))
+    assert 10 * ours <= emulated
