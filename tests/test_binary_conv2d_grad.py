@@ -108,7 +108,8 @@ def test_straight_through(encoding, surrogate, rng):
         scaled = g.double() * factor.detach().double().view(-1, 1, 1)
         through, _ = float_gradients(a, s, scaled, (1, 1), (1,) * 4, (1, 1), 1, 0, torch.float64)
         expected = through * reference.surrogate_derivative(x.detach(), surrogate, encoding)
-        assert torch.allclose(x.grad.double(), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+        # swish_sign's derivative falls by up to 35 per unit of u = 2x - 1, which float32 rounds by 6e-8.
+        assert torch.allclose(x.grad.double(), expected, rtol=1e-5, atol=4e-6 * expected.abs().max().item())
         assert torch.allclose(bias.grad, g.sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
         assert torch.equal(residual.grad, g)
         if factor is scale:
