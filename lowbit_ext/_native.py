@@ -39,10 +39,15 @@ def scratch(size: int) -> int:
     """
     if size == 0:
         return 0
-    buffer = getattr(_scratch, "buffer", None)
-    if buffer is None or buffer.numel() < size:
-        buffer = _scratch.buffer = torch.empty(size, dtype=torch.uint8)
-    return buffer.data_ptr()
+    try:
+        held, address = _scratch.held, _scratch.address
+    except AttributeError:
+        held = address = 0
+    if held < size:
+        _scratch.buffer = torch.empty(size, dtype=torch.uint8)
+        _scratch.held, _scratch.address = size, _scratch.buffer.data_ptr()
+        address = _scratch.address
+    return address
 
 
 def available_isas() -> tuple[str, ...]:

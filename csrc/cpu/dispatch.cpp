@@ -122,7 +122,9 @@ bool select_isa(Isa level) {
   return true;
 }
 
-const KernelTable& kernels() { return kTables[static_cast<int>(active_isa())]; }
+const KernelTable& kernels(Isa level) { return kTables[static_cast<int>(level)]; }
+
+const KernelTable& kernels() { return kernels(active_isa()); }
 
 const char* isa_name(Isa level) {
   constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "amx"};

@@ -45,6 +45,7 @@ struct KernelTable {
 
 // The table of the active level: the best this machine runs until select_isa chooses another.
 const KernelTable& kernels();
+const KernelTable& kernels(Isa level);  // of any level up to the best
 
 Isa best_isa();  // by cpuid, XCR0 and, for amx, the kernel's permission
 Isa active_isa();

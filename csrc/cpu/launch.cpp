@@ -146,12 +146,10 @@ Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t
 }
 
 int64_t popcount_peak(Isa level, int64_t iterations) noexcept {
-  const Isa before = active_isa();
-  if (!select_isa(level)) return 0;
+  if (level < Isa::scalar || level > best_isa()) return 0;
   std::atomic<int64_t> operations{0};
   parallel_for(omp_get_max_threads(), 1,
-               [&](int64_t, int64_t, int) { operations += kernels().popcount_peak(iterations); });
-  select_isa(before);
+               [&](int64_t, int64_t, int) { operations += kernels(level).popcount_peak(iterations); });
   return operations;
 }
 

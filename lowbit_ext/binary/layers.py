@@ -1,8 +1,8 @@
 """Binary layers: torch.nn's layers with latent float weights, whose forward sees only signs.
 
 A layer binarizes its own input, multiplies bits by bits and saves two bits an activation for the backward pass. It
-keeps the arguments, parameter names and initialisation of the torch.nn layer it derives from, so that optimizers, state_dicts
-and initialisers carry over.
+keeps the arguments, parameter names and initialisation of the torch.nn layer it derives from, so that optimizers,
+state_dicts and initialisers carry over.
 """
 
 from __future__ import annotations

@@ -227,19 +227,23 @@ inline bool weight_suits_amx(const ConvShape& shape) {
 
 // ------------------------------------------------------------------------------------------------------------ weights
 
-// For each group and 16 filters, for each word and tap: 16 masks, one per row of the weight tile. A row holds 4 channels
-// of 16 filters, filter by filter.
+constexpr int64_t kMaskBytes = kTileRows * static_cast<int64_t>(sizeof(uint64_t));  // of a weight tile
+constexpr int64_t kStripMaskBytes = kMaxSteps * kStripFilters / kTileRows * kMaskBytes;
+
+// For each group and strip of 32 filters, for each word and tap, for each 16 filters (one tile if the group has no
+// more): 16 masks, the rows of the weight tile. A row holds 4 channels of 16 filters, filter by filter. This is the
+// order in which they are used.
 struct WeightLayout {
   int64_t avx512_bytes;  // the copy of the AVX-512 level comes first
-  int64_t strip_bytes;   // 16 filters
-  int64_t strips;        // of a convolution group
+  int64_t tile_bytes;    // 16 filters, all steps
+  int64_t group_bytes;
   int64_t bytes;
 
   explicit WeightLayout(const ConvShape& shape)
       : avx512_bytes(round_up(avx512::binary_conv2d_weight_bytes(shape), kLine)),
-        strip_bytes(words_per_group(shape) * taps(shape) * kTileRows * static_cast<int64_t>(sizeof(uint64_t))),
-        strips(ceil_div(filters_per_group(shape), kTileRows)),
-        bytes(avx512_bytes + (weight_suits_amx(shape) ? shape.groups * strips * strip_bytes : 0)) {}
+        tile_bytes(words_per_group(shape) * taps(shape) * kMaskBytes),
+        group_bytes(ceil_div(filters_per_group(shape), kTileRows) * tile_bytes),
+        bytes(avx512_bytes + (weight_suits_amx(shape) ? shape.groups * group_bytes : 0)) {}
 };
 
 // 1 KiB of int8 for each 16 masks.
@@ -270,10 +274,10 @@ struct StepList {
 inline void memory_barrier() { __asm__ volatile("" ::: "memory"); }
 
 // acc[pixel tile][filter tile] (+)= sum over the steps. Accumulators are tiles 0 to 3, activations 4 and 5, weights 6
-// and 7; the second filter tile has its weights `second` bytes on.
+// and 7.
 template <int kPixelTiles, int kFilterTiles>
-inline void multiply_tiles(const StepList& steps, const int8_t* const* pixels, const int8_t* weight, int64_t second,
-                           bool accumulate, uint8_t* acc) {
+inline void multiply_tiles(const StepList& steps, const int8_t* const* pixels, const int8_t* weight, bool accumulate,
+                           uint8_t* acc) {
   uint8_t* const lower = acc + kTileRows * kAccRow;
   if (accumulate) {
     _tile_loadd(0, acc, kAccRow);
@@ -299,7 +303,7 @@ inline void multiply_tiles(const StepList& steps, const int8_t* const* pixels, c
       _tile_dpbssd(2, 5, 6);
     }
     if constexpr (kFilterTiles > 1) {
-      _tile_loadd(7, step_weight + second, kLine);
+      _tile_loadd(7, step_weight + kTileBytes, kLine);
       _tile_dpbssd(1, 4, 7);
     }
     if constexpr (kPixelTiles > 1 && kFilterTiles > 1) _tile_dpbssd(3, 5, 7);
@@ -315,7 +319,7 @@ inline void multiply_tiles(const StepList& steps, const int8_t* const* pixels, c
 // The workspace of a thread.
 struct WorkspaceLayout {
   int64_t accumulators;  // int32 [tiles * 16][64]
-  int64_t weights;       // int8 [2][12][1024]
+  int64_t weights;       // int8 [12][2][1024]
   int64_t offsets;       // int64 [steps]: from a cell to its activations under a tap
   int64_t bytes;         // at 0: int8 [words][cells + 16][64], the band
 
@@ -387,15 +391,16 @@ class Worker {
     fill_band(group, block_.first_row(first_tile), block_.end_row(last_tile) + plan_.vertical.reach);
 
     for (int64_t i = 0; i < filters; i += kStripFilters) {
-      const bool two = filters - i > kTileRows;
-      const uint8_t* masks = weight_ + (group * layout_.strips + (filter + i) / kTileRows) * layout_.strip_bytes;
+      const int64_t filter_tiles = filters - i > kTileRows ? 2 : 1;
+      const uint8_t* masks = weight_ + group * layout_.group_bytes + (filter + i) / kTileRows * layout_.tile_bytes;
       const int64_t chunks = ceil_div(plan_.steps, kMaxSteps);
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t first = part_begin(plan_.steps, chunks, chunk);
         const int64_t count = part_begin(plan_.steps, chunks, chunk + 1) - first;
-        constexpr int64_t kMaskBytes = kTileRows * static_cast<int64_t>(sizeof(uint64_t));
-        expand_weight(masks + first * kMaskBytes, count, expanded_);
-        if (two) expand_weight(masks + layout_.strip_bytes + first * kMaskBytes, count, expanded_ + count * kTileBytes);
+        expand_weight(masks, count * filter_tiles, expanded_);
+        masks += count * filter_tiles * kMaskBytes;
+        // The next ones, from L3 if the layer is large, come while these are used.
+        for (int64_t j = 0; j < kStripMaskBytes; j += kLine) _mm_prefetch(masks + j, _MM_HINT_T1);
         memory_barrier();
         StepList steps;
         steps.count = 0;
@@ -403,9 +408,9 @@ class Worker {
         for (int64_t j = begin; j < end; ++j) {
           const int64_t tile = block_.group_begin(j), tiles = block_.group_begin(j + 1) - tile;
           const TapWindow window = needed_taps(tile, tiles);
-          if (!(window == listed)) list_steps(first, count, window, &steps);
+          if (!(window == listed)) list_steps(first, count, window, filter_tiles, &steps);
           listed = window;
-          multiply(steps, tile, tiles, two ? count * kTileBytes : 0, chunk > 0,
+          multiply(steps, tile, tiles, filter_tiles, chunk > 0,
                    acc_ + (tile - first_tile) * kTileRows * kAccRow + i * static_cast<int64_t>(sizeof(int32_t)));
         }
       }
@@ -445,14 +450,14 @@ class Worker {
   }
 
   // Of steps [first, first + count), those under the window's taps.
-  void list_steps(int64_t first, int64_t count, const TapWindow& window, StepList* list) const {
+  void list_steps(int64_t first, int64_t count, const TapWindow& window, int64_t filter_tiles, StepList* list) const {
     const int64_t width = plan_.shape.kernel_width, height = plan_.shape.kernel_height;
     int64_t x = first % width, y = first / width % height;
     list->count = 0;
     for (int64_t i = 0; i < count; ++i) {
       if (y >= window.top && y < window.bottom && x >= window.left && x < window.right) {
         list->activation[list->count] = offsets_[first + i];
-        list->weight[list->count] = i * kTileBytes;
+        list->weight[list->count] = i * filter_tiles * kTileBytes;
         ++list->count;
       }
       if (++x < width) continue;
@@ -461,16 +466,16 @@ class Worker {
     }
   }
 
-  void multiply(const StepList& steps, int64_t tile, int64_t tiles, int64_t second, bool accumulate,
+  void multiply(const StepList& steps, int64_t tile, int64_t tiles, int64_t filter_tiles, bool accumulate,
                 uint8_t* acc) const {
     const int8_t* const pixels[2] = {band_ + block_.first_cell(tile) * kLine,
                                      band_ + block_.first_cell(tile + tiles - 1) * kLine};
     if (tiles == 1) {
-      if (second == 0) return multiply_tiles<1, 1>(steps, pixels, expanded_, second, accumulate, acc);
-      return multiply_tiles<1, 2>(steps, pixels, expanded_, second, accumulate, acc);
+      if (filter_tiles == 1) return multiply_tiles<1, 1>(steps, pixels, expanded_, accumulate, acc);
+      return multiply_tiles<1, 2>(steps, pixels, expanded_, accumulate, acc);
     }
-    if (second == 0) return multiply_tiles<2, 1>(steps, pixels, expanded_, second, accumulate, acc);
-    return multiply_tiles<2, 2>(steps, pixels, expanded_, second, accumulate, acc);
+    if (filter_tiles == 1) return multiply_tiles<2, 1>(steps, pixels, expanded_, accumulate, acc);
+    return multiply_tiles<2, 2>(steps, pixels, expanded_, accumulate, acc);
   }
 
   // The epilogue of tiles [begin, end). Interleaved with the products it is no faster: the cost is the output's traffic.
@@ -591,18 +596,21 @@ void binary_conv2d_block_weight(const ConvShape& shape, const uint64_t* words, v
   const int64_t all_taps = taps(shape), words_per_tap = words_per_group(shape), filters = filters_per_group(shape);
   uint8_t* out = static_cast<uint8_t*>(blocked) + layout.avx512_bytes;
   for (int64_t group = 0; group < shape.groups; ++group) {
-    for (int64_t first = 0; first < filters; first += kTileRows) {
-      const int64_t count = min_of(kTileRows, filters - first);
+    for (int64_t strip = 0; strip < filters; strip += kStripFilters) {
+      const int64_t strip_end = min_of(strip + kStripFilters, filters);
       for (int64_t word = 0; word < words_per_tap; ++word) {
         for (int64_t tap = 0; tap < all_taps; ++tap) {
-          uint64_t masks[kTileRows] = {};
-          for (int64_t i = 0; i < count; ++i) {
-            const int64_t filter = group * filters + first + i;
-            const uint64_t bits = words[(filter * all_taps + tap) * words_per_tap + word];
-            for (int64_t row = 0; row < kTileRows; ++row) masks[row] |= ((bits >> (4 * row)) & 15) << (4 * i);
+          for (int64_t first = strip; first < strip_end; first += kTileRows) {
+            const int64_t count = min_of(kTileRows, strip_end - first);
+            uint64_t masks[kTileRows] = {};
+            for (int64_t i = 0; i < count; ++i) {
+              const int64_t filter = group * filters + first + i;
+              const uint64_t bits = words[(filter * all_taps + tap) * words_per_tap + word];
+              for (int64_t row = 0; row < kTileRows; ++row) masks[row] |= ((bits >> (4 * row)) & 15) << (4 * i);
+            }
+            memcpy(out, masks, sizeof masks);
+            out += sizeof masks;
           }
-          memcpy(out, masks, sizeof masks);
-          out += sizeof masks;
         }
       }
     }

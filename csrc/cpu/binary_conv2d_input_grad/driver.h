@@ -194,7 +194,7 @@ class InputGrad {
       for (int64_t row_tile = 0; row_tile < row_tiles; ++row_tile) {
         const int64_t begin = columns * row_tile / row_tiles;
         const int rows = static_cast<int>(columns * (row_tile + 1) / row_tiles - begin);
-        alignas(64) float sums[kTileFloats<Vector>];
+        alignas(64) float sums[kTileFloats<Vector>] = {};
         accumulate<Vector>(rows, vectors, runs_, run_count, begin * Vector::kTableFloats,
                            table_columns_ * Vector::kTableFloats, sums);
         for (int r = 0; r < rows; ++r) {

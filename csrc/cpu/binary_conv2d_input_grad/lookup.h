@@ -68,11 +68,14 @@ void accumulate_fixed(const Run* runs, int64_t run_count, int64_t offset, int64_
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v)
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) Vector::store(tile + r * kTileChannels<Vector> + v * Vector::kLanes, sums[v][r]);
+    for (int r = 0; r < kRows; ++r) {
+      float* to = tile + r * kTileChannels<Vector> + v * Vector::kLanes;
+      Vector::store(to, Vector::add(Vector::load(to), sums[v][r]));
+    }
 }
 
-// tile[r, channel] = sum over all steps of all runs, `rows` <= kTileRows, `vectors` <= kTileVectors. `offset` moves the
-// tables of every run, `stride` lies between the tables of two steps, both in floats.
+// tile[r, channel] += sum over all steps of all runs, `rows` <= kTileRows, `vectors` <= kTileVectors. `offset` moves
+// the tables of every run, `stride` lies between the tables of two steps, both in floats.
 template <class Vector, int kRows = Vector::kTileRows, int kVectors = Vector::kTileVectors>
 void accumulate(int rows, int vectors, const Run* runs, int64_t run_count, int64_t offset, int64_t stride,
                 float* tile) {

@@ -35,10 +35,7 @@ struct Avx512Lookup {
                           _mm512_maskz_mov_ps(static_cast<__mmask16>(keep), value));
   }
 
-  static void add_to(float* to, Floats value, int64_t count) {
-    const __mmask16 lanes = static_cast<__mmask16>(low_mask(count));
-    _mm512_mask_storeu_ps(to, lanes, _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), value));
-  }
+  static void prefetch(const float* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1); }
 
   static void make_table(const float (&terms)[kTerms], float* table) {
     const __m512 high = _mm512_set1_ps(1.0f);

@@ -10,6 +10,8 @@
 // for which the same taps fall inside, and a tap skips the steps for which it falls outside.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/binary_conv2d_input_grad/lookup.h"
 #include "cpu/binary_conv2d_weight_grad/binary_conv2d_weight_grad.h"
 
@@ -45,6 +47,8 @@ class WeightGrad {
     indices_ = cursor.take<int32_t>(taps(shape_) * block_tiles * kPanelInts);
     pixels_ = cursor.take<Pixel>(kChunkSteps * Vector::kTerms);
     runs_ = cursor.take<Run>(taps(shape_) * block_tiles * kChunkSteps);
+    sums_ = cursor.take<float>(ceil_div(kBlockFilters, Vector::kTileRows) * taps(shape_) * block_tiles *
+                               kTileFloats<Vector>);
     run_counts_ = cursor.take<int64_t>(taps(shape_) * block_tiles);
     workspace_bytes_ = cursor.bytes();
   }
@@ -95,8 +99,12 @@ class WeightGrad {
     return rest < kTileChannels<Vector> ? rest : kTileChannels<Vector>;
   }
 
+  // Of the group, by number of the tile in the block.
+  int64_t first_filter(int64_t filter_tile) const { return filter_tiles_.begin(first_filter_tile_ + filter_tile); }
+  int64_t tile_filters(int64_t filter_tile) const { return first_filter(filter_tile + 1) - first_filter(filter_tile); }
+
   void sum_block() {
-    for (int64_t item = begin_item_; item < end_item_; ++item) clear_tile(item / panels_, item % panels_);
+    for (int64_t item = begin_item_; item < end_item_; ++item) clear_tile(item);
     pixel_count_ = 0;
     const int64_t out_height = shape_.out_height;
     for (int64_t begin_row = 0, end_row = 0; begin_row < out_height; begin_row = end_row) {
@@ -110,6 +118,7 @@ class WeightGrad {
       }
     }
     if (pixel_count_ > 0) add_chunk();
+    for (int64_t item = begin_item_; item < end_item_; ++item) write_tile(item);
   }
 
   // End of the run of output rows (or columns) from `begin` on that may share a step.
@@ -142,6 +151,8 @@ class WeightGrad {
   }
 
   void add_pixel(const Pixel& pixel) {
+    if (pixel.grad_output != nullptr)
+      for (int64_t f = 0; f < kBlockFilters; f += 16) Vector::prefetch(pixel.grad_output + first_filter(0) + f);
     pixels_[pixel_count_++] = pixel;
     if (pixel_count_ == kChunkSteps * Vector::kTerms) {
       add_chunk();
@@ -159,7 +170,7 @@ class WeightGrad {
         filter_tile = item / panels_;
         make_tables(filter_tile, steps);
       }
-      add_tile(filter_tile, item % panels_);
+      add_tile(item);
     }
   }
 
@@ -205,13 +216,12 @@ class WeightGrad {
 
   // Tables [steps, filters of the tile] of the chunk, kTileRows apart.
   void make_tables(int64_t filter_tile, int64_t steps) {
-    const int64_t first_filter = filter_tiles_.begin(first_filter_tile_ + filter_tile);
-    const int64_t filters = filter_tiles_.begin(first_filter_tile_ + filter_tile + 1) - first_filter;
+    const int64_t filters = tile_filters(filter_tile);
     for (int64_t step = 0; step < steps; ++step) {
       const float* grads[Vector::kTerms];
       for (int term = 0; term < Vector::kTerms; ++term) {
         const float* grad = pixels_[step * Vector::kTerms + term].grad_output;
-        grads[term] = grad == nullptr ? kNoGradients : grad + first_filter;
+        grads[term] = grad == nullptr ? kNoGradients : grad + first_filter(filter_tile);
       }
       float* tables = tables_ + step * kStepFloats;
       for (int64_t filter = 0; filter < filters; ++filter) {
@@ -222,38 +232,31 @@ class WeightGrad {
     }
   }
 
-  // Calls body(row of grad_weight, number of the filter in the tile) for every filter of a tile.
-  template <class Body>
-  void for_each_filter(int64_t filter_tile, int64_t panel, const Body& body) const {
-    const int64_t first_filter = filter_tiles_.begin(first_filter_tile_ + filter_tile);
-    const int64_t end_filter = filter_tiles_.begin(first_filter_tile_ + filter_tile + 1);
-    const int64_t tap = panel / block_channel_tiles();
-    for (int64_t filter = first_filter; filter < end_filter; ++filter) {
-      const int64_t row = (group_ * filters_per_group(shape_) + filter) * taps(shape_) + tap;
-      body(args_.grad_weight + row * channels_per_group(shape_) + first_channel(panel), filter - first_filter);
-    }
-  }
-
-  void clear_tile(int64_t filter_tile, int64_t panel) {
-    const int64_t channels = panel_channels(panel);
-    for_each_filter(filter_tile, panel, [&](float* row, int64_t) {
-      for (int64_t channel = 0; channel < channels; ++channel) row[channel] = 0.0f;
-    });
-  }
-
-  void add_tile(int64_t filter_tile, int64_t panel) {
+  void add_tile(int64_t item) {
+    const int64_t panel = item % panels_;
     if (run_counts_[panel] == 0) return;
-    const int64_t first_filter = filter_tiles_.begin(first_filter_tile_ + filter_tile);
-    const int rows = static_cast<int>(filter_tiles_.begin(first_filter_tile_ + filter_tile + 1) - first_filter);
-    const int64_t channels = panel_channels(panel);
-    alignas(64) float sums[kTileFloats<Vector>];
-    accumulate<Vector>(rows, tile_vectors<Vector>(channels), runs_ + panel * kChunkSteps, run_counts_[panel], 0,
-                       kStepFloats, sums);
-    for_each_filter(filter_tile, panel, [&](float* row, int64_t r) {
-      for (int64_t lane = 0; lane < channels; lane += Vector::kLanes) {
-        Vector::add_to(row + lane, Vector::load(sums + r * kTileChannels<Vector> + lane), channels - lane);
-      }
-    });
+    accumulate<Vector>(static_cast<int>(tile_filters(item / panels_)), tile_vectors<Vector>(panel_channels(panel)),
+                       runs_ + panel * kChunkSteps, run_counts_[panel], 0, kStepFloats, item_sums(item));
+  }
+
+  float* item_sums(int64_t item) const { return sums_ + item * kTileFloats<Vector>; }
+
+  void clear_tile(int64_t item) {
+    float* sums = item_sums(item);
+    for (int i = 0; i < kTileFloats<Vector>; ++i) sums[i] = 0.0f;
+  }
+
+  void write_tile(int64_t item) {
+    const int64_t panel = item % panels_;
+    const int64_t filter = group_ * filters_per_group(shape_) + first_filter(item / panels_);
+    const int64_t channels = channels_per_group(shape_);
+    float* grad_weight =
+        args_.grad_weight + (filter * taps(shape_) + panel / block_channel_tiles()) * channels + first_channel(panel);
+    const float* sums = item_sums(item);
+    for (int64_t row = 0; row < tile_filters(item / panels_); ++row) {
+      memcpy(grad_weight + row * taps(shape_) * channels, sums + row * kTileChannels<Vector>,
+             static_cast<size_t>(panel_channels(panel)) * sizeof(float));
+    }
   }
 
   const BinaryConv2dWeightGradArgs& args_;
@@ -268,6 +271,7 @@ class WeightGrad {
   Pixel* pixels_;        // [kChunkSteps, kTerms]
   Run* runs_;            // [panels, kChunkSteps]
   int64_t* run_counts_;  // [panels]
+  float* sums_;          // [items of the block, kTileRows, kTileChannels]
 
   // The block, and the part [begin_item_, end_item_) of its items that is to be computed.
   int64_t group_ = 0, first_filter_tile_ = 0, first_channel_tile_ = 0, panels_ = 0;
