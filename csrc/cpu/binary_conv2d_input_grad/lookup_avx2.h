@@ -45,8 +45,6 @@ struct Avx2Lookup {
     _mm256_maskstore_ps(to, first_lanes(count), _mm256_and_ps(value, _mm256_castsi256_ps(kept)));
   }
 
-  static void prefetch(const float* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1); }
-
   static void make_table(const float (&terms)[kTerms], float* table) {
     const __m256 first = _mm256_set1_ps(terms[0]);
     const __m256 second = _mm256_set1_ps(terms[1]);

@@ -35,8 +35,6 @@ struct Avx512Lookup {
                           _mm512_maskz_mov_ps(static_cast<__mmask16>(keep), value));
   }
 
-  static void prefetch(const float* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1); }
-
   static void make_table(const float (&terms)[kTerms], float* table) {
     const __m512 high = _mm512_set1_ps(1.0f);
     const __m512 low = _mm512_set1_ps(kEncoding == Encoding::sign ? -1.0f : 0.0f);

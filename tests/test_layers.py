@@ -1,0 +1,369 @@
+"""Binary layers against their float emulation, and what training code does with modules."""
+
+import copy
+import pickle
+import socket
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lowbit_ext.binary import BinaryActivation, BinaryConv1d, BinaryConv2d, BinaryLinear, binarize
+from lowbit_ext.binary.surrogates import SURROGATES
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(20260101)
+
+
+# --- float emulation, from the definitions ----------------------------------------------------------------------------
+
+
+def surrogate_derivative(x, surrogate, encoding):
+    """Derivatives as their sources write them, in float64."""
+    u = x if encoding == "sign" else 2 * x - 1
+    if surrogate == "identity":
+        return torch.ones_like(x)
+    if surrogate == "clipped":
+        return ((u >= -1) & (u <= 1) if encoding == "sign" else (x > 0) & (x < 1)).double()
+    if surrogate == "swish_sign":
+        z = 5 * u
+        return 5 * (2 - z * torch.tanh(z / 2)) / (1 + torch.cosh(z))
+    return (2 - 2 * u.abs()).clamp_min(0)
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, surrogate, encoding):
+        ctx.derivative = surrogate_derivative(x, surrogate, encoding)
+        if encoding == "sign":
+            return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+        return (x >= 0.5).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.derivative, None, None
+
+
+def emulate(layer, x):
+    """The layer in float64, from torch's own operators: output, and gradients by autograd."""
+    weight = layer.weight.double()
+    signs = torch.where(weight >= 0, 1.0, -1.0).double()
+    scale = {
+        None: torch.ones(()),
+        "layer": weight.detach().abs().mean(),
+        "channel": weight.detach().abs().flatten(1).mean(1).reshape(-1, *(1,) * (weight.dim() - 1)),
+    }[layer.weight_scale]
+    # Straight through: the quantised weight's value with the latent weight's gradient.
+    quantised = weight + (signs * scale - weight).detach()
+    bits = StraightThrough.apply(x.double(), layer.surrogate, layer.encoding)
+    bias = None if layer.bias is None else layer.bias.double()
+    if isinstance(layer, BinaryLinear):
+        return F.linear(bits, quantised, bias)
+    conv, padding = (F.conv2d, layer.padding) if weight.dim() == 4 else (F.conv1d, layer.padding)
+    if not isinstance(padding, str):
+        bits = F.pad(bits, [side for pad in reversed(padding) for side in (pad, pad)], value=layer.padding_value)
+        padding = 0
+    return conv(bits, quantised, bias, layer.stride, padding, layer.dilation, layer.groups)
+
+
+def gradients(output, x, layer, grad):
+    parameters = [x, layer.weight] + ([] if layer.bias is None else [layer.bias])
+    return torch.autograd.grad(output, parameters, grad.to(output.dtype))
+
+
+def assert_equals_emulation(layer, shape):
+    x = torch.randn(shape) * 0.8 + (0.5 if layer.encoding == "step" else 0)
+    x.requires_grad_()
+    output, expected = layer(x), emulate(layer, x)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(output)
+    for got, want in zip(gradients(output, x, layer, grad), gradients(expected, x, layer, grad), strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("encoding", ["sign", "step"])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("weight_scale", ["channel", "layer", None])
+def test_options_equal_emulation(encoding, surrogate, weight_scale):
+    options = {"encoding": encoding, "surrogate": surrogate, "weight_scale": weight_scale}
+    assert_equals_emulation(BinaryConv2d(45, 33, 3, padding=1, **options), (2, 45, 7, 6))
+    assert_equals_emulation(BinaryLinear(70, 33, **options), (5, 70))
+
+
+@pytest.mark.parametrize(
+    ("layer", "arguments", "options", "shape"),
+    [
+        (BinaryConv2d, (64, 64, 3), {"stride": 2, "padding": 1, "bias": False}, (2, 64, 9, 8)),
+        (BinaryConv2d, (90, 60, (3, 2)), {"stride": (1, 2), "padding": (2, 1), "dilation": (2, 1)}, (2, 90, 8, 9)),
+        (BinaryConv2d, (96, 36, 3), {"groups": 3, "padding": "same", "dilation": 2}, (2, 96, 7, 7)),
+        (BinaryConv2d, (48, 48, 3), {"groups": 48, "padding": 1}, (2, 48, 5, 5)),
+        (BinaryConv2d, (64, 32, 3), {"padding": 1, "padding_value": -1}, (2, 64, 6, 6)),
+        (BinaryConv2d, (33, 32, 3), {"padding": 1, "padding_value": 1, "encoding": "step"}, (2, 33, 6, 6)),
+        (BinaryConv1d, (45, 70, 5), {"stride": 2, "padding": 3, "dilation": 2}, (3, 45, 30)),
+        (BinaryConv1d, (64, 64, 4), {"groups": 2, "padding": "same", "padding_value": 0}, (3, 64, 13)),
+        (BinaryLinear, (129, 65), {"bias": False}, (3, 4, 129)),
+        (BinaryLinear, (64, 10), {}, (64,)),
+    ],
+)
+def test_geometry_equals_emulation(layer, arguments, options, shape):
+    assert_equals_emulation(layer(*arguments, **options), shape)
+
+
+@pytest.mark.parametrize("encoding", ["sign", "step"])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activation_equals_emulation(encoding, surrogate, dtype):
+    x = (torch.randn(3, 45, 5, 4) + (0.5 if encoding == "step" else 0)).to(dtype)
+    x[0, 0, 0] = torch.tensor([0.0, 0.5, 1.0, -1.0])
+    x.requires_grad_()
+    output = BinaryActivation(encoding, surrogate)(x)
+    wide = x.double()
+    expected = StraightThrough.apply(wide, surrogate, encoding)
+    assert output.dtype == dtype
+    assert torch.equal(output.double(), expected)
+    (got,) = torch.autograd.grad(output.sum(), x)
+    want = surrogate_derivative(wide.detach(), surrogate, encoding)
+    torch.testing.assert_close(got.double(), want, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+
+
+def test_packed_input_equals_float_input():
+    x = torch.randn(2, 70, 5, 5)
+    for layer in (BinaryConv2d(70, 20, 3, padding=1), BinaryConv2d(70, 20, 3, bias=False, weight_scale=None)):
+        with torch.no_grad():
+            assert torch.equal(layer(binarize(x)), layer(x))
+    layer = BinaryLinear(70, 9)
+    with torch.no_grad():
+        assert torch.equal(layer(binarize(x[:, :, 0, 0])), layer(x[:, :, 0, 0]))
+
+
+def test_memory_formats_give_the_same_bits():
+    layer = BinaryConv2d(45, 30, 3, padding=1)
+    x = torch.randn(2, 45, 6, 7)
+    with torch.no_grad():
+        expected = layer(x)
+        assert expected.is_contiguous(memory_format=torch.channels_last)
+        for other in (x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+            assert torch.equal(layer(other), expected)
+        assert torch.equal(copy.deepcopy(layer).to(memory_format=torch.channels_last)(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "out"),
+    [
+        (BinaryConv2d(8, 4, 3, padding=1), (0, 8, 5, 5), (0, 4, 5, 5)),
+        (BinaryConv1d(8, 4, 3), (0, 8, 5), (0, 4, 3)),
+        (BinaryLinear(8, 4), (0, 8), (0, 4)),
+        (BinaryActivation(), (0, 8, 3), (0, 8, 3)),
+    ],
+)
+def test_empty_batch(layer, shape, out):
+    x = torch.zeros(shape, requires_grad=True)
+    output = layer(x)
+    output.sum().backward()
+    assert output.shape == out
+    assert x.grad.shape == shape
+    assert all(parameter.grad.abs().sum() == 0 for parameter in layer.parameters())
+
+
+# --- as modules -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "arguments"),
+    [
+        (BinaryConv2d, nn.Conv2d, (6, 4, 3, 2, 1, 1, 2)),
+        (BinaryConv1d, nn.Conv1d, (6, 4, 3, 2, 1)),
+        (BinaryLinear, nn.Linear, (6, 4)),
+    ],
+)
+def test_stands_in_for_the_torch_layer(ours, theirs, arguments):
+    torch.manual_seed(0)
+    layer = ours(*arguments)
+    torch.manual_seed(0)
+    original = theirs(*arguments)
+    assert isinstance(layer, theirs)
+    assert layer.load_state_dict(original.state_dict()).missing_keys == []
+    for (name, parameter), (other_name, other) in zip(
+        layer.named_parameters(), original.named_parameters(), strict=True
+    ):
+        assert name == other_name
+        assert torch.equal(parameter, other)
+    assert layer.extra_repr().startswith(original.extra_repr())
+    assert "encoding='sign'" in repr(layer)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: BinaryConv2d(4, 4, 3, encoding="binary"), "encoding must be one of 'sign', 'step', got 'binary'"),
+        (lambda: BinaryConv2d(4, 4, 3, surrogate="relu"), "surrogate must be one of 'clipped'"),
+        (lambda: BinaryLinear(4, 4, weight_scale="filter"), "weight_scale must be one of 'channel', 'layer', None"),
+        (lambda: BinaryConv2d(4, 4, 3, padding_value=2), "padding_value must be one of 0, 1, -1, got 2"),
+        (lambda: BinaryConv1d(4, 4, 3, encoding="step", padding_value=-1), "padding_value must be one of 0, 1, got -1"),
+        (lambda: BinaryConv2d(4, 4, 3, padding_mode="reflect"), "padding_mode must be 'zeros', got 'reflect'"),
+        (lambda: BinaryActivation("ternary"), "BinaryActivation: encoding"),
+        (lambda: BinaryLinear(4, 4)(binarize(torch.zeros(1, 4), "step")), "encoding 'step', the layer 'sign'"),
+        (lambda: BinaryLinear(4, 4)(torch.zeros(1, 5)), "4 input features"),
+    ],
+)
+def test_errors_name_the_argument(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def small_network():
+    return nn.Sequential(
+        nn.Conv2d(3, 45, 3, padding=1),
+        nn.BatchNorm2d(45),
+        BinaryConv2d(45, 64, 3, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        BinaryActivation("step"),
+        BinaryConv2d(64, 32, 3, encoding="step", surrogate="identity", weight_scale="layer"),
+        nn.Flatten(),
+        BinaryLinear(32 * 9, 10),
+    )
+
+
+def train_step(model, x):
+    model.zero_grad()
+    loss = model(x).square().mean()
+    loss.backward()
+    return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_train_alike(clone):
+    model, x = small_network(), torch.randn(4, 3, 5, 5)
+    other = clone(model)
+    (loss, grads), (other_loss, other_grads) = train_step(model, x), train_step(other, x)
+    assert torch.equal(loss, other_loss)
+    assert all(map(torch.equal, grads, other_grads))
+
+
+def test_autocast():
+    layer, x = BinaryConv2d(45, 16, 3, padding=1), torch.randn(2, 45, 6, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+        packed = layer(binarize(x))
+        chained = BinaryLinear(16, 4)(output[:, :, 0, 0])
+    assert output.dtype == packed.dtype == chained.dtype == torch.bfloat16
+    assert torch.equal(output, layer(x).to(torch.bfloat16)), "the accumulator is exact, only the result is rounded"
+    output.float().sum().backward()
+    assert x.grad.dtype == layer.weight.grad.dtype == torch.float32
+
+
+def test_bfloat16_network():
+    layer, x = BinaryConv2d(45, 16, 3).bfloat16(), torch.randn(2, 45, 6, 6).bfloat16()
+    output = layer(x)
+    output.sum().backward()
+    assert output.dtype == layer.weight.grad.dtype == layer.bias.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(output.double(), emulate(layer, x), rtol=0.01, atol=0.01)
+
+
+def saved_bytes(function, *arguments):
+    """Bytes of distinct storages that autograd keeps for the backward pass, parameters left out."""
+    storages = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = function(*arguments)
+    assert output.requires_grad
+    return sum(storages.values())
+
+
+def test_saves_a_tenth_of_the_bytes():
+    layer = BinaryConv2d(256, 256, 3, padding=1)
+    x = torch.randn(4, 256, 14, 14, requires_grad=True)
+
+    def plain(x):
+        bits = x + (torch.where(x >= 0, 1.0, -1.0) - x.clamp(-1, 1)).detach() + x.clamp(-1, 1) - x
+        weight = layer.weight + (layer.weight.sign() - layer.weight).detach()
+        return F.conv2d(bits, weight, layer.bias, padding=1)
+
+    assert saved_bytes(layer, x) * 10 <= saved_bytes(plain, x)
+    # Two bits an activation (its sign and the mask), one a weight, and the scales.
+    assert saved_bytes(layer, x) == x.numel() // 4 + layer.weight.numel() // 8 + 256 * 4
+
+
+def test_compiles_without_graph_breaks():
+    model, x = small_network(), torch.randn(4, 3, 5, 5)
+    # The batch norm in front, recompiled, may round a value across the threshold: feed both the same pre-activations.
+    model = model[2:]
+    x = torch.randn(4, 45, 5, 5)
+    compiled = torch.compile(model, fullgraph=True)
+    (loss, grads), (compiled_loss, compiled_grads) = train_step(model, x), train_step(compiled, x)
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-4, atol=1e-5)
+    for got, want in zip(compiled_grads, grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+
+
+def test_exports():
+    model, x = small_network().eval(), torch.randn(4, 3, 5, 5)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        assert torch.equal(program.module()(x), model(x))
+
+
+class Noise(torch.utils.data.Dataset):
+    """Runs a binary layer in the worker process, forked while the parent's thread pool is alive."""
+
+    def __init__(self):
+        self.layer = BinaryConv2d(64, 64, 3, padding=1)
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        with torch.no_grad():
+            return self.layer(torch.randn(1, 64, 14, 14, generator=torch.Generator().manual_seed(index)))[0]
+
+
+def test_forked_data_loader():
+    dataset, before = Noise(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = torch.stack([dataset[index] for index in range(len(dataset))])
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=60
+        )
+        assert torch.equal(torch.cat(list(loader)), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def distributed_step(rank, port, model, batches, expected):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped(batches[rank]).square().mean().backward()
+        for parameter, want in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
+def test_distributed_data_parallel():
+    model = nn.Sequential(BinaryConv2d(45, 64, 3), BinaryActivation(), nn.Flatten(), BinaryLinear(64, 4))
+    batches = torch.randn(2, 5, 45, 3, 3)
+    expected = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    for batch in batches:
+        for total, grad in zip(expected, train_step(model, batch)[1], strict=True):
+            total += grad / 2
+    model.zero_grad()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    # Raises what a process raised.
+    torch.multiprocessing.spawn(distributed_step, (port, model, batches, expected), nprocs=2)
+    assert any(grad.abs().sum() > 0 for grad in expected)
