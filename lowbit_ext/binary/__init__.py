@@ -18,13 +18,15 @@ from lowbit_ext.binary.functional import (
     unpack,
 )
 from lowbit_ext.binary.layers import BinaryActivation, BinaryConv1d, BinaryConv2d, BinaryLinear
-from lowbit_ext.binary.pack import load, pack, save
+from lowbit_ext.binary.pack import pack
+from lowbit_ext.binary.packed_model import PackedModel, load, save
 
 __all__ = [
     "BinaryActivation",
     "BinaryConv1d",
     "BinaryConv2d",
     "BinaryLinear",
+    "PackedModel",
     "PackedWeight",
     "avg_pool2d",
     "binarize",

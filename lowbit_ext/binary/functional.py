@@ -190,7 +190,7 @@ def pack_weight(weight: Tensor, groups: int = 1) -> PackedWeight:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Geometry:
+class Geometry:
     """Geometry of one convolution call, as the operators take it."""
 
     kernel: tuple[int, int]
@@ -203,7 +203,7 @@ class _Geometry:
 @functools.lru_cache(maxsize=4096)
 def _cached_geometry(
     weight_shape: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair, groups: int
-) -> _Geometry:
+) -> Geometry:
     kernel = (weight_shape[2], weight_shape[3])
     stride, dilation = _pair(stride, "stride"), _pair(dilation, "dilation")
     if isinstance(padding, str):
@@ -221,12 +221,12 @@ def _cached_geometry(
     else:
         rows, columns = _pair(padding, "padding")
         sides = (rows, columns, rows, columns)
-    return _Geometry(kernel, stride, sides, dilation, groups)
+    return Geometry(kernel, stride, sides, dilation, groups)
 
 
-def _geometry(
+def geometry_of(
     weight_shape: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair, groups: int
-) -> _Geometry:
+) -> Geometry:
     """Checked and completed geometry of a call."""
     if torch.compiler.is_compiling():
         return _cached_geometry.__wrapped__(weight_shape, stride, padding, dilation, groups)
@@ -316,7 +316,7 @@ class _BinaryConv2d(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         channels: int,
-        geometry: _Geometry,
+        geometry: Geometry,
         encoding: str,
         surrogate: str,
         padding_value: int,
@@ -373,7 +373,7 @@ class _BinaryConv2d(torch.autograd.Function):
 
 def _run(
     words: Tensor, blocked: Tensor, filters: int, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    threshold: Tensor | None, flip: Tensor | None, channels: int, geometry: _Geometry, encoding: str,
+    threshold: Tensor | None, flip: Tensor | None, channels: int, geometry: Geometry, encoding: str,
     padding_value: int, out_dtype: torch.dtype,
 ) -> Tensor:
     return ops.binary_conv2d(
@@ -445,8 +445,9 @@ def conv2d(
         TypeError, ValueError: naming the argument, what came and what was expected.
 
     Gradient:
-        input: straight-through (`surrogate`); float weight: that of its sign; scale, bias, residual: exact. Packed
-        inputs, packed weights and packed results carry none.
+        input: straight-through (`surrogate`). Float weight: that of the effective weight scale * sign(weight), taken
+        as it is (BinaryDuo); with a scale that itself wants a gradient, that of sign(weight). Scale, bias, residual:
+        exact. Packed inputs, packed weights and packed results carry none.
     """
     if surrogate not in SURROGATES:
         raise ValueError(f"binary_conv2d: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
@@ -482,7 +483,7 @@ def conv2d(
         raise ValueError(
             f"binary_conv2d: groups must divide the {channels} input channels and the {filters} filters, got {groups}"
         )
-    geometry = _geometry(weight.shape, stride, padding, dilation, groups)
+    geometry = geometry_of(weight.shape, stride, padding, dilation, groups)
     if out_dtype is None:
         out_dtype = _default_dtype(input, scale is None and bias is None and residual is None)
 

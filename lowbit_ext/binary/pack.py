@@ -34,7 +34,7 @@ from lowbit_ext.binary.packed_model import (
 )
 from lowbit_ext.packed import unpack_op
 
-__all__ = ["PackedModel", "load", "pack", "save"]
+__all__ = ["pack"]
 
 # --- the model's graph ------------------------------------------------------------------------------------------------
 
@@ -507,12 +507,12 @@ class _Packer:
         if one_pixel:
             # The features behind a flatten are channels times pixels: a convolution whose kernel is the image.
             weight = weight.reshape(-1, words.channels, words.height, words.width)
-            geometry = functional._geometry(weight.shape, 1, 0, 1, 1)
+            geometry = functional.geometry_of(weight.shape, 1, 0, 1, 1)
         else:
             flat = weight.dim() == 3
             weight = weight.unsqueeze(2) if flat else weight
             padding = layer.padding
-            geometry = functional._geometry(
+            geometry = functional.geometry_of(
                 weight.shape,
                 (1, *layer.stride) if flat else layer.stride,
                 padding if isinstance(padding, str) or not flat else (0, *padding),

@@ -113,7 +113,7 @@ class PackedConv2d(PackedLayer):
     def __init__(
         self,
         weight: functional.PackedWeight,
-        geometry: functional._Geometry,
+        geometry: functional.Geometry,
         encoding: str,
         padding_value: int,
         *,

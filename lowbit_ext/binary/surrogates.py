@@ -34,8 +34,8 @@ def derivative(x: Tensor, surrogate: str, encoding: str) -> Tensor:
         return inside.to(x.dtype)
     u = x if encoding == "sign" else 2 * x - 1
     if surrogate == "swish_sign":
-        bu = _SWISH_BETA * u
+        bu = _SWISH_BETA * u.to(torch.float32)  # the products below cancel in half precision
         # (2 - bu tanh(bu/2)) / (1 + cosh(bu)), with 1 + cosh(z) = 2 cosh(z/2)^2 = 1 / (2 s(z) (1 - s(z))).
         logistic = torch.sigmoid(bu)
-        return _SWISH_BETA * (2 - bu * torch.tanh(bu / 2)) * 2 * logistic * (1 - logistic)
+        return (_SWISH_BETA * (2 - bu * torch.tanh(bu / 2)) * 2 * logistic * (1 - logistic)).to(x.dtype)
     return (2 - 2 * u.abs()).clamp_min(0)

@@ -1,5 +1,5 @@
 #include "cpu/binary_conv2d_input_grad/driver.h"
-#include "cpu/binary_conv2d_input_grad/lookup_avx512.h"
+#include "cpu/lookup/lookup_avx512.h"
 
 namespace lowbit::avx512 {
 namespace {

@@ -8,16 +8,16 @@
 #pragma once
 
 #include "cpu/binary_conv2d_input_grad/binary_conv2d_input_grad.h"
-#include "cpu/binary_conv2d_input_grad/lookup.h"
+#include "cpu/lookup/lookup.h"
 
 namespace lowbit {
 namespace {
 
-// Together half of the smallest common L2 (1 MiB, Zen 4); 2 MiB on Intel's servers.
+// Together 1 MiB: the L2 of Zen 4, half that of Intel's servers.
 constexpr int64_t kIndexPanelBytes = 640 << 10;
 constexpr int64_t kTableRingBytes = 384 << 10;
-constexpr int64_t kMostColumns =
-    56;  // output columns of a chunk: a multiple of kTileRows where W is 56 k, else of no matter
+constexpr int64_t kMostColumns = 56;           // output columns of a chunk: 8 full tiles at avx512
+constexpr int64_t kStepsPerPartialSum = 1024;  // longer sums are made of partial sums: rounding errors grow slower
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
@@ -72,7 +72,7 @@ class InputGrad {
     indices_ = cursor.take<int32_t>(block_tiles_ * panel_ints_);
     tables_ = cursor.take<float>(ring_rows_ * steps_ * table_columns_ * Vector::kTableFloats);
     terms_ = cursor.take<float>(steps_ * Vector::kTerms);
-    runs_ = cursor.take<Run>(taps(shape_));
+    runs_ = cursor.take<Run>(taps(shape_) * ceil_div(steps_, kStepsPerPartialSum));
     workspace_bytes_ = cursor.bytes();
   }
 
@@ -136,21 +136,21 @@ class InputGrad {
     end_table_row_ = 0;
   }
 
-  float* table_row(int64_t out_row) const {
-    return tables_ + out_row % ring_rows_ * steps_ * table_columns_ * Vector::kTableFloats;
-  }
+  int64_t step_floats() const { return table_columns_ * Vector::kTableFloats; }
+
+  float* table_row(int64_t out_row) const { return tables_ + out_row % ring_rows_ * steps_ * step_floats(); }
 
   // Tables of one output row, [steps, table columns]; zero where a column lies outside.
   void make_tables(int64_t out_row) {
     const int64_t filters = filters_per_group(shape_);
-    const int64_t step_floats = table_columns_ * Vector::kTableFloats;
+    const int64_t stride = step_floats();
     const float* scale = args_.scale == nullptr ? nullptr : args_.scale + group_ * filters * args_.scale_stride;
     for (int64_t filter = filters; filter < steps_ * Vector::kTerms; ++filter) terms_[filter] = 0.0f;
     float* tables = table_row(out_row);
     for (int64_t column = first_table_column_; column < end_table_column_; ++column, tables += Vector::kTableFloats) {
       if (column < 0 || column >= shape_.out_width) {
         const float none[Vector::kTerms] = {};
-        for (int64_t step = 0; step < steps_; ++step) Vector::make_table(none, tables + step * step_floats);
+        for (int64_t step = 0; step < steps_; ++step) Vector::make_table(none, tables + step * stride);
         continue;
       }
       const int64_t out_pixel = (image_ * shape_.out_height + out_row) * shape_.out_width + column;
@@ -161,7 +161,7 @@ class InputGrad {
       for (int64_t step = 0; step < steps_; ++step) {
         float terms[Vector::kTerms];
         for (int term = 0; term < Vector::kTerms; ++term) terms[term] = terms_[step * Vector::kTerms + term];
-        Vector::make_table(terms, tables + step * step_floats);
+        Vector::make_table(terms, tables + step * stride);
       }
     }
   }
@@ -183,20 +183,23 @@ class InputGrad {
   void write_phase(int64_t row, int64_t first_column) {
     const int64_t columns = ceil_div(end_column_ - first_column, shape_.stride_width);
     const int64_t row_tiles = ceil_div(columns, int64_t{Vector::kTileRows});
+    const int64_t runs_per_sum = clamp(kStepsPerPartialSum / (steps_ + 1), 1, kStepsPerPartialSum);
     const int32_t* tile_indices = indices_;
     for (int64_t tile = first_tile_; tile < end_tile_; ++tile) {
       const int64_t first_channel = tile * kTileChannels<Vector>;
       const int64_t channels = channels_per_group(shape_) - first_channel;
       const int vectors = tile_vectors<Vector>(channels);
-      const int64_t tap_ints = steps_ * vectors * Vector::kLanes;
-      const int64_t run_count = make_runs(row, first_column, columns, tile_indices, tap_ints);
-      tile_indices += taps(shape_) * tap_ints;
+      const int64_t step_ints = vectors * Vector::kLanes;
+      const int64_t run_count = make_runs(row, first_column, columns, tile_indices, step_ints);
+      tile_indices += taps(shape_) * steps_ * step_ints;
       for (int64_t row_tile = 0; row_tile < row_tiles; ++row_tile) {
         const int64_t begin = columns * row_tile / row_tiles;
         const int rows = static_cast<int>(columns * (row_tile + 1) / row_tiles - begin);
         alignas(64) float sums[kTileFloats<Vector>] = {};
-        accumulate<Vector>(rows, vectors, runs_, run_count, begin * Vector::kTableFloats,
-                           table_columns_ * Vector::kTableFloats, sums);
+        for (int64_t run = 0; run < run_count; run += runs_per_sum) {
+          accumulate<Vector>(rows, vectors, runs_ + run, clamp(run_count - run, 0, runs_per_sum),
+                             begin * Vector::kTableFloats, step_floats(), sums);
+        }
         for (int r = 0; r < rows; ++r) {
           const int64_t column = first_column + (begin + r) * shape_.stride_width;
           write_pixel((image_ * shape_.height + row) * shape_.width + column, first_channel, channels,
@@ -206,8 +209,8 @@ class InputGrad {
     }
   }
 
-  // The taps that reach the pixels first_column, first_column + stride, ... of the row.
-  int64_t make_runs(int64_t row, int64_t first_column, int64_t columns, const int32_t* indices, int64_t tap_ints) {
+  // Runs of the taps that reach the pixels first_column, first_column + stride, ... of the row.
+  int64_t make_runs(int64_t row, int64_t first_column, int64_t columns, const int32_t* indices, int64_t step_ints) {
     int64_t count = 0;
     for (int64_t ky = 0; ky < shape_.kernel_height; ++ky) {
       const int64_t reach_row = row + shape_.pad_top - ky * shape_.dilation_height;
@@ -219,8 +222,12 @@ class InputGrad {
         if (reach_column % shape_.stride_width != 0 || out_column + columns <= 0 || out_column >= shape_.out_width) {
           continue;
         }
-        runs_[count++] = {table_row(out_row) + (out_column - first_table_column_) * Vector::kTableFloats,
-                          indices + (ky * shape_.kernel_width + kx) * tap_ints, steps_};
+        const float* tables = table_row(out_row) + (out_column - first_table_column_) * Vector::kTableFloats;
+        const int32_t* tap_indices = indices + (ky * shape_.kernel_width + kx) * steps_ * step_ints;
+        for (int64_t step = 0; step < steps_; step += kStepsPerPartialSum) {
+          runs_[count++] = {tables + step * step_floats(), tap_indices + step * step_ints,
+                            clamp(steps_ - step, 0, kStepsPerPartialSum)};
+        }
       }
     }
     return count;

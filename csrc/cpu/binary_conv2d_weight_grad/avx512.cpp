@@ -1,4 +1,4 @@
-#include "cpu/binary_conv2d_input_grad/lookup_avx512.h"
+#include "cpu/lookup/lookup_avx512.h"
 #include "cpu/binary_conv2d_weight_grad/driver.h"
 
 namespace lowbit::avx512 {
