@@ -85,7 +85,7 @@ def binarize(
         common = float(threshold)
         if math.isnan(common):
             raise ValueError("binarize: threshold is NaN, which no value can be compared with")
-    words = ops.binarize(x.detach(), per_channel, flip, common, encoding)
+    words = ops.binarize(x, per_channel, flip, common, encoding)
     return PackedTensor(words, x.shape[1], encoding)
 
 

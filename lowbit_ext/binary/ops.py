@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ def _check_binarize(x: Tensor, threshold: Tensor | None, flip: Tensor | None, en
         raise ValueError(f"binarize: input must have shape (N, C, ...), got {tuple(x.shape)}")
     if encoding not in ENCODINGS:
         raise ValueError(f"binarize: encoding must be 'sign' or 'step', got {encoding!r}")
+    if threshold is None and flip is None:
+        return
     channels = x.shape[1]
     if threshold is not None and (threshold.dtype != torch.float32 or threshold.shape != (channels,)):
         raise ValueError(
@@ -53,25 +56,24 @@ def _binarize(
     x: Tensor, threshold: Tensor | None, flip: Tensor | None, common: float, encoding: str, with_mask: bool
 ) -> tuple[Tensor, Tensor | None]:
     _check_binarize(x, threshold, flip, encoding)
-    shape = x.shape
-    spatial = shape[2:].numel()
-    # (N, C, 1, ..) is the same memory either way; the channels-last kernel reads it in one run.
-    channels_last = spatial == 1 and x.is_contiguous()
-    if not channels_last and not x.is_contiguous():
+    batch, channels, *space = x.shape
+    channels_last = False
+    if not x.is_contiguous():
         channels_last = x.movedim(1, -1).is_contiguous()
         if not channels_last:
             x = x.contiguous()
-    words = torch.empty((shape[0], *shape[2:], words_for(shape[1])), dtype=torch.int64)
-    mask = torch.empty_like(words) if with_mask else None
+    size = (batch, *space, words_for(channels))
+    words = torch.empty(size, dtype=torch.int64)
+    mask = torch.empty(size, dtype=torch.int64) if with_mask else None
     threshold = None if threshold is None else threshold.contiguous()
     flip = None if flip is None else flip.contiguous()
     status = _native.cpu.binarize(
         x.data_ptr(),
         FLOAT_TYPES[x.dtype],
         channels_last,
-        shape[0],
-        shape[1],
-        spatial,
+        batch,
+        channels,
+        math.prod(space),
         _pointer(threshold),
         common,
         _pointer(flip),

@@ -29,8 +29,6 @@ from lowbit_ext.binary.packed_model import (
     PackedModel,
     PackedUnpack,
     Window,
-    load,
-    save,
 )
 from lowbit_ext.packed import unpack_op
 
