@@ -51,12 +51,12 @@ COLOURS = dict(zip(CONTENDERS, ("#7f8c9a", "#8fbbe0", "#1f5fa8"), strict=True))
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-def _stem(images: Tensor, width: int) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The first convolution and the pooling behind it; large images are reduced to a quarter."""
+def _stem(images: Tensor, width: int) -> nn.Conv2d:
+    """The first convolution; large images are halved."""
     channels = images.shape[1]
     if images.shape[-1] > 16:
-        return [nn.Conv2d(channels, width, 5, stride=2, padding=2, bias=False)], [nn.MaxPool2d(2)]
-    return [nn.Conv2d(channels, width, 3, padding=1, bias=False)], []
+        return nn.Conv2d(channels, width, 5, stride=2, padding=2, bias=False)
+    return nn.Conv2d(channels, width, 3, padding=1, bias=False)
 
 
 def _body(width: int) -> list[tuple[int, int, bool]]:
@@ -74,8 +74,7 @@ def _head(images: Tensor, features: list[nn.Module]) -> nn.Sequential:
 
 def binary_vgg(images: Tensor, width: int) -> nn.Sequential:
     """VGG for images like these: every convolution but the first on bits. Each binary layer binarizes its own input."""
-    stem, pooling = _stem(images, width)
-    layers = [*stem, *pooling, nn.BatchNorm2d(width)]
+    layers: list[nn.Module] = [_stem(images, width), nn.BatchNorm2d(width)]
     for before, after, pools in _body(width):
         layers.append(binary.BinaryConv2d(before, after, 3, padding=1, bias=False))
         # Pooling ahead of batch norm: it then picks among the accumulator's many values instead of among signs.
@@ -86,8 +85,7 @@ def binary_vgg(images: Tensor, width: int) -> nn.Sequential:
 
 def float_vgg(images: Tensor, width: int) -> nn.Sequential:
     """The same widths with float convolutions and ReLU, in the usual order, in which batch norm can be folded."""
-    stem, pooling = _stem(images, width)
-    layers = [*stem, nn.BatchNorm2d(width), nn.ReLU(), *pooling]
+    layers: list[nn.Module] = [_stem(images, width), nn.BatchNorm2d(width), nn.ReLU()]
     for before, after, pools in _body(width):
         layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         layers += [nn.MaxPool2d(2)] * pools
@@ -286,7 +284,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", choices=data.DATASETS, default="mnist5k", help="dataset")
     parser.add_argument("--root", type=Path, help="folder of the files of fashion or cifar10")
-    parser.add_argument("--epochs", type=positive, default=3, help="passes over the training set")
+    parser.add_argument("--epochs", type=positive, default=5, help="passes over the training set")
     parser.add_argument("--batch", type=positive, default=50, help="images in a training step")
     parser.add_argument("--width", type=positive, default=128,
                         help="channels of the first layer; the last has four times as many")  # fmt: skip
