@@ -24,8 +24,13 @@ _OUTPUT_KINDS = {torch.int32: 0, torch.float32: 1, torch.bfloat16: 2, torch.floa
 _BITS_BY_INTEGER, _BITS_BY_FLOAT = 4, 5
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _pointer(tensor: Tensor | None, name: str) -> int:
+    """Address of an argument that comes beside CPU tensors, 0 where it is absent. `name` is "op: argument"."""
+    if tensor is None:
+        return 0
+    if not tensor.is_cpu:
+        raise ValueError(f"{name} must be on the CPU like the input, got {tensor.device}")
+    return tensor.data_ptr()
 
 
 # --- binarize ---------------------------------------------------------------------------------------------------------
@@ -74,12 +79,12 @@ def _binarize(
         batch,
         channels,
         math.prod(space),
-        _pointer(threshold),
+        _pointer(threshold, "binarize: threshold"),
         common,
-        _pointer(flip),
+        _pointer(flip, "binarize: flip"),
         ENCODINGS[encoding],
         words.data_ptr(),
-        _pointer(mask),
+        0 if mask is None else mask.data_ptr(),
     )
     _native.check("binarize", status)
     return words, mask
@@ -358,9 +363,11 @@ def _binary_conv2d_cpu(
     code = ENCODINGS[encoding]
     size = _native.cpu.binary_conv2d_workspace_bytes(plan.shape, code, padding_value, kind, thresholds)
     status = _native.cpu.binary_conv2d(
-        plan.shape, code, padding_value, kind, input.data_ptr(), weight.data_ptr(), _pointer(scale),
-        0 if scale is None or scale.numel() == 1 else 1, _pointer(bias), _pointer(residual),
-        0 if residual is None else FLOAT_TYPES[residual.dtype], _pointer(threshold), _pointer(flip), thresholds,
+        plan.shape, code, padding_value, kind, input.data_ptr(), _pointer(weight, "binary_conv2d: weight"),
+        _pointer(scale, "binary_conv2d: scale"), 0 if scale is None or scale.numel() == 1 else 1,
+        _pointer(bias, "binary_conv2d: bias"), _pointer(residual, "binary_conv2d: residual"),
+        0 if residual is None else FLOAT_TYPES[residual.dtype], _pointer(threshold, "binary_conv2d: threshold"),
+        _pointer(flip, "binary_conv2d: flip"), thresholds,
         output.data_ptr(), _native.scratch(size), size,
     )
     _native.check("binary_conv2d", status)
@@ -430,8 +437,9 @@ def _input_grad_cpu(
     grad_input = torch.empty((batch, channels, height, width), memory_format=torch.channels_last)
     size = _native.cpu.binary_conv2d_input_grad_workspace_bytes(plan.shape)
     status = _native.cpu.binary_conv2d_input_grad(
-        plan.shape, grad_output.data_ptr(), weight.data_ptr(), _pointer(scale),
-        0 if scale is None or scale.numel() == 1 else 1, _pointer(mask), grad_input.data_ptr(), _native.scratch(size),
+        plan.shape, grad_output.data_ptr(), _pointer(weight, "binary_conv2d_input_grad: weight"),
+        _pointer(scale, "binary_conv2d_input_grad: scale"), 0 if scale is None or scale.numel() == 1 else 1,
+        _pointer(mask, "binary_conv2d_input_grad: mask"), grad_input.data_ptr(), _native.scratch(size),
         size,
     )
     _native.check("binary_conv2d_input_grad", status)
@@ -471,8 +479,8 @@ def _weight_grad_cpu(
     )
     size = _native.cpu.binary_conv2d_weight_grad_workspace_bytes(plan.shape)
     status = _native.cpu.binary_conv2d_weight_grad(
-        plan.shape, ENCODINGS[encoding], padding_value, grad_output.data_ptr(), input.data_ptr(),
-        grad_weight.data_ptr(), _native.scratch(size), size,
+        plan.shape, ENCODINGS[encoding], padding_value, grad_output.data_ptr(),
+        _pointer(input, "binary_conv2d_weight_grad: input"), grad_weight.data_ptr(), _native.scratch(size), size,
     )
     _native.check("binary_conv2d_weight_grad", status)
     return grad_weight
@@ -562,7 +570,9 @@ def _max_pool_cpu(
         stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1],
     )
     output = torch.empty((input.shape[0], height, width, input.shape[3]), dtype=torch.int64)
-    status = _native.cpu.binary_max_pool2d(shape, input.data_ptr(), _pointer(invert), output.data_ptr())
+    status = _native.cpu.binary_max_pool2d(
+        shape, input.data_ptr(), _pointer(invert, "binary_max_pool2d: invert"), output.data_ptr()
+    )
     _native.check("binary_max_pool2d", status)
     return output
 
