@@ -19,7 +19,7 @@ from lowbit_ext.packed import FLOAT_TYPES, words_for
 
 ENCODINGS = {"sign": 0, "step": 1}  # csrc/core/layout.h
 
-# What the convolution writes (csrc/cpu/binary_conv2d/binary_conv2d.h).
+# What the convolution writes (csrc/core/ops/binary_conv2d.h).
 _OUTPUT_KINDS = {torch.int32: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _BITS_BY_INTEGER, _BITS_BY_FLOAT = 4, 5
 
@@ -395,7 +395,7 @@ def _binary_conv2d_fake(
 
 
 # Words and a blocked weight -> (N, O, H', W') channels-last int32 or float, or, with thresholds, words (N, H', W', W).
-# padding is (top, left, bottom, right). Epilogue and exactness: csrc/cpu/binary_conv2d/binary_conv2d.h.
+# padding is (top, left, bottom, right). Epilogue and exactness: csrc/core/ops/binary_conv2d.h.
 binary_conv2d = _oplib.define(
     "binary_conv2d(Tensor input, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, Tensor? threshold, "
     f"Tensor? flip, int channels, {_GEOMETRY}, str encoding, int padding_value, ScalarType out_dtype) -> Tensor",

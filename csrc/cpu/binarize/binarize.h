@@ -1,47 +1,16 @@
-// words[n, s, c/64] bit c%64 = input[n, c, s] >= threshold[c], or <= where flip[c]; a NaN on either side gives 0.
-// Tail bits are 0. -0 equals +0 and subnormal numbers keep their value, whatever the caller's floating-point control
-// says. Optionally the clipped straight-through mask in the same layout: |x| <= 1 (sign) or 0 < x < 1 (step); NaN gives
-// 0.
+// Contract and arguments: core/ops/binarize.h.
 #pragma once
 
-#include "core/layout.h"
-#include "core/status.h"
+#include "core/ops/binarize.h"
 #include "cpu/isa.h"
 
 namespace lowbit {
-
-struct BinarizeArgs {
-  const void* input;  // channels_last ? [outer, spatial, channels] : [outer, channels, spatial], dense
-  FloatType input_type;
-  bool channels_last;
-  int64_t outer;
-  int64_t channels;
-  int64_t spatial;
-  const float* threshold;  // threshold_stride = 1: [channels]; 0: one value for all
-  int64_t threshold_stride;
-  const uint8_t* flip;  // [channels] of 0 or 1, or null
-  Encoding encoding;    // chooses the mask's interval only
-  uint64_t* words;      // [outer, spatial, words_for(channels)]
-  uint64_t* mask;       // same layout, or null
-};
 
 // Planar input is worked in blocks of this many neighbouring pixels; one block or one channels-last pixel is one item.
 constexpr int64_t kBinarizePixels = 64;
 
 static inline int64_t binarize_items(const BinarizeArgs& args) {
   return args.outer * (args.channels_last ? args.spatial : ceil_div(args.spatial, kBinarizePixels));
-}
-
-static inline constexpr int64_t float_bytes(FloatType type) { return type == FloatType::float32 ? 4 : 2; }
-
-// The mask's interval with its ends included: the open (0, 1) of step is [2^-149, 1 - 2^-24].
-struct MaskInterval {
-  float lowest, highest;
-};
-
-static inline MaskInterval mask_interval(Encoding encoding) {
-  if (encoding == Encoding::sign) return {-1.0f, 1.0f};
-  return {0x1p-149f, 0x1.fffffep-1f};
 }
 
 }  // namespace lowbit

@@ -1,22 +1,8 @@
-// out = OR over the window's taps that lie inside the image: the maximum for both encodings. Where a bit of `invert` is
-// set the channel is complemented before and after (AND, the minimum): the bit of a channel with negative batch-norm
-// scale falls as its accumulator grows, and pooling must follow the accumulator.
+// Contract and arguments: core/ops/binary_max_pool2d.h.
 #pragma once
 
-#include "core/pool_shape.h"
-#include "core/status.h"
+#include "core/ops/binary_max_pool2d.h"
 #include "cpu/isa.h"
-
-namespace lowbit {
-
-struct BinaryMaxPool2dArgs {
-  PoolShape shape;
-  const uint64_t* input;   // [batch, height, width, words_for(channels)]
-  const uint64_t* invert;  // [words_for(channels)], tail bits 0; or null
-  uint64_t* output;        // [batch, out_height, out_width, words_for(channels)]
-};
-
-}  // namespace lowbit
 
 // One item is one output row: batch * out_height of them.
 LOWBIT_DECLARE_FOR_EACH_ISA(void binary_max_pool2d(const BinaryMaxPool2dArgs& args, int64_t begin,

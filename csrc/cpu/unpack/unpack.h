@@ -1,24 +1,8 @@
-// output[p, c] = bit c of row p ? high : low. Rows are pixels of a packed tensor; the output is dense and
-// channels-last.
+// Contract and arguments: core/ops/unpack.h.
 #pragma once
 
-#include "core/layout.h"
-#include "core/status.h"
+#include "core/ops/unpack.h"
 #include "cpu/isa.h"
-
-namespace lowbit {
-
-struct UnpackArgs {
-  const uint64_t* words;  // [pixels, words_for(channels)]
-  int64_t pixels;
-  int64_t channels;
-  float low;
-  float high;
-  void* output;  // [pixels, channels]
-  FloatType output_type;
-};
-
-}  // namespace lowbit
 
 // One item is one pixel.
 LOWBIT_DECLARE_FOR_EACH_ISA(void unpack(const UnpackArgs& args, int64_t begin, int64_t end) noexcept)
