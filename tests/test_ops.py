@@ -23,6 +23,7 @@ def samples(layout):
     grad = torch.randn(2, 5, 6, 7, generator=rng)
     thresholds = torch.zeros(2, 5, dtype=torch.int32)
     conv = (70, *GEOMETRY, "sign", 0)
+    logits = torch.randn(70, 6, generator=rng).t() if layout == "permuted" else torch.randn(6, 70, generator=rng)
     return {
         "lowbit::binarize": [
             (x, None, None, 0.0, "sign"),
@@ -42,6 +43,14 @@ def samples(layout):
              [2, 70, 6, 7], *GEOMETRY),
         ],
         "lowbit::binary_conv2d_weight_grad": [(grad, words, *conv)],
+        "lowbit::antithetic_sample": [
+            (logits, None, 4, "dirichlet", "sample", torch.tensor(1), 0),
+            (logits, -logits.abs(), 9, "gaussian", "dimension", torch.tensor(1), 7),
+        ],
+        "lowbit::antithetic_gradient": [
+            (torch.ones(6, 70, dtype=torch.uint8), torch.randn(6, 4), logits, 70, "sample"),
+            (torch.ones(4, 6, 2, dtype=torch.int64), torch.randn(6, 4), None, 70, "dimension"),
+        ],
         "lowbit::binary_max_pool2d": [(words, None, 70, [2, 2], [2, 2], [0, 0], [1, 1], False)],
         "lowbit::binary_avg_pool2d": [(words, 70, [3, 3], [2, 2], [1, 1], True, True, 0, "sign")],
     }
