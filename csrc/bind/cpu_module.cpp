@@ -183,6 +183,24 @@ PYBIND11_MODULE(_cpu, m) {
       unlocked);
 
   m.def(
+      "quantized_activation",
+      [](uintptr_t input, int type, int64_t count, int levels, float low, float high, bool closed, uintptr_t output,
+         uintptr_t mask) {
+        return code(launch::quantized_activation({as<const void>(input), static_cast<FloatType>(type), count,
+                                                  static_cast<Levels>(levels), low, high, closed, as<void>(output),
+                                                  as<uint64_t>(mask)}));
+      },
+      unlocked);
+
+  m.def(
+      "masked_gradient",
+      [](uintptr_t gradient, int type, int64_t count, uintptr_t mask, uintptr_t output) {
+        return code(launch::masked_gradient({as<const void>(gradient), static_cast<FloatType>(type), count,
+                                             as<const uint64_t>(mask), as<void>(output)}));
+      },
+      unlocked);
+
+  m.def(
       "antithetic_sample",
       [](uintptr_t logits, uintptr_t quantile, int64_t rows, int64_t dimensions, int64_t samples, int coupling,
          int layout, uint64_t seed, uint64_t offset, uintptr_t bits, uintptr_t ratio) {

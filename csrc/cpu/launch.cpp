@@ -147,6 +147,20 @@ Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t
                             table.binary_conv2d_weight_grad);
 }
 
+Status quantized_activation(const QuantizedActivationArgs& args) noexcept {
+  if (!addressable(args.count)) return Status::bad_shape;
+  parallel_for(words_for(args.count), grain_for(kGrainBytes, 4 * kWordBits),
+               [&](int64_t begin, int64_t end, int) { kernels().quantized_activation(args, begin, end); });
+  return Status::ok;
+}
+
+Status masked_gradient(const MaskedGradientArgs& args) noexcept {
+  if (!addressable(args.count)) return Status::bad_shape;
+  parallel_for(words_for(args.count), grain_for(kGrainBytes, 4 * kWordBits),
+               [&](int64_t begin, int64_t end, int) { kernels().masked_gradient(args, begin, end); });
+  return Status::ok;
+}
+
 Status antithetic_sample(const AntitheticSampleArgs& args) noexcept {
   const bool pairs = args.coupling == Coupling::antithetic_pairs;
   const int64_t least = args.coupling == Coupling::independent ? 1 : 2;

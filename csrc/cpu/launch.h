@@ -23,6 +23,9 @@ Status binary_conv2d_input_grad(const BinaryConv2dInputGradArgs& args, int64_t w
 int64_t binary_conv2d_weight_grad_workspace_bytes(const BinaryConv2dWeightGradArgs& args) noexcept;
 Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t workspace_bytes) noexcept;
 
+Status quantized_activation(const QuantizedActivationArgs& args) noexcept;
+Status masked_gradient(const MaskedGradientArgs& args) noexcept;
+
 Status antithetic_sample(const AntitheticSampleArgs& args) noexcept;
 Status antithetic_gradient(const AntitheticGradientArgs& args) noexcept;
 

@@ -176,6 +176,7 @@ void test_half(Random& random, int cases);
 void test_launch(Random& random, int cases);
 void test_philox(Random& random, int cases);
 void test_popcount_peak(Random& random, int cases);
+void test_quantized_activation(Random& random, int cases);
 void test_unpack(Random& random, int cases);
 
 }  // namespace lowbit::test
