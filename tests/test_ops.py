@@ -30,6 +30,9 @@ def samples(layout):
             (x, torch.zeros(70), torch.zeros(70, dtype=torch.bool), 0.0, "step"),
         ],
         "lowbit::binarize_with_mask": [(x, 0.0, "sign"), (x, 0.5, "step")],
+        "lowbit::quantized_activation": [(x, "sign"), (x, "step"), (x, "ternary")],
+        "lowbit::quantized_activation_with_mask": [(x, "ternary", 0.0, 1.0, False), (x, "sign", -1.0, 1.0, True)],
+        "lowbit::masked_gradient": [(x, torch.zeros((x.numel() + 63) // 64, dtype=torch.int64))],
         "lowbit::unpack": [(words, 70, -1.0, 1.0, torch.float32), (words, 70, 0.0, 1.0, torch.bfloat16)],
         "lowbit::binary_conv2d_block_weight": [(weight.words, 70, 1)],
         "lowbit::binary_conv2d": [
@@ -96,7 +99,7 @@ def test_compiled_with_packed_arguments():
     assert torch.equal(result.words, conv2d(x, weight, threshold=1.0).words)
 
 
-@pytest.mark.parametrize("surrogate", ["clipped", "approx_sign"])
+@pytest.mark.parametrize("surrogate", ["clip", "approx_sign"])
 def test_compiled_backward(surrogate):
     def loss(x, w, b):
         return conv2d(x, w, bias=b, padding=1, surrogate=surrogate).square().mean()
