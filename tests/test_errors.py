@@ -90,7 +90,8 @@ WRONG_CALLS = [
     at("conv2d encoding", lambda: conv2d(X, W, encoding="relu"), ValueError,
        "binary_conv2d: encoding must be 'sign' or 'step', got 'relu'"),
     at("conv2d surrogate", lambda: conv2d(X, W, surrogate="tanh"), ValueError,
-       "binary_conv2d: surrogate must be one of clip, steep, identity, approx_sign, polynomial, swish_sign, got 'tanh'"),
+       "binary_conv2d: surrogate must be one of clip, steep, identity, approx_sign, polynomial, swish_sign, "
+       "got 'tanh'"),
     at("conv2d stride zero", lambda: conv2d(X, W, stride=0), ValueError,
        "binary_conv2d: kernel, stride and dilation must be at least 1 and padding at least 0, got kernel=[3, 3], "
        "stride=[0, 0], dilation=[1, 1], padding=[0, 0, 0, 0]"),
