@@ -216,7 +216,7 @@ class _Model:
         """Encoding of a value that a binary activation produced, through pooling and reshapes, or None."""
         while True:
             module = self.module(node)
-            if type(module) is layers.BinaryActivation:
+            if isinstance(module, layers.BinaryActivation):
                 return module.encoding
             if not (self.is_transparent(node) or self.is_flatten(node) or self.max_pool(node)):
                 return None
@@ -407,7 +407,7 @@ class _Packer:
         model = self.model
         while True:
             module = model.module(node)
-            same = type(module) is layers.BinaryActivation and module.encoding == encoding
+            same = isinstance(module, layers.BinaryActivation) and module.encoding == encoding
             if not (same or model.is_transparent(node) or model.is_flatten(node)):
                 return node, model.max_pool(node)
             node = node.args[0]  # type: ignore[assignment]
