@@ -338,9 +338,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--optimizer", choices=("adam", "sgd"), default="adam", help="sgd: Nesterov momentum 0.9")
     parser.add_argument("--schedule", choices=("cosine", "step"), default="cosine")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of the baseline")
-    parser.add_argument("--coupled-learning-rate", type=float, default=3e-3)
-    parser.add_argument("--fine-tune-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="of the baseline")
+    parser.add_argument("--coupled-learning-rate", type=float, default=1e-2)
+    parser.add_argument("--fine-tune-learning-rate", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--search", nargs="+", type=float, metavar="RATE",
                         help="only compare these learning rates on a part of the training set")  # fmt: skip

@@ -170,6 +170,11 @@ quantized_activation = _oplib.define(
 )
 
 
+@torch.library.register_vmap("lowbit::quantized_activation")
+def _activation_vmap(info: Any, axes: tuple[int, None], x: Tensor, levels: str) -> tuple[Tensor, int]:
+    return torch.ops.lowbit.quantized_activation.default(x, levels), axes[0]
+
+
 def _activation_with_mask_cpu(
     x: Tensor, levels: str, low: float, high: float, closed: bool
 ) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,18 @@ activations", ICLR 2020.
 
 from lowbit_ext.duo.decouple import decouple
 from lowbit_ext.duo.functional import step_activation, ternary_activation
+from lowbit_ext.duo.gradient_mismatch import GradientMismatch, LayerMismatch, gradient_mismatch
 from lowbit_ext.duo.layers import CoupledConv2d, CoupledLinear, StepActivation, TernaryActivation
 
 __all__ = [
     "CoupledConv2d",
     "CoupledLinear",
+    "GradientMismatch",
+    "LayerMismatch",
     "StepActivation",
     "TernaryActivation",
     "decouple",
+    "gradient_mismatch",
     "step_activation",
     "ternary_activation",
 ]
