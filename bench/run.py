@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = ("binary_conv2d", "binarize", "unpack", "binary_pool", "binary_conv2d_grad",
+BENCHMARKS = ("binary_conv2d", "binarize", "unpack", "binary_pool", "binary_conv2d_grad", "quantized_activation",
               "antithetic_sample", "antithetic_gradient", "overhead")
 
 # What holds the peers to the instructions of a forced level. Read by their libraries when they are loaded.
