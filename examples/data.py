@@ -23,7 +23,7 @@ SPLIT_SEED = 0
 TEST_PART = 0.2
 
 
-def load(name: str, root: str | Path | None = None) -> tuple[Set, Set]:
+def load(name: str, root: str | Path | None = None, *, normalise: bool = True) -> tuple[Set, Set]:
     """Training and test set of a dataset.
 
     Args:
@@ -31,11 +31,11 @@ def load(name: str, root: str | Path | None = None) -> tuple[Set, Set]:
             (60 000 of 3x32x32).
         root: folder of the files of "fashion" (idx, gzipped or not; default: where Debian's package puts them) and
             "cifar10" (the batches of its Python or binary version).
+        normalise: the training set's mean 0 and standard deviation 1 in every channel; otherwise grey values in [0, 1].
 
     Returns:
-        (images, labels) for training and for test. Images are float32 (N, C, H, W), with the training set's mean 0 and
-        standard deviation 1 in every channel; labels are int64 (N,). Digits and mnist5k have no split of their own: the
-        same fifth of every class is always the test set.
+        (images, labels) for training and for test. Images are float32 (N, C, H, W), labels int64 (N,). Digits and
+        mnist5k have no split of their own: the same fifth of every class is always the test set.
 
     Raises:
         ImportError, OSError: the package or a file is missing; one line says how to get it.
@@ -51,16 +51,18 @@ def load(name: str, root: str | Path | None = None) -> tuple[Set, Set]:
         train, test = _fashion(Path(root) if root is not None else FASHION_ROOT)
     else:
         train, test = _cifar10(None if root is None else Path(root))
+    if not normalise:
+        white = np.float32(16 if name == "digits" else 255)
+        return _tensors(train[0] / white, train[1]), _tensors(test[0] / white, test[1])
     # Single precision for the images, double for the sums over them: a fraction of the memory, and no rounding to see.
     mean = train[0].mean((0, 2, 3), dtype=np.float64, keepdims=True).astype(np.float32)
     variance = np.square(train[0] - mean).mean((0, 2, 3), dtype=np.float64, keepdims=True)
     deviation = np.sqrt(np.maximum(variance, 1e-12)).astype(np.float32)
+    return _tensors((train[0] - mean) / deviation, train[1]), _tensors((test[0] - mean) / deviation, test[1])
 
-    def tensors(images: np.ndarray, labels: np.ndarray) -> Set:
-        normalised = (images - mean) / deviation
-        return torch.from_numpy(normalised), torch.from_numpy(labels.astype(np.int64))
 
-    return tensors(*train), tensors(*test)
+def _tensors(images: np.ndarray, labels: np.ndarray) -> Set:
+    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
 
 
 # --- packages ---------------------------------------------------------------------------------------------------------

@@ -183,6 +183,45 @@ PYBIND11_MODULE(_cpu, m) {
       unlocked);
 
   m.def(
+      "quantized_activation",
+      [](uintptr_t input, int type, int64_t count, int levels, float low, float high, bool closed, uintptr_t output,
+         uintptr_t mask) {
+        return code(launch::quantized_activation({as<const void>(input), static_cast<FloatType>(type), count,
+                                                  static_cast<Levels>(levels), low, high, closed, as<void>(output),
+                                                  as<uint64_t>(mask)}));
+      },
+      unlocked);
+
+  m.def(
+      "masked_gradient",
+      [](uintptr_t gradient, int type, int64_t count, uintptr_t mask, uintptr_t output) {
+        return code(launch::masked_gradient({as<const void>(gradient), static_cast<FloatType>(type), count,
+                                             as<const uint64_t>(mask), as<void>(output)}));
+      },
+      unlocked);
+
+  m.def(
+      "antithetic_sample",
+      [](uintptr_t logits, uintptr_t quantile, int64_t rows, int64_t dimensions, int64_t samples, int coupling,
+         int layout, uint64_t seed, uint64_t offset, uintptr_t bits, uintptr_t ratio) {
+        return code(
+            launch::antithetic_sample({as<const float>(logits), as<const float>(quantile), rows, dimensions, samples,
+                                       static_cast<Coupling>(coupling), static_cast<SampleLayout>(layout), seed, offset,
+                                       as<void>(bits), as<float>(ratio)}));
+      },
+      unlocked);
+
+  m.def(
+      "antithetic_gradient",
+      [](uintptr_t bits, int layout, int64_t rows, int64_t dimensions, int64_t samples, uintptr_t weight,
+         uintptr_t ratio, uintptr_t gradient) {
+        return code(launch::antithetic_gradient({as<const void>(bits), static_cast<SampleLayout>(layout), rows,
+                                                 dimensions, samples, as<const float>(weight), as<const float>(ratio),
+                                                 as<float>(gradient)}));
+      },
+      unlocked);
+
+  m.def(
       "popcount_peak",
       [](int level, int64_t iterations) { return launch::popcount_peak(static_cast<Isa>(level), iterations); },
       unlocked);

@@ -126,6 +126,107 @@ binarize_with_mask = _oplib.define(
 )
 
 
+# --- quantised activations --------------------------------------------------------------------------------------------
+
+LEVELS = {"sign": 0, "step": 1, "ternary": 2}  # csrc/core/ops/quantized_activation.h
+
+
+def _check_activation(x: Tensor, levels: str) -> None:
+    if x.dtype not in FLOAT_TYPES:
+        raise TypeError(f"quantized_activation: input must be float32, bfloat16 or float16, got {x.dtype}")
+    if levels not in LEVELS:
+        raise ValueError(f"quantized_activation: levels must be 'sign', 'step' or 'ternary', got {levels!r}")
+
+
+def _activation(
+    x: Tensor, levels: str, low: float, high: float, closed: bool, with_mask: bool
+) -> tuple[Tensor, Tensor | None]:
+    _check_activation(x, levels)
+    output = torch.empty_like(x)  # dense: x's memory order where x is dense
+    if x.stride() != output.stride():
+        x = torch.empty_like(output).copy_(x)
+    count = x.numel()
+    mask = torch.empty(words_for(count), dtype=torch.int64) if with_mask else None
+    status = _native.cpu.quantized_activation(
+        x.data_ptr(), FLOAT_TYPES[x.dtype], count, LEVELS[levels], low, high, closed, output.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+    )
+    _native.check("quantized_activation", status)
+    return output, mask
+
+
+def _activation_cpu(x: Tensor, levels: str) -> Tensor:
+    return _activation(x, levels, 0.0, 1.0, False, with_mask=False)[0]
+
+
+def _activation_fake(x: Tensor, levels: str) -> Tensor:
+    _check_activation(x, levels)
+    return torch.empty_like(x)
+
+
+# Elementwise levels in x's dtype and memory order.
+quantized_activation = _oplib.define(
+    "quantized_activation(Tensor x, str levels) -> Tensor", cpu=_activation_cpu, fake=_activation_fake
+)
+
+
+def _activation_with_mask_cpu(
+    x: Tensor, levels: str, low: float, high: float, closed: bool
+) -> tuple[Tensor, Tensor]:
+    output, mask = _activation(x, levels, low, high, closed, with_mask=True)
+    assert mask is not None
+    return output, mask
+
+
+def _activation_with_mask_fake(
+    x: Tensor, levels: str, low: float, high: float, closed: bool
+) -> tuple[Tensor, Tensor]:
+    _check_activation(x, levels)
+    return torch.empty_like(x), x.new_empty(words_for(x.numel()), dtype=torch.int64)
+
+
+# The same and, in the same pass, a bit an element in the result's memory order: low < x < high, or with the ends.
+quantized_activation_with_mask = _oplib.define(
+    "quantized_activation_with_mask(Tensor x, str levels, float low, float high, bool closed) -> (Tensor, Tensor)",
+    cpu=_activation_with_mask_cpu,
+    fake=_activation_with_mask_fake,
+)
+
+
+def _check_masked_gradient(gradient: Tensor, mask: Tensor) -> None:
+    if gradient.dtype not in FLOAT_TYPES:
+        raise TypeError(f"masked_gradient: gradient must be float32, bfloat16 or float16, got {gradient.dtype}")
+    if mask.dtype != torch.int64 or mask.shape != (words_for(gradient.numel()),):
+        raise ValueError(
+            f"masked_gradient: mask must be int64 words ({words_for(gradient.numel())},) for {gradient.numel()} "
+            f"elements, got {mask.dtype} {tuple(mask.shape)}"
+        )
+
+
+def _masked_gradient_cpu(gradient: Tensor, mask: Tensor) -> Tensor:
+    _check_masked_gradient(gradient, mask)
+    output = torch.empty_like(gradient)
+    if gradient.stride() != output.stride():
+        gradient = torch.empty_like(output).copy_(gradient)
+    status = _native.cpu.masked_gradient(
+        gradient.data_ptr(), FLOAT_TYPES[gradient.dtype], gradient.numel(),
+        _pointer(mask.contiguous(), "masked_gradient: mask"), output.data_ptr(),
+    )
+    _native.check("masked_gradient", status)
+    return output
+
+
+def _masked_gradient_fake(gradient: Tensor, mask: Tensor) -> Tensor:
+    _check_masked_gradient(gradient, mask)
+    return torch.empty_like(gradient)
+
+
+# gradient where the bit of mask is 1, else 0; bits in the gradient's memory order.
+masked_gradient = _oplib.define(
+    "masked_gradient(Tensor gradient, Tensor mask) -> Tensor", cpu=_masked_gradient_cpu, fake=_masked_gradient_fake
+)
+
+
 # --- convolution ------------------------------------------------------------------------------------------------------
 
 
