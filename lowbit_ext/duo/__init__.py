@@ -4,6 +4,7 @@ Source: Kim, Kim, Kim and Kim, "BinaryDuo: reducing gradient mismatch in binary 
 activations", ICLR 2020.
 """
 
+from lowbit_ext.duo.decouple import decouple
 from lowbit_ext.duo.functional import step_activation, ternary_activation
 from lowbit_ext.duo.layers import CoupledConv2d, CoupledLinear, StepActivation, TernaryActivation
 
@@ -12,6 +13,7 @@ __all__ = [
     "CoupledLinear",
     "StepActivation",
     "TernaryActivation",
+    "decouple",
     "step_activation",
     "ternary_activation",
 ]
