@@ -28,6 +28,7 @@ def samples(layout):
         "lowbit::binarize": [
             (x, None, None, 0.0, "sign"),
             (x, torch.zeros(70), torch.zeros(70, dtype=torch.bool), 0.0, "step"),
+            (x, torch.zeros(2, 70), torch.zeros(2, 70, dtype=torch.bool), 0.0, "step"),
         ],
         "lowbit::binarize_with_mask": [(x, 0.0, "sign"), (x, 0.5, "step")],
         "lowbit::quantized_activation": [(x, "sign"), (x, "step"), (x, "ternary")],

@@ -65,11 +65,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "binarize",
       [](uintptr_t input, int input_type, bool channels_last, int64_t outer, int64_t channels, int64_t spatial,
-         uintptr_t threshold, float common_threshold, uintptr_t flip, int encoding, uintptr_t words, uintptr_t mask) {
-        const float* thresholds = threshold != 0 ? as<const float>(threshold) : &common_threshold;
-        return code(launch::binarize({as<const void>(input), static_cast<FloatType>(input_type), channels_last, outer,
-                                      channels, spatial, thresholds, threshold != 0 ? 1 : 0, as<const uint8_t>(flip),
-                                      static_cast<Encoding>(encoding), as<uint64_t>(words), as<uint64_t>(mask)}));
+         uintptr_t threshold, float common_threshold, uintptr_t flip, int encoding, uintptr_t words, uintptr_t mask,
+         int64_t thresholds) {
+        const float* values = threshold != 0 ? as<const float>(threshold) : &common_threshold;
+        return code(
+            launch::binarize({as<const void>(input), static_cast<FloatType>(input_type), channels_last, outer, channels,
+                              spatial, values, threshold != 0 ? 1 : 0, as<const uint8_t>(flip),
+                              static_cast<Encoding>(encoding), as<uint64_t>(words), as<uint64_t>(mask), thresholds}));
       },
       unlocked);
 

@@ -68,9 +68,11 @@ bool valid(const ConvShape& shape) noexcept {
 }
 
 Status binarize(const BinarizeArgs& args) noexcept {
-  if (!addressable(args.outer, args.channels, args.spatial)) return Status::bad_shape;
+  if (args.thresholds != 1 && args.thresholds != 2) return Status::bad_argument;
+  if (args.thresholds == 2 && (args.threshold_stride == 0 || args.mask)) return Status::bad_argument;
+  if (!addressable(args.outer, args.channels, args.spatial, args.thresholds)) return Status::bad_shape;
   const int64_t pixels_per_item = args.channels_last ? 1 : kBinarizePixels;
-  parallel_for(binarize_items(args), grain_for(kGrainBytes, 4 * args.channels * pixels_per_item),
+  parallel_for(binarize_items(args), grain_for(kGrainBytes, 4 * bits_per_pixel(args) * pixels_per_item),
                [&](int64_t begin, int64_t end, int) { kernels().binarize(args, begin, end); });
   return Status::ok;
 }

@@ -59,11 +59,12 @@ def binarize(
     Args:
         x: (N, C, *spatial) float32, bfloat16 or float16; contiguous and channels-last tensors are read in place.
         encoding: "sign" (bits stand for -1 and +1) or "step" (0 and 1).
-        threshold: a number, or a tensor with one value a channel; default 0 for "sign", 1/2 for "step".
-        flip: bool, one value a channel: compare with <= there (a batch norm with negative scale).
+        threshold: a number, a tensor with one value a channel, or (2, C); default 0 for "sign", 1/2 for "step".
+        flip: bool, one value a threshold: compare with <= there (a batch norm with negative scale).
 
     Returns:
-        PackedTensor of shape (N, C, *spatial). A NaN gives bit 0 whatever the comparison.
+        PackedTensor of shape (N, C, *spatial), or with two thresholds a channel (N, 2 C, *spatial), whose bits c and
+        C + c come from channel c. A NaN gives bit 0 whatever the comparison.
 
     Raises:
         TypeError: x, threshold or flip of the wrong type.
@@ -77,7 +78,9 @@ def binarize(
     common = DEFAULT_THRESHOLDS[encoding]
     per_channel = None
     if isinstance(threshold, Tensor):
-        per_channel = threshold.detach().to(torch.float32).reshape(-1)
+        per_channel = threshold.detach().to(torch.float32)
+        if per_channel.dim() != 2 or per_channel.shape[0] != 2:
+            per_channel = per_channel.reshape(-1)
         if per_channel.numel() == 1 and x.dim() > 1 and x.shape[1] != 1:
             per_channel = per_channel.expand(x.shape[1])
         if not torch.compiler.is_compiling() and bool(per_channel.isnan().any()):
@@ -87,7 +90,8 @@ def binarize(
         if math.isnan(common):
             raise ValueError("binarize: threshold is NaN, which no value can be compared with")
     words = ops.binarize(x, per_channel, flip, common, encoding)
-    return PackedTensor(words, x.shape[1], encoding)
+    channels = x.shape[1] if per_channel is None else per_channel.numel()
+    return PackedTensor(words, channels, encoding)
 
 
 def unpack(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -46,15 +46,23 @@ def _check_binarize(x: Tensor, threshold: Tensor | None, flip: Tensor | None, en
     if threshold is None and flip is None:
         return
     channels = x.shape[1]
-    if threshold is not None and (threshold.dtype != torch.float32 or threshold.shape != (channels,)):
+    if threshold is not None and (
+        threshold.dtype != torch.float32 or threshold.shape not in ((channels,), (2, channels))
+    ):
         raise ValueError(
-            f"binarize: threshold must be float32 with one value a channel ({channels}), "
+            f"binarize: threshold must be float32 with one value a channel ({channels}) or two (2, {channels}), "
             f"got {threshold.dtype} {tuple(threshold.shape)}"
         )
-    if flip is not None and (flip.dtype != torch.bool or flip.shape != (channels,)):
+    if flip is not None and (flip.dtype != torch.bool or flip.numel() != _thresholds(threshold) * channels):
         raise ValueError(
-            f"binarize: flip must be bool with one value a channel ({channels}), got {flip.dtype} {tuple(flip.shape)}"
+            f"binarize: flip must be bool with one value a threshold ({_thresholds(threshold) * channels}), "
+            f"got {flip.dtype} {tuple(flip.shape)}"
         )
+
+
+def _thresholds(threshold: Tensor | None) -> int:
+    """Thresholds, and bits, a channel."""
+    return 1 if threshold is None else threshold.dim()
 
 
 def _binarize(
@@ -67,7 +75,8 @@ def _binarize(
         channels_last = x.movedim(1, -1).is_contiguous()
         if not channels_last:
             x = x.contiguous()
-    size = (batch, *space, words_for(channels))
+    thresholds = _thresholds(threshold)
+    size = (batch, *space, words_for(thresholds * channels))
     words = torch.empty(size, dtype=torch.int64)
     mask = torch.empty(size, dtype=torch.int64) if with_mask else None
     threshold = None if threshold is None else threshold.contiguous()
@@ -85,6 +94,7 @@ def _binarize(
         ENCODINGS[encoding],
         words.data_ptr(),
         0 if mask is None else mask.data_ptr(),
+        thresholds,
     )
     _native.check("binarize", status)
     return words, mask
@@ -96,10 +106,12 @@ def _binarize_cpu(x: Tensor, threshold: Tensor | None, flip: Tensor | None, comm
 
 def _binarize_fake(x: Tensor, threshold: Tensor | None, flip: Tensor | None, common: float, encoding: str) -> Tensor:
     _check_binarize(x, threshold, flip, encoding)
-    return x.new_empty((x.shape[0], *x.shape[2:], words_for(x.shape[1])), dtype=torch.int64)
+    words = words_for(_thresholds(threshold) * x.shape[1])
+    return x.new_empty((x.shape[0], *x.shape[2:], words), dtype=torch.int64)
 
 
-# (N, C, *spatial) -> words (N, *spatial, W). Without `threshold` every channel meets `common`.
+# (N, C, *spatial) -> words (N, *spatial, W). Without `threshold` every channel meets `common`; thresholds (2, C) give
+# two bits a channel, c and C + c.
 binarize = _oplib.define(
     "binarize(Tensor x, Tensor? threshold, Tensor? flip, float common, str encoding) -> Tensor",
     cpu=_binarize_cpu,

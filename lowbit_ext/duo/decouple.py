@@ -122,7 +122,7 @@ class _Decoupler:
         if type(module) not in (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d):
             return False
         padded = module.padding not in (0, (0,), (0, 0), (0, 0, 0)) and module.count_include_pad
-        return padded or getattr(module, "divisor_override", None) is not None
+        return bool(padded) or getattr(module, "divisor_override", None) is not None
 
     def _keeps_form(self, node: fx.Node) -> bool:
         """Does the same to every channel and commutes with adding a number."""
@@ -260,6 +260,8 @@ class _Decoupler:
         if not self._reads_halves(node):
             return _PLAIN, None
         form = self.halves[node.all_input_nodes[0]]
+        if getattr(self.modules[str(node.target)], "weight_scale", "") is None:
+            raise ValueError(f"decouple: {self.name(node)} has weight_scale=None, and a weight of +-1 cannot be halved")
         if getattr(self.modules[str(node.target)], "groups", 1) != 1:
             raise ValueError(
                 f"decouple: {self.name(node)} reads a ternary activation in groups of channels, whose two halves "
@@ -303,9 +305,11 @@ def _twofold_reader(layer: Any, bits: bool) -> nn.Module:
     coupled = isinstance(layer, (CoupledConv2d, CoupledLinear))
     weight = layer.weight
     options: dict[str, Any] = {"bias": layer.bias is not None, "device": weight.device, "dtype": weight.dtype}
+    if coupled:
+        options["weight_scale"] = layer.weight_scale
     if coupled and bits:
         # The step activation in front has the straight-through mask.
-        options |= {"encoding": "step", "surrogate": "identity", "weight_scale": "layer"}
+        options |= {"encoding": "step", "surrogate": "identity"}
     if isinstance(layer, nn.Linear):
         kind: Any = BinaryLinear if coupled and bits else type(layer)
         new = kind(2 * layer.in_features, layer.out_features, **options)
@@ -373,7 +377,8 @@ def _decoupled(model: nn.Module) -> tuple[_Decoupler, fx.GraphModule]:
     root = copy.deepcopy(model)
     decoupler = _Decoupler(root)
     for target, module in decoupler.changed.items():
-        root.set_submodule(target, module)
+        parent, _, name = target.rpartition(".")
+        setattr(root.get_submodule(parent), name, module)
     return decoupler, fx.GraphModule(root, decoupler.graph, class_name=f"Decoupled{type(model).__name__}")
 
 

@@ -1,4 +1,4 @@
-"""Ready-made networks of the papers, built from this library's layers and estimators; and a count of their cost."""
+"""Ready-made networks of the papers, built from this library's layers and estimators, and a count of their cost."""
 
 from lowbit_ext.models.describe import Description, LayerCost, describe
 from lowbit_ext.models.resnet import ResNet, resnet18

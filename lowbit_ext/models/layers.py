@@ -65,11 +65,12 @@ def conv(stage: str, in_channels: int, out_channels: int, kernel: int, stride: i
     return CoupledConv2d(*arguments, bias=False)
 
 
-def linear(stage: str, in_features: int, out_features: int) -> nn.Linear:
-    """Linear layer between hidden layers, without bias."""
+def linear(stage: str, in_features: int, out_features: int, dropout: float = 0.0) -> nn.Linear:
+    """Linear layer between hidden layers, without bias, behind dropout of this probability."""
     if stage == "float":
         return nn.Linear(in_features, out_features, bias=False)
-    if stage == "binary":
+    # Dropout scales what it leaves; a layer that takes its input as bits would miss that.
+    if stage == "binary" and dropout == 0:
         return BinaryLinear(in_features, out_features, bias=False, **BITS)
     return CoupledLinear(in_features, out_features, bias=False)
 

@@ -52,7 +52,7 @@ class _Builder:
         self.count += 1
         if dropout:
             self.layers[f"dropout{self.count}"] = nn.Dropout(dropout)
-        self.layers[f"fc{self.count}"] = linear(self.stage, self.channels, width)
+        self.layers[f"fc{self.count}"] = linear(self.stage, self.channels, width, dropout)
         self._behind(nn.BatchNorm1d(width), last)
         self.channels = width
 

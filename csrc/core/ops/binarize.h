@@ -1,7 +1,7 @@
-// words[n, s, c/64] bit c%64 = input[n, c, s] >= threshold[c], or <= where flip[c]; a NaN on either side gives 0.
-// Tail bits are 0. -0 equals +0 and subnormal numbers keep their value, whatever the caller's floating-point control
-// says. Optionally the clipped straight-through mask in the same layout: |x| <= 1 (sign) or 0 < x < 1 (step); NaN gives
-// 0.
+// words[n, s, b/64] bit b%64 = input[n, c, s] >= threshold[t, c], or <= where flip[t, c], with b = t * channels + c; a
+// NaN on either side gives 0. Tail bits are 0. -0 equals +0 and subnormal numbers keep their value, whatever the
+// caller's floating-point control says. Optionally the clipped straight-through mask in the same layout: |x| <= 1
+// (sign) or 0 < x < 1 (step); NaN gives 0.
 #pragma once
 
 #include "core/layout.h"
@@ -16,13 +16,16 @@ struct BinarizeArgs {
   int64_t outer;
   int64_t channels;
   int64_t spatial;
-  const float* threshold;  // threshold_stride = 1: [channels]; 0: one value for all
+  const float* threshold;  // threshold_stride = 1: [thresholds, channels]; 0: one value for all
   int64_t threshold_stride;
-  const uint8_t* flip;  // [channels] of 0 or 1, or null
-  Encoding encoding;    // chooses the mask's interval only
-  uint64_t* words;      // [outer, spatial, words_for(channels)]
-  uint64_t* mask;       // same layout, or null
+  const uint8_t* flip;     // [thresholds, channels] of 0 or 1, or null
+  Encoding encoding;       // chooses the mask's interval only
+  uint64_t* words;         // [outer, spatial, words_for(thresholds * channels)]
+  uint64_t* mask;          // same layout, or null; null where thresholds = 2
+  int64_t thresholds = 1;  // 1, or 2 with threshold_stride = 1
 };
+
+static inline int64_t bits_per_pixel(const BinarizeArgs& args) { return args.thresholds * args.channels; }
 
 static inline constexpr int64_t float_bytes(FloatType type) { return type == FloatType::float32 ? 4 : 2; }
 
