@@ -63,7 +63,7 @@ IMAGE = (1, 28, 28)
 
 
 def assert_same(got, expected):
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12 * max(1.0, float(expected.abs().max())))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12 * max(1.0, float(expected.detach().abs().max())))
 
 
 # --- the map ----------------------------------------------------------------------------------------------------------

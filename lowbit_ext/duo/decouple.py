@@ -110,7 +110,7 @@ class _Decoupler:
             return arguments in ((1,), (1, -1))
         if node.target in ("view", "reshape", torch.reshape):
             sizes = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], tuple | list) else arguments
-            return len(sizes) == 2 and sizes[1] == -1
+            return bool(len(sizes) == 2 and sizes[1] == -1)
         return False
 
     def _averages_padding(self, node: fx.Node) -> bool:
