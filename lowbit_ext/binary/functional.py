@@ -422,7 +422,9 @@ def _default_dtype(input: Tensor | PackedTensor, plain: bool) -> torch.dtype:
     if isinstance(input, PackedTensor):
         return torch.int32 if plain else torch.float32
     device = input.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+    if device == "meta" or not torch.is_autocast_enabled(device):  # autocast does not know meta
+        return input.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _wants_grad(*values: Any) -> bool:

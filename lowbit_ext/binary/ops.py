@@ -639,43 +639,63 @@ def pool_size(size: int, kernel: int, stride: int, padding: int, dilation: int, 
 
 
 def _check_pool(
-    input: Tensor, channels: int, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
-    ceil_mode: bool, op: str,
+    size: Sequence[int], dtype: torch.dtype, channels: int, kernel: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool, op: str,
 ) -> tuple[int, int]:
-    if input.dtype != torch.int64 or input.dim() != 4 or input.shape[3] != words_for(channels):
+    """Checks a pooling's arguments; returns the output's height and width."""
+    if dtype != torch.int64 or len(size) != 4 or size[3] != words_for(channels):
         raise ValueError(
             f"{op}: input must be int64 words (N, H, W, {words_for(channels)}) for {channels} channels, "
-            f"got {input.dtype} {tuple(input.shape)}"
+            f"got {dtype} {tuple(size)}"
         )
     if min(kernel) < 1 or min(stride) < 1 or min(dilation) < 1:
         raise ValueError(
             f"{op}: kernel, stride and dilation must be at least 1, got kernel={list(kernel)}, "
             f"stride={list(stride)}, dilation={list(dilation)}"
         )
-    if any(pad < 0 or 2 * pad > size for pad, size in zip(padding, kernel, strict=True)):
+    if any(pad < 0 or 2 * pad > length for pad, length in zip(padding, kernel, strict=True)):
         raise ValueError(
             f"{op}: padding must be between 0 and half the kernel {list(kernel)}, got {list(padding)}"
         )
-    height = pool_size(input.shape[1], kernel[0], stride[0], padding[0], dilation[0], ceil_mode)
-    width = pool_size(input.shape[2], kernel[1], stride[1], padding[1], dilation[1], ceil_mode)
+    height = pool_size(size[1], kernel[0], stride[0], padding[0], dilation[0], ceil_mode)
+    width = pool_size(size[2], kernel[1], stride[1], padding[1], dilation[1], ceil_mode)
     if height < 1 or width < 1:
         raise ValueError(
-            f"{op}: input {tuple(input.shape[1:3])} is smaller than the window {list(kernel)} with padding "
+            f"{op}: input {tuple(size[1:3])} is smaller than the window {list(kernel)} with padding "
             f"{list(padding)} and dilation {list(dilation)}"
         )
     return height, width
 
 
 @functools.lru_cache(maxsize=1024)
-def _pool_shape(*sizes: int) -> Any:
-    return _native.cpu.PoolShape(*sizes)
+def _cached_pool_plan(
+    size: tuple[int, ...], dtype: torch.dtype, channels: int, kernel: tuple[int, int], stride: tuple[int, int],
+    padding: tuple[int, int], dilation: tuple[int, int], ceil_mode: bool, op: str,
+) -> tuple[Any, int, int]:
+    height, width = _check_pool(size, dtype, channels, kernel, stride, padding, dilation, ceil_mode, op)
+    shape = _native.cpu.PoolShape(
+        *size[:3], channels, *kernel, height, width, *stride, *padding, *dilation
+    )
+    return shape, height, width
+
+
+def _pool_plan(
+    input: Tensor, channels: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], ceil_mode: bool, op: str,
+) -> tuple[Any, int, int]:
+    """The native shape, and the output's height and width; made once for each set of arguments."""
+    if type(kernel) is list:  # from the dispatcher; the wrappers' tuples can be looked up as they are
+        kernel, stride, padding, dilation = tuple(kernel), tuple(stride), tuple(padding), tuple(dilation)
+    return _cached_pool_plan(input.shape, input.dtype, channels, kernel, stride, padding, dilation, ceil_mode, op)
 
 
 def _max_pool_cpu(
     input: Tensor, invert: Tensor | None, channels: int, kernel: list[int], stride: list[int], padding: list[int],
     dilation: list[int], ceil_mode: bool,
 ) -> Tensor:
-    height, width = _check_pool(input, channels, kernel, stride, padding, dilation, ceil_mode, "binary_max_pool2d")
+    shape, height, width = _pool_plan(
+        input, channels, kernel, stride, padding, dilation, ceil_mode, "binary_max_pool2d"
+    )
     if invert is not None and (invert.dtype != torch.int64 or invert.shape != (words_for(channels),)):
         raise ValueError(
             f"binary_max_pool2d: invert must be int64 words ({words_for(channels)},), "
@@ -683,10 +703,6 @@ def _max_pool_cpu(
         )
     input = input.contiguous()
     invert = None if invert is None else invert.contiguous()
-    shape = _pool_shape(
-        input.shape[0], input.shape[1], input.shape[2], channels, kernel[0], kernel[1], height, width,
-        stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1],
-    )
     output = torch.empty((input.shape[0], height, width, input.shape[3]), dtype=torch.int64)
     status = _native.cpu.binary_max_pool2d(
         shape, input.data_ptr(), _pointer(invert, "binary_max_pool2d: invert"), output.data_ptr()
@@ -699,7 +715,9 @@ def _max_pool_fake(
     input: Tensor, invert: Tensor | None, channels: int, kernel: list[int], stride: list[int], padding: list[int],
     dilation: list[int], ceil_mode: bool,
 ) -> Tensor:
-    height, width = _check_pool(input, channels, kernel, stride, padding, dilation, ceil_mode, "binary_max_pool2d")
+    height, width = _check_pool(
+        input.shape, input.dtype, channels, kernel, stride, padding, dilation, ceil_mode, "binary_max_pool2d"
+    )
     return input.new_empty((input.shape[0], height, width, input.shape[3]))
 
 
@@ -716,12 +734,10 @@ def _avg_pool_cpu(
     input: Tensor, channels: int, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool,
     count_include_pad: bool, divisor_override: int, encoding: str,
 ) -> Tensor:
-    height, width = _check_pool(input, channels, kernel, stride, padding, [1, 1], ceil_mode, "binary_avg_pool2d")
-    input = input.contiguous()
-    shape = _pool_shape(
-        input.shape[0], input.shape[1], input.shape[2], channels, kernel[0], kernel[1], height, width,
-        stride[0], stride[1], padding[0], padding[1], 1, 1,
+    shape, height, width = _pool_plan(
+        input, channels, kernel, stride, padding, (1, 1), ceil_mode, "binary_avg_pool2d"
     )
+    input = input.contiguous()
     output = torch.empty((input.shape[0], channels, height, width), memory_format=torch.channels_last)
     status = _native.cpu.binary_avg_pool2d(
         shape, ENCODINGS[encoding], count_include_pad, divisor_override, input.data_ptr(), output.data_ptr()
@@ -734,7 +750,9 @@ def _avg_pool_fake(
     input: Tensor, channels: int, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool,
     count_include_pad: bool, divisor_override: int, encoding: str,
 ) -> Tensor:
-    height, width = _check_pool(input, channels, kernel, stride, padding, [1, 1], ceil_mode, "binary_avg_pool2d")
+    height, width = _check_pool(
+        input.shape, input.dtype, channels, kernel, stride, padding, [1, 1], ceil_mode, "binary_avg_pool2d"
+    )
     return torch.empty(
         (input.shape[0], channels, height, width),
         dtype=torch.float32,

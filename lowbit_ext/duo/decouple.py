@@ -110,7 +110,7 @@ class _Decoupler:
             return arguments in ((1,), (1, -1))
         if node.target in ("view", "reshape", torch.reshape):
             sizes = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], tuple | list) else arguments
-            return len(sizes) == 2 and sizes[1] == -1
+            return bool(len(sizes) == 2 and sizes[1] == -1)
         return False
 
     def _averages_padding(self, node: fx.Node) -> bool:
@@ -122,7 +122,7 @@ class _Decoupler:
         if type(module) not in (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d):
             return False
         padded = module.padding not in (0, (0,), (0, 0), (0, 0, 0)) and module.count_include_pad
-        return bool(padded) or getattr(module, "divisor_override", None) is not None
+        return bool(padded or getattr(module, "divisor_override", None) is not None)
 
     def _keeps_form(self, node: fx.Node) -> bool:
         """Does the same to every channel and commutes with adding a number."""
@@ -368,21 +368,22 @@ def decouple(model: nn.Module, example_input: Any = None) -> fx.GraphModule:
         raise ValueError("decouple: the model has no TernaryActivation")
     if example_input is not None:
         # Rounding beta -+ 1/4 to float32 can flip a bit, so the map itself is compared in float64.
-        precise = copy.deepcopy(model).double()
-        _check(precise, *_decoupled(precise), example_input)
-    return _decoupled(model)[1]
+        _check(*_decoupled(copy.deepcopy(model).double()), example_input)
+    return _decoupled(model)[2]
 
 
-def _decoupled(model: nn.Module) -> tuple[_Decoupler, fx.GraphModule]:
+def _decoupled(model: nn.Module) -> tuple[_Decoupler, fx.GraphModule, fx.GraphModule]:
+    """How a model is decoupled, a copy of it, and the decoupled one."""
     root = copy.deepcopy(model)
     decoupler = _Decoupler(root)
+    coupled = fx.GraphModule(root, decoupler.coupled)  # keeps the modules that root loses
     for target, module in decoupler.changed.items():
         parent, _, name = target.rpartition(".")
         setattr(root.get_submodule(parent), name, module)
-    return decoupler, fx.GraphModule(root, decoupler.graph, class_name=f"Decoupled{type(model).__name__}")
+    return decoupler, coupled, fx.GraphModule(root, decoupler.graph, class_name=f"Decoupled{type(model).__name__}")
 
 
-def _check(coupled: nn.Module, decoupler: _Decoupler, decoupled: nn.Module, example_input: Any) -> None:
+def _check(decoupler: _Decoupler, coupled: nn.Module, decoupled: nn.Module, example_input: Any) -> None:
     """Compares all values on the example; raises ValueError at the first that differs."""
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     inputs = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs)

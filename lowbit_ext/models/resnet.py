@@ -59,10 +59,10 @@ class ResNet(nn.Module):
         stem: str, shortcuts: str, surrogate: str,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_stage("resnet", stage)
+        check_stage("resnet18", stage)
         for name, value, choices in (("stem", stem, STEMS), ("shortcuts", shortcuts, SHORTCUTS)):
             if value not in choices:
-                raise ValueError(f"resnet: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+                raise ValueError(f"resnet18: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
         first, *_, last = widths
         layers: dict[str, nn.Module] = {}
         if stem == "imagenet":
