@@ -15,7 +15,7 @@ from lowbit_ext.helstrom.gram import gram
 CAPTION = (
     "popcount(a_i & a_j) of all pairs of rows, packed to int32. numpy and torch: float32 matrix product of the "
     "unpacked rows, exact below 2^24 features; numpy, like ours, uses the symmetry. All write into results allocated "
-    "before. Limit: 2 operations for each of all pairs and features against the popcount loop; the symmetry can pass it."
+    "before. Limit: 2 operations for each of all pairs and features against the popcount loop; symmetry can pass it."
 )
 
 
