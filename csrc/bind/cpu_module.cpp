@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "core/checks.h"
 #include "cpu/launch.h"
 
 namespace py = pybind11;
@@ -48,7 +49,7 @@ PYBIND11_MODULE(_cpu, m) {
                          kernel_width, out_height,      out_width,      stride_height, stride_width, pad_top,
                          pad_left,     dilation_height, dilation_width, groups};
       }))
-      .def("valid", [](const ConvShape& shape) { return launch::valid(shape); });
+      .def("valid", [](const ConvShape& shape) { return valid(shape); });
 
   py::class_<PoolShape>(m, "PoolShape")
       .def(py::init([](int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t kernel_height,
@@ -66,10 +67,10 @@ PYBIND11_MODULE(_cpu, m) {
       "binarize",
       [](uintptr_t input, int input_type, bool channels_last, int64_t outer, int64_t channels, int64_t spatial,
          uintptr_t threshold, float common_threshold, uintptr_t flip, int encoding, uintptr_t words, uintptr_t mask) {
-        const float* thresholds = threshold != 0 ? as<const float>(threshold) : &common_threshold;
-        return code(launch::binarize({as<const void>(input), static_cast<FloatType>(input_type), channels_last, outer,
-                                      channels, spatial, thresholds, threshold != 0 ? 1 : 0, as<const uint8_t>(flip),
-                                      static_cast<Encoding>(encoding), as<uint64_t>(words), as<uint64_t>(mask)}));
+        return code(
+            launch::binarize({as<const void>(input), static_cast<FloatType>(input_type), channels_last, outer, channels,
+                              spatial, as<const float>(threshold), common_threshold, as<const uint8_t>(flip),
+                              static_cast<Encoding>(encoding), as<uint64_t>(words), as<uint64_t>(mask)}));
       },
       unlocked);
 
@@ -112,7 +113,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "binary_conv2d_block_weight",
       [](const ConvShape& shape, uintptr_t words, uintptr_t blocked) {
-        if (!launch::valid(shape)) return code(Status::bad_shape);
+        if (!valid(shape)) return code(Status::bad_shape);
         kernels().binary_conv2d_block_weight(shape, as<const uint64_t>(words), as<void>(blocked));
         return code(Status::ok);
       },

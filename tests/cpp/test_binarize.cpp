@@ -58,8 +58,7 @@ void check(Random& random, FloatType type) {
       input[i] = static_cast<Input>(rounded_bits(value(random), type));
     }
   }
-  const int64_t threshold_stride = random.between(0, 1);
-  Buffer<float> threshold(threshold_stride == 1 ? channels : 1);
+  Buffer<float> threshold(channels);
   for (int64_t i = 0; i < threshold.size(); ++i) threshold[i] = random.coin() ? value(random) : 0.0f;
   Buffer<uint8_t> flip(channels);
   for (int64_t i = 0; i < channels; ++i) flip[i] = static_cast<uint8_t>(random.between(0, 1));
@@ -71,8 +70,8 @@ void check(Random& random, FloatType type) {
   args.outer = outer;
   args.channels = channels;
   args.spatial = spatial;
-  args.threshold = threshold.data();
-  args.threshold_stride = threshold_stride;
+  args.threshold = random.coin() ? threshold.data() : nullptr;
+  args.common_threshold = threshold[0];
   args.flip = random.coin() ? flip.data() : nullptr;
   args.encoding = random.pick({Encoding::sign, Encoding::step});
   const bool with_mask = random.coin();
@@ -83,7 +82,7 @@ void check(Random& random, FloatType type) {
       const int64_t n = pixel / spatial, s = pixel % spatial;
       const float x =
           load_float(args.input, type, channels_last ? pixel * channels + c : (n * channels + c) * spatial + s);
-      const float t = threshold[c * threshold_stride];
+      const float t = threshold_of(args, c);
       if (args.flip && args.flip[c] ? x <= t : x >= t) set_bit(words.data() + pixel * row_words, c);
       const bool inside = args.encoding == Encoding::sign ? std::fabs(x) <= 1.0f : x > 0.0f && x < 1.0f;
       if (inside) set_bit(mask.data() + pixel * row_words, c);
