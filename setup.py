@@ -1,7 +1,11 @@
-"""Build step of lowbit_ext: runs CMake on csrc/ and places the native module in the package. Never imports torch.
+"""Build step of lowbit_ext: runs CMake on csrc/ and places the native modules in the package. Never imports torch.
 
 Environment:
     MAX_JOBS: parallel compile jobs; default: the number of CPUs.
+    LOWBIT_CUDA: `auto` builds the CUDA module where nvcc is found, `on` requires it, `off` leaves it out.
+    LOWBIT_CUDA_ARCHS: compute capabilities to build for, such as `80;90a`; default: all that nvcc knows of
+        75;80;86;89;90a;100;120.
+    CUDACXX, CUDA_HOME: where nvcc is, if not on PATH or in /usr/local/cuda/bin.
     CMAKE_ARGS: further arguments for CMake.
 """
 
@@ -18,13 +22,40 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
+def find_nvcc() -> str | None:
+    """Path of nvcc; what the environment names goes before PATH."""
+    candidates = [os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    if os.environ.get("CUDA_HOME"):
+        candidates.insert(1, os.path.join(os.environ["CUDA_HOME"], "bin", "nvcc"))
+    return next((path for candidate in candidates if candidate and (path := shutil.which(candidate))), None)
+
+
+def choose_nvcc() -> str | None:
+    """The nvcc to build the CUDA module with; None: without the module."""
+    wish = os.environ.get("LOWBIT_CUDA") or "auto"
+    if wish not in ("auto", "on", "off"):
+        sys.exit(f"lowbit_ext: LOWBIT_CUDA must be auto, on or off, got {wish!r}")
+    nvcc = None if wish == "off" else find_nvcc()
+    if wish == "on" and nvcc is None:
+        sys.exit(
+            "lowbit_ext: LOWBIT_CUDA=on, but there is no nvcc on PATH, in $CUDACXX, $CUDA_HOME/bin or /usr/local/cuda/bin"
+        )
+    return nvcc
+
+
+NVCC = choose_nvcc()
+MODULES = ["_cpu", "_cuda"] if NVCC else ["_cpu"]
+
+
 class CMakeBuild(build_ext):
     """Configures and builds with CMake; the build folder is kept per interpreter: a rebuild compiles what changed."""
 
-    def build_extension(self, extension: Extension) -> None:
+    def build_extensions(self) -> None:
         import pybind11
 
-        destination = Path(self.get_ext_fullpath(extension.name)).resolve().parent
+        without = "without the CUDA module: " + ("LOWBIT_CUDA=off" if os.environ.get("LOWBIT_CUDA") == "off" else "no nvcc")
+        print(f"lowbit_ext: {f'with the CUDA module, by {NVCC}' if NVCC else without}", file=sys.stderr)
+        destination = Path(self.get_ext_fullpath("lowbit_ext._cpu")).resolve().parent
         build_folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build_folder.mkdir(parents=True, exist_ok=True)
         configure = [
@@ -38,6 +69,9 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={destination}",
             "-DCMAKE_BUILD_TYPE=Release",
+            f"-DLOWBIT_CUDA={'ON' if NVCC else 'OFF'}",
+            f"-DLOWBIT_CUDA_ARCHS={os.environ.get('LOWBIT_CUDA_ARCHS', '')}",
+            *([f"-DCMAKE_CUDA_COMPILER={NVCC}"] if NVCC else []),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
@@ -45,4 +79,7 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build_folder), "--parallel", jobs], check=True)
 
 
-setup(ext_modules=[Extension("lowbit_ext._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension(f"lowbit_ext.{module}", sources=[]) for module in MODULES],
+    cmdclass={"build_ext": CMakeBuild},
+)

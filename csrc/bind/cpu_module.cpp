@@ -1,32 +1,25 @@
-// The module lowbit_ext._cpu: integers in, status out, interpreter lock released. Pointers and sizes are checked in
-// Python, in the launchers of lowbit_ext/<method>/ops.py. A pointer of 0 is an absent optional argument.
+// The module lowbit_ext._cpu: integers in, status out, interpreter lock released.
 #include <pybind11/pybind11.h>
 
 #include <omp.h>
 
 #include <string>
 
+#include "bind/arguments.h"
 #include "cpu/launch.h"
 
 namespace py = pybind11;
 using namespace lowbit;
+using namespace lowbit::bind;
 
 namespace {
 
-template <class T>
-T* as(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-int code(Status status) { return static_cast<int>(status); }
-
-BinaryConv2dArgs conv2d_args(const ConvShape& shape, int encoding, int padding_value, int output_kind) {
-  BinaryConv2dArgs args{};
-  args.shape = shape;
-  args.encoding = static_cast<Encoding>(encoding);
-  args.padding_value = padding_value;
-  args.output_kind = static_cast<ConvOutput>(output_kind);
-  return args;
+// The Python function of a launcher: the parameters of `arguments`, then a workspace's size where the launcher takes
+// one.
+template <class Args, class... Parameters, class... Further>
+auto on_threads(Args (*arguments)(Parameters...), Status (*launch)(const Args&, Further...)) {
+  return
+      [=](Parameters... parameters, Further... further) { return code(launch(arguments(parameters...), further...)); };
 }
 
 }  // namespace
@@ -39,6 +32,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("select_isa", [](int level) { return level < kIsaCount && select_isa(static_cast<Isa>(level)); });
   m.def("threads", [] { return omp_get_max_threads(); });
 
+  // The module _cuda takes these two as well.
   py::class_<ConvShape>(m, "ConvShape")
       .def(py::init([](int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t filters,
                        int64_t kernel_height, int64_t kernel_width, int64_t out_height, int64_t out_width,
@@ -48,7 +42,7 @@ PYBIND11_MODULE(_cpu, m) {
                          kernel_width, out_height,      out_width,      stride_height, stride_width, pad_top,
                          pad_left,     dilation_height, dilation_width, groups};
       }))
-      .def("valid", [](const ConvShape& shape) { return launch::valid(shape); });
+      .def("valid", [](const ConvShape& shape) { return valid(shape); });
 
   py::class_<PoolShape>(m, "PoolShape")
       .def(py::init([](int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t kernel_height,
@@ -62,166 +56,45 @@ PYBIND11_MODULE(_cpu, m) {
 
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
 
-  m.def(
-      "binarize",
-      [](uintptr_t input, int input_type, bool channels_last, int64_t outer, int64_t channels, int64_t spatial,
-         uintptr_t threshold, float common_threshold, uintptr_t flip, int encoding, uintptr_t words, uintptr_t mask,
-         int64_t thresholds) {
-        const float* values = threshold != 0 ? as<const float>(threshold) : &common_threshold;
-        return code(
-            launch::binarize({as<const void>(input), static_cast<FloatType>(input_type), channels_last, outer, channels,
-                              spatial, values, threshold != 0 ? 1 : 0, as<const uint8_t>(flip),
-                              static_cast<Encoding>(encoding), as<uint64_t>(words), as<uint64_t>(mask), thresholds}));
-      },
-      unlocked);
-
-  m.def(
-      "unpack",
-      [](uintptr_t words, int64_t pixels, int64_t channels, float low, float high, uintptr_t output, int output_type) {
-        return code(launch::unpack({as<const uint64_t>(words), pixels, channels, low, high, as<void>(output),
-                                    static_cast<FloatType>(output_type)}));
-      },
-      unlocked);
-
-  m.def(
-      "align_groups",
-      [](uintptr_t words, int64_t pixels, int64_t groups, int64_t channels_per_group, uintptr_t output) {
-        return code(launch::align_groups(
-            {as<const uint64_t>(words), pixels, groups, channels_per_group, as<uint64_t>(output)}));
-      },
-      unlocked);
-
-  m.def(
-      "binary_max_pool2d",
-      [](const PoolShape& shape, uintptr_t input, uintptr_t invert, uintptr_t output) {
-        return code(launch::binary_max_pool2d(
-            {shape, as<const uint64_t>(input), as<const uint64_t>(invert), as<uint64_t>(output)}));
-      },
-      unlocked);
-
-  m.def(
-      "binary_avg_pool2d",
-      [](const PoolShape& shape, int encoding, bool count_include_pad, int64_t divisor_override, uintptr_t input,
-         uintptr_t output) {
-        return code(launch::binary_avg_pool2d({shape, static_cast<Encoding>(encoding), count_include_pad,
-                                               divisor_override, as<const uint64_t>(input), as<float>(output)}));
-      },
-      unlocked);
-
-  m.def("binary_conv2d_weight_bytes",
-        [](const ConvShape& shape) { return kernels().binary_conv2d_weight_bytes(shape); });
-
+  m.def("align_groups", on_threads(align_groups_args, launch::align_groups), unlocked);
+  m.def("antithetic_gradient", on_threads(antithetic_gradient_args, launch::antithetic_gradient), unlocked);
+  m.def("antithetic_sample", on_threads(antithetic_sample_args, launch::antithetic_sample), unlocked);
+  m.def("binarize", on_threads(binarize_args, launch::binarize), unlocked);
+  m.def("binary_avg_pool2d", on_threads(binary_avg_pool2d_args, launch::binary_avg_pool2d), unlocked);
+  m.def("binary_conv2d", on_threads(binary_conv2d_args, launch::binary_conv2d), unlocked);
   m.def(
       "binary_conv2d_block_weight",
       [](const ConvShape& shape, uintptr_t words, uintptr_t blocked) {
-        if (!launch::valid(shape)) return code(Status::bad_shape);
+        if (!valid(shape)) return code(Status::bad_shape);
         kernels().binary_conv2d_block_weight(shape, as<const uint64_t>(words), as<void>(blocked));
         return code(Status::ok);
       },
       unlocked);
-
-  m.def("binary_conv2d_workspace_bytes",
-        [](const ConvShape& shape, int encoding, int padding_value, int output_kind, int64_t thresholds) {
-          BinaryConv2dArgs args = conv2d_args(shape, encoding, padding_value, output_kind);
-          args.thresholds = thresholds;
-          return launch::binary_conv2d_workspace_bytes(args);
-        });
-
-  m.def(
-      "binary_conv2d",
-      [](const ConvShape& shape, int encoding, int padding_value, int output_kind, uintptr_t input, uintptr_t weight,
-         uintptr_t scale, int64_t scale_stride, uintptr_t bias, uintptr_t residual, int residual_type,
-         uintptr_t threshold, uintptr_t flip, int64_t thresholds, uintptr_t output, uintptr_t workspace,
-         int64_t workspace_bytes) {
-        BinaryConv2dArgs args = conv2d_args(shape, encoding, padding_value, output_kind);
-        args.input = as<const uint64_t>(input);
-        args.weight = as<const void>(weight);
-        args.scale = as<const float>(scale);
-        args.scale_stride = scale_stride;
-        args.bias = as<const float>(bias);
-        args.residual = as<const void>(residual);
-        args.residual_type = static_cast<FloatType>(residual_type);
-        args.threshold = as<const void>(threshold);
-        args.flip = as<const uint8_t>(flip);
-        args.thresholds = thresholds;
-        args.output = as<void>(output);
-        args.workspace = as<void>(workspace);
-        return code(launch::binary_conv2d(args, workspace_bytes));
-      },
-      unlocked);
-
+  m.def("binary_conv2d_input_grad", on_threads(binary_conv2d_input_grad_args, launch::binary_conv2d_input_grad),
+        unlocked);
   m.def("binary_conv2d_input_grad_workspace_bytes", [](const ConvShape& shape) {
     BinaryConv2dInputGradArgs args{};
     args.shape = shape;
     return launch::binary_conv2d_input_grad_workspace_bytes(args);
   });
-
-  m.def(
-      "binary_conv2d_input_grad",
-      [](const ConvShape& shape, uintptr_t grad_output, uintptr_t weight, uintptr_t scale, int64_t scale_stride,
-         uintptr_t mask, uintptr_t grad_input, uintptr_t workspace, int64_t workspace_bytes) {
-        return code(launch::binary_conv2d_input_grad(
-            {shape, as<const float>(grad_output), as<const uint64_t>(weight), as<const float>(scale), scale_stride,
-             as<const uint64_t>(mask), as<float>(grad_input), as<void>(workspace)},
-            workspace_bytes));
-      },
-      unlocked);
-
+  m.def("binary_conv2d_weight_bytes",
+        [](const ConvShape& shape) { return kernels().binary_conv2d_weight_bytes(shape); });
+  m.def("binary_conv2d_weight_grad", on_threads(binary_conv2d_weight_grad_args, launch::binary_conv2d_weight_grad),
+        unlocked);
   m.def("binary_conv2d_weight_grad_workspace_bytes", [](const ConvShape& shape) {
     BinaryConv2dWeightGradArgs args{};
     args.shape = shape;
     return launch::binary_conv2d_weight_grad_workspace_bytes(args);
   });
-
-  m.def(
-      "binary_conv2d_weight_grad",
-      [](const ConvShape& shape, int encoding, int padding_value, uintptr_t grad_output, uintptr_t input,
-         uintptr_t grad_weight, uintptr_t workspace, int64_t workspace_bytes) {
-        return code(launch::binary_conv2d_weight_grad(
-            {shape, static_cast<Encoding>(encoding), padding_value, as<const float>(grad_output),
-             as<const uint64_t>(input), as<float>(grad_weight), as<void>(workspace)},
-            workspace_bytes));
-      },
-      unlocked);
-
-  m.def(
-      "quantized_activation",
-      [](uintptr_t input, int type, int64_t count, int levels, float low, float high, bool closed, uintptr_t output,
-         uintptr_t mask) {
-        return code(launch::quantized_activation({as<const void>(input), static_cast<FloatType>(type), count,
-                                                  static_cast<Levels>(levels), low, high, closed, as<void>(output),
-                                                  as<uint64_t>(mask)}));
-      },
-      unlocked);
-
-  m.def(
-      "masked_gradient",
-      [](uintptr_t gradient, int type, int64_t count, uintptr_t mask, uintptr_t output) {
-        return code(launch::masked_gradient({as<const void>(gradient), static_cast<FloatType>(type), count,
-                                             as<const uint64_t>(mask), as<void>(output)}));
-      },
-      unlocked);
-
-  m.def(
-      "antithetic_sample",
-      [](uintptr_t logits, uintptr_t quantile, int64_t rows, int64_t dimensions, int64_t samples, int coupling,
-         int layout, uint64_t seed, uint64_t offset, uintptr_t bits, uintptr_t ratio) {
-        return code(
-            launch::antithetic_sample({as<const float>(logits), as<const float>(quantile), rows, dimensions, samples,
-                                       static_cast<Coupling>(coupling), static_cast<SampleLayout>(layout), seed, offset,
-                                       as<void>(bits), as<float>(ratio)}));
-      },
-      unlocked);
-
-  m.def(
-      "antithetic_gradient",
-      [](uintptr_t bits, int layout, int64_t rows, int64_t dimensions, int64_t samples, uintptr_t weight,
-         uintptr_t ratio, uintptr_t gradient) {
-        return code(launch::antithetic_gradient({as<const void>(bits), static_cast<SampleLayout>(layout), rows,
-                                                 dimensions, samples, as<const float>(weight), as<const float>(ratio),
-                                                 as<float>(gradient)}));
-      },
-      unlocked);
+  m.def("binary_conv2d_workspace_bytes",
+        [](const ConvShape& shape, int encoding, int padding_value, int output_kind, int64_t thresholds) {
+          return launch::binary_conv2d_workspace_bytes(
+              binary_conv2d_plan_args(shape, encoding, padding_value, output_kind, thresholds));
+        });
+  m.def("binary_max_pool2d", on_threads(binary_max_pool2d_args, launch::binary_max_pool2d), unlocked);
+  m.def("masked_gradient", on_threads(masked_gradient_args, launch::masked_gradient), unlocked);
+  m.def("quantized_activation", on_threads(quantized_activation_args, launch::quantized_activation), unlocked);
+  m.def("unpack", on_threads(unpack_args, launch::unpack), unlocked);
 
   m.def(
       "popcount_peak",

@@ -1,34 +1,36 @@
 // bfloat16 and float16 <-> float32 in plain integer arithmetic, for units without the conversion instructions.
-// Rounding is to nearest even; NaN stays NaN. Internal linkage: see layout.h.
+// Rounding is to nearest even; NaN stays NaN.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "core/inline.h"
+
 namespace lowbit {
 
-static inline float bits_to_float(uint32_t bits) {
+LOWBIT_INLINE float bits_to_float(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-static inline uint32_t float_to_bits(float value) {
+LOWBIT_INLINE uint32_t float_to_bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-static inline float bfloat16_to_float(uint16_t half) { return bits_to_float(uint32_t{half} << 16); }
+LOWBIT_INLINE float bfloat16_to_float(uint16_t half) { return bits_to_float(uint32_t{half} << 16); }
 
-static inline uint16_t float_to_bfloat16(float value) {
+LOWBIT_INLINE uint16_t float_to_bfloat16(float value) {
   uint32_t bits = float_to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);  // keep NaN quiet
   bits += 0x7fffu + ((bits >> 16) & 1);
   return static_cast<uint16_t>(bits >> 16);
 }
 
-static inline float float16_to_float(uint16_t half) {
+LOWBIT_INLINE float float16_to_float(uint16_t half) {
   const uint32_t sign = uint32_t{half & 0x8000u} << 16;
   const uint32_t exponent = (half >> 10) & 0x1f;
   const uint32_t mantissa = half & 0x3ffu;
@@ -38,7 +40,7 @@ static inline float float16_to_float(uint16_t half) {
   return bits_to_float(sign | float_to_bits(subnormal));
 }
 
-static inline uint16_t float_to_float16(float value) {
+LOWBIT_INLINE uint16_t float_to_float16(float value) {
   const uint32_t bits = float_to_bits(value);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;

@@ -1,5 +1,4 @@
-// Geometry of two-dimensional pooling over packed bits, as torch.nn.functional defines it. Internal linkage: see
-// layout.h.
+// Geometry of two-dimensional pooling over packed bits, as torch.nn.functional defines it.
 #pragma once
 
 #include "core/layout.h"

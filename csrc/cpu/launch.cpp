@@ -2,6 +2,7 @@
 
 #include <atomic>
 
+#include "core/checks.h"
 #include "cpu/parallel.h"
 
 namespace lowbit::launch {
@@ -19,16 +20,6 @@ int64_t grain_for(int64_t grain_total, int64_t per_item) {
   return per_item >= grain_total ? 1 : grain_total / (per_item > 0 ? per_item : 1);
 }
 
-// False where a is negative, b is negative or a * b overflows; else a *= b.
-bool multiply(int64_t& a, int64_t b) { return a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, &a); }
-
-// Whether the product of the sizes, times 8 bytes, is addressable.
-template <class... Sizes>
-bool addressable(Sizes... sizes) {
-  int64_t product = 8;
-  return (multiply(product, sizes) && ...);
-}
-
 int64_t macs(const ConvShape& shape) {
   return out_pixels(shape) * shape.filters * taps(shape) * channels_per_group(shape);
 }
@@ -43,33 +34,11 @@ Status run_with_workspace(const Args& args, int64_t items, int64_t grain, int64_
   return Status::ok;
 }
 
-bool valid(const PoolShape& shape) {
-  return shape.kernel_height > 0 && shape.kernel_width > 0 && shape.stride_height > 0 && shape.stride_width > 0 &&
-         shape.dilation_height > 0 && shape.dilation_width > 0 && shape.pad_top >= 0 && shape.pad_left >= 0 &&
-         addressable(shape.batch, shape.height, shape.width, shape.channels) &&
-         addressable(shape.batch, shape.out_height, shape.out_width, shape.channels);
-}
-
 }  // namespace
-
-bool valid(const ConvShape& shape) noexcept {
-  if (shape.groups <= 0 || shape.channels <= 0 || shape.filters < 0 || shape.channels % shape.groups != 0 ||
-      shape.filters % shape.groups != 0 || shape.kernel_height <= 0 || shape.kernel_width <= 0 ||
-      shape.stride_height <= 0 || shape.stride_width <= 0 || shape.dilation_height <= 0 || shape.dilation_width <= 0 ||
-      shape.pad_top < 0 || shape.pad_left < 0) {
-    return false;
-  }
-  int64_t products = channels_per_group(shape);
-  if (!multiply(products, shape.kernel_height) || !multiply(products, shape.kernel_width)) return false;
-  return products < (int64_t{1} << 31) &&
-         addressable(shape.batch, shape.height, shape.width, shape.groups, words_per_group(shape)) &&
-         addressable(shape.filters, shape.kernel_height, shape.kernel_width, channels_per_group(shape)) &&
-         addressable(shape.batch, shape.out_height, shape.out_width, shape.filters);
-}
 
 Status binarize(const BinarizeArgs& args) noexcept {
   if (args.thresholds != 1 && args.thresholds != 2) return Status::bad_argument;
-  if (args.thresholds == 2 && (args.threshold_stride == 0 || args.mask)) return Status::bad_argument;
+  if (args.thresholds == 2 && (!args.threshold || args.mask)) return Status::bad_argument;
   if (!addressable(args.outer, args.channels, args.spatial, args.thresholds)) return Status::bad_shape;
   const int64_t pixels_per_item = args.channels_last ? 1 : kBinarizePixels;
   parallel_for(binarize_items(args), grain_for(kGrainBytes, 4 * bits_per_pixel(args) * pixels_per_item),

@@ -33,7 +33,4 @@ Status antithetic_gradient(const AntitheticGradientArgs& args) noexcept;
 // machine cannot run the level. For measurements: while it runs, `level` is the active level of the whole process.
 int64_t popcount_peak(Isa level, int64_t iterations) noexcept;
 
-// Every size in range, channels and filters divisible by groups, and taps * channels_per_group inside int32.
-bool valid(const ConvShape& shape) noexcept;
-
 }  // namespace lowbit::launch

@@ -46,26 +46,30 @@ class Random {
 // Records and prints a failure.
 void fail(const std::string& message);
 
-// `count` values at an address aligned to one value and to nothing more. Bytes before and after are watched: by guard
-// bytes, or after the end by the address sanitizer. New memory holds a pattern that no kernel leaves by chance.
+// `count` values at an address aligned to one value and to nothing more, or as memory from an allocator is. Bytes
+// before and after are watched: by guard bytes, or after the end by the address sanitizer. New memory holds a pattern
+// that no kernel leaves by chance.
+enum class Alignment { value, allocator };
+
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) : count_(count) {
-    base_ = static_cast<uint8_t*>(::operator new(static_cast<size_t>(bytes() + kBefore + kAfter), kAlignment));
-    memset(base_, kPattern, static_cast<size_t>(bytes() + kBefore + kAfter));
+  explicit Buffer(int64_t count, Alignment alignment = Alignment::value)
+      : count_(count), before_(alignment == Alignment::value ? sizeof(T) : static_cast<int64_t>(kAlignment)) {
+    base_ = static_cast<uint8_t*>(::operator new(static_cast<size_t>(bytes() + before_ + kAfter), kAlignment));
+    memset(base_, kPattern, static_cast<size_t>(bytes() + before_ + kAfter));
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() {
-    for (int64_t i = 0; i < kBefore; ++i) touched_ |= base_[i] != kPattern;
-    for (int64_t i = 0; i < kAfter; ++i) touched_ |= base_[kBefore + bytes() + i] != kPattern;
+    for (int64_t i = 0; i < before_; ++i) touched_ |= base_[i] != kPattern;
+    for (int64_t i = 0; i < kAfter; ++i) touched_ |= base_[before_ + bytes() + i] != kPattern;
     if (touched_) fail("memory next to a buffer was written");
     ::operator delete(base_, kAlignment);
   }
 
-  T* data() { return reinterpret_cast<T*>(base_ + kBefore); }
-  const T* data() const { return reinterpret_cast<const T*>(base_ + kBefore); }
+  T* data() { return reinterpret_cast<T*>(base_ + before_); }
+  const T* data() const { return reinterpret_cast<const T*>(base_ + before_); }
   T& operator[](int64_t i) { return data()[i]; }
   const T& operator[](int64_t i) const { return data()[i]; }
   int64_t size() const { return count_; }
@@ -74,7 +78,6 @@ class Buffer {
  private:
   static constexpr uint8_t kPattern = 0xa5;
   static constexpr std::align_val_t kAlignment{64};
-  static constexpr int64_t kBefore = sizeof(T);
 #if defined(__SANITIZE_ADDRESS__)
   static constexpr int64_t kAfter = 0;
 #else
@@ -82,6 +85,7 @@ class Buffer {
 #endif
 
   int64_t count_;
+  int64_t before_;
   uint8_t* base_;
   bool touched_ = false;
 };

@@ -49,7 +49,7 @@ void check(Random& random, FloatType type) {
   const bool channels_last = random.coin();
   const int64_t outer = random.between(0, 3), channels = random.size(300);
   const int64_t spatial = channels > 100 ? random.size(70) : random.size(200);
-  const int64_t threshold_stride = random.between(0, 1), thresholds = 1 + threshold_stride * random.between(0, 1);
+  const int64_t thresholds = random.between(1, 2);
   const int64_t row_words = words_for(thresholds * channels), count = outer * spatial * channels;
   Buffer<Input> input(count);
   for (int64_t i = 0; i < count; ++i) {
@@ -59,7 +59,7 @@ void check(Random& random, FloatType type) {
       input[i] = static_cast<Input>(rounded_bits(value(random), type));
     }
   }
-  Buffer<float> threshold(threshold_stride == 1 ? thresholds * channels : 1);
+  Buffer<float> threshold(thresholds * channels);
   for (int64_t i = 0; i < threshold.size(); ++i) threshold[i] = random.coin() ? value(random) : 0.0f;
   Buffer<uint8_t> flip(thresholds * channels);
   for (int64_t i = 0; i < flip.size(); ++i) flip[i] = static_cast<uint8_t>(random.between(0, 1));
@@ -71,8 +71,8 @@ void check(Random& random, FloatType type) {
   args.outer = outer;
   args.channels = channels;
   args.spatial = spatial;
-  args.threshold = threshold.data();
-  args.threshold_stride = threshold_stride;
+  args.threshold = thresholds == 2 || random.coin() ? threshold.data() : nullptr;
+  args.common_threshold = threshold[0];
   args.flip = random.coin() ? flip.data() : nullptr;
   args.encoding = random.pick({Encoding::sign, Encoding::step});
   args.thresholds = thresholds;
@@ -85,7 +85,7 @@ void check(Random& random, FloatType type) {
       const int64_t n = pixel / spatial, s = pixel % spatial;
       const float x =
           load_float(args.input, type, channels_last ? pixel * channels + c : (n * channels + c) * spatial + s);
-      const float t = threshold[bit * threshold_stride];
+      const float t = threshold_of(args, bit);
       if (args.flip && args.flip[bit] ? x <= t : x >= t) set_bit(words.data() + pixel * row_words, bit);
       const bool inside = args.encoding == Encoding::sign ? std::fabs(x) <= 1.0f : x > 0.0f && x < 1.0f;
       if (inside) set_bit(mask.data() + pixel * row_words, bit);

@@ -1,5 +1,6 @@
 // Launchers refuse inconsistent sizes before any kernel sees them.
 #include "common.h"
+#include "core/checks.h"
 
 namespace lowbit::test {
 namespace {
@@ -33,7 +34,7 @@ void expect_refused(const char* what, Status status) {
 void refuse(const char* what, int64_t ConvShape::* member, int64_t value) {
   ConvShape shape = ordinary_conv();
   shape.*member = value;
-  if (launch::valid(shape)) fail(std::string(what) + " counts as valid");
+  if (valid(shape)) fail(std::string(what) + " counts as valid");
   BinaryConv2dArgs conv{};
   BinaryConv2dInputGradArgs input_grad{};
   BinaryConv2dWeightGradArgs weight_grad{};
@@ -56,7 +57,7 @@ void refuse(const char* what, int64_t PoolShape::* member, int64_t value) {
 
 void test_launch(Random&, int) {
   constexpr int64_t kHuge = int64_t{1} << 62;
-  if (!launch::valid(ordinary_conv())) fail("an ordinary convolution is refused");
+  if (!valid(ordinary_conv())) fail("an ordinary convolution is refused");
   refuse("batch -1", &ConvShape::batch, -1);
   refuse("batch 2^62", &ConvShape::batch, kHuge);
   refuse("height -1", &ConvShape::height, -1);

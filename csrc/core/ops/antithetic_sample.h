@@ -48,7 +48,7 @@ struct AntitheticSampleArgs {
 };
 
 // Bytes of the n bits of one element: 1, 2, 4 or 8.
-static inline constexpr int64_t sample_bytes(int64_t samples) {
+LOWBIT_INLINE constexpr int64_t sample_bytes(int64_t samples) {
   return samples <= 8 ? 1 : samples <= 16 ? 2 : samples <= 32 ? 4 : 8;
 }
 

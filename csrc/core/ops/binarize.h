@@ -16,25 +16,29 @@ struct BinarizeArgs {
   int64_t outer;
   int64_t channels;
   int64_t spatial;
-  const float* threshold;  // threshold_stride = 1: [thresholds, channels]; 0: one value for all
-  int64_t threshold_stride;
+  const float* threshold;  // [thresholds, channels], or null: common_threshold for all
+  float common_threshold;
   const uint8_t* flip;     // [thresholds, channels] of 0 or 1, or null
   Encoding encoding;       // chooses the mask's interval only
   uint64_t* words;         // [outer, spatial, words_for(thresholds * channels)]
   uint64_t* mask;          // same layout, or null; null where thresholds = 2
-  int64_t thresholds = 1;  // 1, or 2 with threshold_stride = 1
+  int64_t thresholds = 1;  // 1, or 2 with `threshold` given
 };
 
-static inline int64_t bits_per_pixel(const BinarizeArgs& args) { return args.thresholds * args.channels; }
+LOWBIT_INLINE int64_t bits_per_pixel(const BinarizeArgs& args) { return args.thresholds * args.channels; }
 
-static inline constexpr int64_t float_bytes(FloatType type) { return type == FloatType::float32 ? 4 : 2; }
+LOWBIT_INLINE constexpr int64_t float_bytes(FloatType type) { return type == FloatType::float32 ? 4 : 2; }
+
+LOWBIT_INLINE float threshold_of(const BinarizeArgs& args, int64_t bit) {
+  return args.threshold ? args.threshold[bit] : args.common_threshold;
+}
 
 // The mask's interval with its ends included: the open (0, 1) of step is [2^-149, 1 - 2^-24].
 struct MaskInterval {
   float lowest, highest;
 };
 
-static inline MaskInterval mask_interval(Encoding encoding) {
+LOWBIT_INLINE MaskInterval mask_interval(Encoding encoding) {
   if (encoding == Encoding::sign) return {-1.0f, 1.0f};
   return {0x1p-149f, 0x1.fffffep-1f};
 }

@@ -29,16 +29,16 @@ struct QuantizedActivationArgs {
 
 // Integers that order floats: key(x) < key(y) if and only if x < y, but that -0 is next below +0; NaN lie outside
 // [key(-inf), key(inf)].
-static inline int32_t ordered_key(uint32_t bits) {
+LOWBIT_INLINE int32_t ordered_key(uint32_t bits) {
   const int32_t value = static_cast<int32_t>(bits);
   return value ^ ((value >> 31) & 0x7fffffff);
 }
-static inline int16_t ordered_key(uint16_t bits) {
+LOWBIT_INLINE int16_t ordered_key(uint16_t bits) {
   const int16_t value = static_cast<int16_t>(bits);
   return static_cast<int16_t>(value ^ ((value >> 15) & 0x7fff));
 }
 
-static inline uint32_t float_bits(float value, FloatType type) {
+LOWBIT_INLINE uint32_t float_bits(float value, FloatType type) {
   if (type == FloatType::float32) return float_to_bits(value);
   return type == FloatType::bfloat16 ? float_to_bfloat16(value) : float_to_float16(value);
 }
@@ -53,7 +53,7 @@ struct ActivationConstants {
 };
 
 template <class Key, class Bits>
-static inline ActivationConstants<Key, Bits> activation_constants(const QuantizedActivationArgs& args) {
+LOWBIT_INLINE ActivationConstants<Key, Bits> activation_constants(const QuantizedActivationArgs& args) {
   const auto bits = [&](float value) { return static_cast<Bits>(float_bits(value, args.type)); };
   const auto key = [&](float value) { return ordered_key(bits(value)); };
   const Key inside = args.closed ? 0 : 1;

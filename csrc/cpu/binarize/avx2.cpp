@@ -64,7 +64,7 @@ __m256 is_inside(__m256 x_f32x8, MaskInterval interval) {
 
 Threshold channel_threshold(const BinarizeArgs& args, int64_t channel) {
   const __m256 sign_f32x8 = _mm256_set1_ps(args.flip && args.flip[channel] ? -0.0f : 0.0f);
-  const __m256 threshold_f32x8 = _mm256_set1_ps(args.threshold[channel * args.threshold_stride]);
+  const __m256 threshold_f32x8 = _mm256_set1_ps(threshold_of(args, channel));
   return {_mm256_xor_ps(threshold_f32x8, sign_f32x8), sign_f32x8};
 }
 
@@ -81,9 +81,8 @@ Threshold lane_thresholds(const BinarizeArgs& args, int64_t channel, int64_t cou
     const __m256i flip_u32x8 = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(flip_u8x8)));
     sign_f32x8 = _mm256_castsi256_ps(_mm256_slli_epi32(flip_u32x8, 31));
   }
-  const __m256 threshold_f32x8 = args.threshold_stride == 0
-                                     ? _mm256_set1_ps(args.threshold[0])
-                                     : _mm256_maskload_ps(args.threshold + channel, first_lanes(count));
+  const __m256 threshold_f32x8 = args.threshold ? _mm256_maskload_ps(args.threshold + channel, first_lanes(count))
+                                                : _mm256_set1_ps(args.common_threshold);
   return {_mm256_xor_ps(threshold_f32x8, sign_f32x8), sign_f32x8};
 }
 
@@ -256,7 +255,7 @@ __attribute__((noinline)) void binarize_range(const BinarizeArgs& args, int64_t 
 
 template <FloatType kType>
 void binarize_type(const BinarizeArgs& args, int64_t begin, int64_t end) {
-  const bool uniform = args.threshold_stride == 0 && !args.flip;
+  const bool uniform = !args.threshold && !args.flip;
   if (uniform && !args.mask) return binarize_range<kType, true, false>(args, begin, end);
   if (uniform) return binarize_range<kType, true, true>(args, begin, end);
   if (!args.mask) return binarize_range<kType, false, false>(args, begin, end);

@@ -44,7 +44,7 @@ __mmask16 is_inside(__m512 x_f32x16, MaskInterval interval) {
 
 Threshold channel_threshold(const BinarizeArgs& args, int64_t channel) {
   const __m512 sign_f32x16 = _mm512_set1_ps(args.flip && args.flip[channel] ? -0.0f : 0.0f);
-  const __m512 threshold_f32x16 = _mm512_set1_ps(args.threshold[channel * args.threshold_stride]);
+  const __m512 threshold_f32x16 = _mm512_set1_ps(threshold_of(args, channel));
   return {_mm512_xor_ps(threshold_f32x16, sign_f32x16), sign_f32x16};
 }
 
@@ -55,8 +55,8 @@ Threshold lane_thresholds(const BinarizeArgs& args, int64_t channel, __mmask16 l
     const __m128i flip_u8x16 = _mm_maskz_loadu_epi8(lanes, args.flip + channel);
     sign_f32x16 = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(flip_u8x16), 31));
   }
-  const __m512 threshold_f32x16 = args.threshold_stride == 0 ? _mm512_set1_ps(args.threshold[0])
-                                                             : _mm512_maskz_loadu_ps(lanes, args.threshold + channel);
+  const __m512 threshold_f32x16 =
+      args.threshold ? _mm512_maskz_loadu_ps(lanes, args.threshold + channel) : _mm512_set1_ps(args.common_threshold);
   return {_mm512_xor_ps(threshold_f32x16, sign_f32x16), sign_f32x16};
 }
 
@@ -252,7 +252,7 @@ __attribute__((noinline)) void binarize_range(const BinarizeArgs& args, int64_t 
 
 template <FloatType kType>
 void binarize_type(const BinarizeArgs& args, int64_t begin, int64_t end) {
-  const bool uniform = args.threshold_stride == 0 && !args.flip;
+  const bool uniform = !args.threshold && !args.flip;
   if (uniform && !args.mask) return binarize_range<kType, true, false>(args, begin, end);
   if (uniform) return binarize_range<kType, true, true>(args, begin, end);
   if (!args.mask) return binarize_range<kType, false, false>(args, begin, end);

@@ -24,7 +24,7 @@ struct Interval {
 };
 
 Interval channel_interval(const BinarizeArgs& args, int64_t channel) {
-  const int32_t threshold = ordered(args.threshold[channel * args.threshold_stride]);
+  const int32_t threshold = ordered(threshold_of(args, channel));
   if (threshold > kInfinity || threshold < -kInfinity) return {1, 0};  // NaN: empty
   if (args.flip && args.flip[channel]) return {-kInfinity, threshold};
   return {threshold, kInfinity};

@@ -3,7 +3,6 @@
 #include <immintrin.h>
 
 #include "cpu/binary_avg_pool2d/binary_avg_pool2d.h"
-#include "cpu/binary_avg_pool2d/window.h"
 
 namespace lowbit::avx512 {
 namespace {

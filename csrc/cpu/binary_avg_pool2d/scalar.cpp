@@ -1,5 +1,4 @@
 #include "cpu/binary_avg_pool2d/binary_avg_pool2d.h"
-#include "cpu/binary_avg_pool2d/window.h"
 
 namespace lowbit::scalar {
 namespace {

@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "core/tap_range.h"
 #include "cpu/binary_max_pool2d/binary_max_pool2d.h"
 
 namespace lowbit {
@@ -70,28 +71,18 @@ void or_windows(WindowRun run, const uint64_t* invert, uint64_t* output) {
   if (run.words - word >= 1) or_words<1>(run, word, invert, output);
 }
 
-// Half-open range of taps that lie inside the image, for the tap 0 at `first`.
-struct TapRange {
-  int64_t begin, end;
-};
-
-TapRange taps_inside(int64_t first, int64_t dilation, int64_t kernel, int64_t size) {
-  const int64_t begin = first >= 0 ? 0 : ceil_div(-first, dilation);
-  const int64_t end = first >= size ? 0 : ceil_div(size - first, dilation);
-  return {begin, end < kernel ? end : kernel};
-}
-
 void max_pool_row(const BinaryMaxPool2dArgs& args, int64_t item) {
   const PoolShape& s = args.shape;
   const int64_t row_words = words_for(s.channels);
   const uint64_t* image = args.input + item / s.out_height * s.height * s.width * row_words;
   uint64_t* output = args.output + item * s.out_width * row_words;
-  const int64_t top = item % s.out_height * s.stride_height - s.pad_top;
-  const TapRange rows = taps_inside(top, s.dilation_height, s.kernel_height, s.height);
+  const int64_t out_row = item % s.out_height;
+  const int64_t top = out_row * s.stride_height - s.pad_top;
+  const TapRange rows = valid_taps(out_row, s.stride_height, s.pad_top, s.dilation_height, s.kernel_height, s.height);
   const int64_t reach = (s.kernel_width - 1) * s.dilation_width;
   for (int64_t x = 0; x < s.out_width;) {
     const int64_t left = x * s.stride_width - s.pad_left;
-    const TapRange columns = taps_inside(left, s.dilation_width, s.kernel_width, s.width);
+    const TapRange columns = valid_taps(x, s.stride_width, s.pad_left, s.dilation_width, s.kernel_width, s.width);
     int64_t pixels = 1;
     if (left >= 0 && left + reach < s.width) {  // so do all windows until one touches the right edge
       const int64_t whole = (s.width - 1 - reach - left) / s.stride_width + 1;

@@ -1,0 +1,175 @@
+// What the two modules share: the arguments of each op as they come from Python, integers and addresses, made into the
+// structs of csrc/core/ops. A pointer of 0 is an absent optional argument. Pointers and sizes were checked in Python,
+// in the launchers of lowbit_ext/<method>/ops.py.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "core/checks.h"
+#include "core/ops/align_groups.h"
+#include "core/ops/antithetic_gradient.h"
+#include "core/ops/antithetic_sample.h"
+#include "core/ops/binarize.h"
+#include "core/ops/binary_avg_pool2d.h"
+#include "core/ops/binary_conv2d.h"
+#include "core/ops/binary_conv2d_input_grad.h"
+#include "core/ops/binary_conv2d_weight_grad.h"
+#include "core/ops/binary_max_pool2d.h"
+#include "core/ops/masked_gradient.h"
+#include "core/ops/quantized_activation.h"
+#include "core/ops/unpack.h"
+
+namespace lowbit::bind {
+
+template <class T>
+T* as(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline int code(Status status) { return static_cast<int>(status); }
+
+inline BinarizeArgs binarize_args(uintptr_t input, int input_type, bool channels_last, int64_t outer, int64_t channels,
+                                  int64_t spatial, uintptr_t threshold, float common_threshold, uintptr_t flip,
+                                  int encoding, uintptr_t words, uintptr_t mask, int64_t thresholds) {
+  return {as<const void>(input),
+          static_cast<FloatType>(input_type),
+          channels_last,
+          outer,
+          channels,
+          spatial,
+          as<const float>(threshold),
+          common_threshold,
+          as<const uint8_t>(flip),
+          static_cast<Encoding>(encoding),
+          as<uint64_t>(words),
+          as<uint64_t>(mask),
+          thresholds};
+}
+
+inline UnpackArgs unpack_args(uintptr_t words, int64_t pixels, int64_t channels, float low, float high,
+                              uintptr_t output, int output_type) {
+  return {as<const uint64_t>(words),          pixels, channels, low, high, as<void>(output),
+          static_cast<FloatType>(output_type)};
+}
+
+inline QuantizedActivationArgs quantized_activation_args(uintptr_t input, int type, int64_t count, int levels,
+                                                         float low, float high, bool closed, uintptr_t output,
+                                                         uintptr_t mask) {
+  return {as<const void>(input),
+          static_cast<FloatType>(type),
+          count,
+          static_cast<Levels>(levels),
+          low,
+          high,
+          closed,
+          as<void>(output),
+          as<uint64_t>(mask)};
+}
+
+inline MaskedGradientArgs masked_gradient_args(uintptr_t gradient, int type, int64_t count, uintptr_t mask,
+                                               uintptr_t output) {
+  return {as<const void>(gradient), static_cast<FloatType>(type), count, as<const uint64_t>(mask), as<void>(output)};
+}
+
+inline AntitheticSampleArgs antithetic_sample_args(uintptr_t logits, uintptr_t quantile, int64_t rows,
+                                                   int64_t dimensions, int64_t samples, int coupling, int layout,
+                                                   uint64_t seed, uint64_t offset, uintptr_t bits, uintptr_t ratio) {
+  return {as<const float>(logits),
+          as<const float>(quantile),
+          rows,
+          dimensions,
+          samples,
+          static_cast<Coupling>(coupling),
+          static_cast<SampleLayout>(layout),
+          seed,
+          offset,
+          as<void>(bits),
+          as<float>(ratio)};
+}
+
+inline AntitheticGradientArgs antithetic_gradient_args(uintptr_t bits, int layout, int64_t rows, int64_t dimensions,
+                                                       int64_t samples, uintptr_t weight, uintptr_t ratio,
+                                                       uintptr_t gradient) {
+  return {as<const void>(bits),
+          static_cast<SampleLayout>(layout),
+          rows,
+          dimensions,
+          samples,
+          as<const float>(weight),
+          as<const float>(ratio),
+          as<float>(gradient)};
+}
+
+inline AlignGroupsArgs align_groups_args(uintptr_t words, int64_t pixels, int64_t groups, int64_t channels_per_group,
+                                         uintptr_t output) {
+  return {as<const uint64_t>(words), pixels, groups, channels_per_group, as<uint64_t>(output)};
+}
+
+inline BinaryMaxPool2dArgs binary_max_pool2d_args(const PoolShape& shape, uintptr_t input, uintptr_t invert,
+                                                  uintptr_t output) {
+  return {shape, as<const uint64_t>(input), as<const uint64_t>(invert), as<uint64_t>(output)};
+}
+
+inline BinaryAvgPool2dArgs binary_avg_pool2d_args(const PoolShape& shape, int encoding, bool count_include_pad,
+                                                  int64_t divisor_override, uintptr_t input, uintptr_t output) {
+  return {shape,
+          static_cast<Encoding>(encoding),
+          count_include_pad,
+          divisor_override,
+          as<const uint64_t>(input),
+          as<float>(output)};
+}
+
+// What the size of the workspace depends on.
+inline BinaryConv2dArgs binary_conv2d_plan_args(const ConvShape& shape, int encoding, int padding_value,
+                                                int output_kind, int64_t thresholds) {
+  BinaryConv2dArgs args{};
+  args.shape = shape;
+  args.encoding = static_cast<Encoding>(encoding);
+  args.padding_value = padding_value;
+  args.output_kind = static_cast<ConvOutput>(output_kind);
+  args.thresholds = thresholds;
+  return args;
+}
+
+inline BinaryConv2dArgs binary_conv2d_args(const ConvShape& shape, int encoding, int padding_value, int output_kind,
+                                           uintptr_t input, uintptr_t weight, uintptr_t scale, int64_t scale_stride,
+                                           uintptr_t bias, uintptr_t residual, int residual_type, uintptr_t threshold,
+                                           uintptr_t flip, int64_t thresholds, uintptr_t output, uintptr_t workspace) {
+  BinaryConv2dArgs args = binary_conv2d_plan_args(shape, encoding, padding_value, output_kind, thresholds);
+  args.input = as<const uint64_t>(input);
+  args.weight = as<const void>(weight);
+  args.scale = as<const float>(scale);
+  args.scale_stride = scale_stride;
+  args.bias = as<const float>(bias);
+  args.residual = as<const void>(residual);
+  args.residual_type = static_cast<FloatType>(residual_type);
+  args.threshold = as<const void>(threshold);
+  args.flip = as<const uint8_t>(flip);
+  args.output = as<void>(output);
+  args.workspace = as<void>(workspace);
+  return args;
+}
+
+inline BinaryConv2dInputGradArgs binary_conv2d_input_grad_args(const ConvShape& shape, uintptr_t grad_output,
+                                                               uintptr_t weight, uintptr_t scale, int64_t scale_stride,
+                                                               uintptr_t mask, uintptr_t grad_input,
+                                                               uintptr_t workspace) {
+  return {shape,        as<const float>(grad_output), as<const uint64_t>(weight), as<const float>(scale),
+          scale_stride, as<const uint64_t>(mask),     as<float>(grad_input),      as<void>(workspace)};
+}
+
+inline BinaryConv2dWeightGradArgs binary_conv2d_weight_grad_args(const ConvShape& shape, int encoding,
+                                                                 int padding_value, uintptr_t grad_output,
+                                                                 uintptr_t input, uintptr_t grad_weight,
+                                                                 uintptr_t workspace) {
+  return {shape,
+          static_cast<Encoding>(encoding),
+          padding_value,
+          as<const float>(grad_output),
+          as<const uint64_t>(input),
+          as<float>(grad_weight),
+          as<void>(workspace)};
+}
+
+}  // namespace lowbit::bind

@@ -1,0 +1,45 @@
+// The module lowbit_ext._cuda: as _cpu, with the stream's device and its handle behind the arguments of each function.
+// It loads without a driver.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "bind/arguments.h"
+#include "cuda/launch.h"
+
+namespace py = pybind11;
+using namespace lowbit;
+using namespace lowbit::bind;
+
+namespace {
+
+// The Python function of a launcher: the parameters of `arguments`, then the device and the stream.
+template <class Args, class... Parameters>
+auto on_stream(Args (*arguments)(Parameters...), Status (*launch)(const Args&, cuda::Stream)) {
+  return [=](Parameters... parameters, int device, uintptr_t stream) {
+    return code(launch(arguments(parameters...), {device, as<void>(stream)}));
+  };
+}
+
+// The same with the size of a workspace before them.
+template <class Args, class... Parameters>
+auto on_stream(Args (*arguments)(Parameters...), Status (*launch)(const Args&, int64_t, cuda::Stream)) {
+  return [=](Parameters... parameters, int64_t workspace_bytes, int device, uintptr_t stream) {
+    return code(launch(arguments(parameters...), workspace_bytes, {device, as<void>(stream)}));
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of lowbit_ext. Private: lowbit_ext/_native.py is the way in.";
+
+  m.def("architecture", &cuda::architecture);
+  m.def("last_error_text", [] { return std::string(cuda::last_error_text()); });
+  // As the compiler was given them, such as "80 90a 120".
+  m.def("architectures", [] { return std::string(LOWBIT_CUDA_ARCHS); });
+
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+
+  m.def("unpack", on_stream(unpack_args, cuda::unpack), unlocked);
+}

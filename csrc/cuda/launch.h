@@ -1,0 +1,23 @@
+// The CUDA launchers, one function per op, with the arguments of csrc/core/ops; pointers are memory of the stream's
+// device. Each refuses inconsistent sizes, enqueues its kernels on the stream and returns: the results are there when
+// the stream has reached them. The caller's current device stays what it was. No torch, no Python, no allocation.
+#pragma once
+
+#include "core/ops/unpack.h"
+
+namespace lowbit::cuda {
+
+struct Stream {
+  int device;
+  void* stream;  // cudaStream_t of that device; null: its default stream
+};
+
+Status unpack(const UnpackArgs& args, Stream stream) noexcept;
+
+// What CUDA said to this thread's last call that returned Status::cuda_error.
+const char* last_error_text() noexcept;
+
+// 10 * major + minor of the compute capability, 90 for 9.0; -1 where CUDA cannot say: see last_error_text().
+int architecture(int device) noexcept;
+
+}  // namespace lowbit::cuda

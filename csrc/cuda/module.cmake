@@ -1,0 +1,34 @@
+# The Python module _cuda: csrc/cuda/*.cu for every architecture, and its binding. Needs nvcc, neither a GPU nor a driver.
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+
+if(NOT LOWBIT_CUDA_ARCHS)
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-code OUTPUT_VARIABLE known OUTPUT_STRIP_TRAILING_WHITESPACE)
+  string(REPLACE "\n" ";" known "${known}")
+  foreach(arch 75 80 86 89 90a 100 120)
+    string(REPLACE "a" "" base ${arch})  # the list leaves out the specific ones
+    if(sm_${base} IN_LIST known)
+      list(APPEND LOWBIT_CUDA_ARCHS ${arch})
+    endif()
+  endforeach()
+endif()
+message(STATUS "CUDA architectures: ${LOWBIT_CUDA_ARCHS}")
+set(gencode "")
+foreach(arch IN LISTS LOWBIT_CUDA_ARCHS)
+  list(APPEND gencode -gencode=arch=compute_${arch},code=sm_${arch})
+endforeach()
+list(GET LOWBIT_CUDA_ARCHS -1 newest)
+list(APPEND gencode -gencode=arch=compute_${newest},code=compute_${newest})  # for what comes after
+
+file(GLOB kernels CONFIGURE_DEPENDS csrc/cuda/*.cu)
+pybind11_add_module(_cuda NO_EXTRAS csrc/bind/cuda_module.cpp ${kernels})
+target_include_directories(_cuda PRIVATE csrc)
+string(REPLACE ";" " " architectures "${LOWBIT_CUDA_ARCHS}")
+target_compile_definitions(_cuda PRIVATE "LOWBIT_CUDA_ARCHS=\"${architectures}\"")
+target_compile_options(_cuda PRIVATE
+  $<$<COMPILE_LANGUAGE:CXX>:-O2 -Wall -Wextra>
+  # --fmad=false: every float operation rounds on its own, as on the CPU.
+  "$<$<COMPILE_LANGUAGE:CUDA>:-O3;--fmad=false;--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra;--threads=2;${gencode}>")
+set_target_properties(_cuda PROPERTIES CUDA_ARCHITECTURES OFF CUDA_STANDARD 17 CUDA_VISIBILITY_PRESET hidden)
+target_link_libraries(_cuda PRIVATE CUDA::cudart_static)
+target_link_options(_cuda PRIVATE -s -Wl,--exclude-libs,ALL)

@@ -1,0 +1,21 @@
+// What the tests of the CUDA kernels share beside tests/cpp, and their list. Each draws random cases and compares a
+// CUDA launcher, run on the host, with the scalar CPU kernel.
+#pragma once
+
+#include "../cpp/common.h"
+#include "cuda/launch.h"
+
+namespace lowbit::test {
+
+constexpr cuda::Stream kStream{1, nullptr};  // not the current device, which a launch must leave as it is
+
+// Operands come from torch's allocator, or are slices that begin anywhere.
+inline Alignment random_alignment(Random& random) {
+  return random.between(0, 3) == 0 ? Alignment::value : Alignment::allocator;
+}
+
+void test_device(Random& random, int cases);
+void test_divisor(Random& random, int cases);
+void test_unpack(Random& random, int cases);
+
+}  // namespace lowbit::test
