@@ -19,7 +19,7 @@ from torch import nn
 
 from lowbit_ext import cone
 from lowbit_ext.cone import Cone, ConeActivation, ConeLinear, generators, layers
-from tests.reference import cone as reference
+from reference import cone as reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 PHI = list(layers.NONNEGATIVE)
