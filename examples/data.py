@@ -1,4 +1,4 @@
-"""Images for the examples: digits and an MNIST subset from Python packages, Fashion-MNIST and CIFAR-10 from files."""
+"""Data for the examples: digits and an MNIST subset from packages, Fashion-MNIST, CIFAR-10 and texts from files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gzip
 import io
 import math
 import pickle
+import tarfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,34 @@ def load(name: str, root: str | Path | None = None, *, normalise: bool = True) -
 
 def _tensors(images: np.ndarray, labels: np.ndarray) -> Set:
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+
+
+def load_texts(path: Path | None) -> tuple[list[str], np.ndarray]:
+    """Texts and the names of their categories.
+
+    Args:
+        path: vaderSentiment-3.3.2.tar.gz, which holds sentences of four sources (product and film reviews, editorials,
+            tweets); or a folder with a folder of text files for each category, such as an unpacked 20 Newsgroups.
+
+    Raises:
+        OSError: no such file or folder; one line says how to get it.
+        ValueError: neither of the two, or fewer than two categories.
+    """
+    if path is None or not path.exists():
+        raise FileNotFoundError(
+            f"data: no texts {'without --texts' if path is None else f'at {path}'}: pip download --no-deps "
+            "--no-binary :all: vaderSentiment==3.3.2, and name the file with --texts; or name a folder with a folder "
+            "of text files for each category"
+        )
+    if path.is_dir():
+        files = sorted(file for file in path.glob("*/**/*") if file.is_file())
+        texts = [(file.relative_to(path).parts[0], file.read_text("utf-8", "replace")) for file in files]
+    else:
+        texts = _vader_snippets(path)
+    categories = np.array([category for category, _ in texts])
+    if len(np.unique(categories)) < 2:
+        raise ValueError(f"data: {path} must hold texts of two categories or more")
+    return [text for _, text in texts], categories
 
 
 # --- packages ---------------------------------------------------------------------------------------------------------
@@ -133,6 +162,24 @@ def _read_idx(root: Path, name: str) -> np.ndarray:
     if len(content) - start != math.prod(shape):
         raise ValueError(f"data: {path} must hold {math.prod(shape)} values, it holds {len(content) - start}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _vader_snippets(path: Path) -> list[tuple[str, str]]:
+    """Source and sentence from the archive within vaderSentiment's: lines of number, rating and text."""
+    try:
+        with tarfile.open(path) as package:
+            inner = next(name for name in package.getnames() if name.endswith("hutto_ICWSM_2014.tar.gz"))
+            with tarfile.open(fileobj=package.extractfile(inner)) as archive:
+                names = sorted(name for name in archive.getnames() if name.endswith("_GroundTruth.txt"))
+                files = {Path(name).name: archive.extractfile(name).read().decode("utf-8", "replace") for name in names}
+    except (tarfile.TarError, EOFError, StopIteration, zlib.error) as error:
+        raise ValueError(f"data: {path} is not vaderSentiment-3.3.2.tar.gz, or it is cut off") from error
+    return [
+        (name.removesuffix("_GroundTruth.txt").removesuffix("Snippets"), line.split("\t", 2)[2])
+        for name, content in files.items()
+        for line in content.splitlines()
+        if line.count("\t") >= 2
+    ]
 
 
 def _cifar10(root: Path | None) -> tuple[Any, Any]:
