@@ -587,12 +587,12 @@ def test_wrong_features_and_labels_later():
         by_products.partial_fit(BITS, LABELS)
 
 
-def test_missing_scikit_learn_is_one_line():
+def test_missing_scikit_learn_is_one_line(tmp_path):
     """The package and `gram` load without scikit-learn; the class names the command that brings it."""
     code = (
         "import sys\nsys.modules['sklearn'] = None\nimport lowbit_ext\nfrom lowbit_ext import helstrom\nhelstrom.gram\n"
         "try:\n    helstrom.HelstromClassifier\nexcept ImportError as error:\n    print(error)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     expected = 'lowbit_ext.helstrom.HelstromClassifier needs scikit-learn: pip install "lowbit-ext[helstrom]"'
     assert result.stdout.strip() == expected
