@@ -1,5 +1,6 @@
 """`python -m lowbit_ext`: what is installed, and what this machine runs it with."""
 
+import importlib.util
 import platform
 
 import torch
@@ -18,7 +19,7 @@ def main() -> None:
         "CPU levels": f"{', '.join(_native.available_isas())} (active: {_native.active_isa()})",
         "threads": f"{_native.cpu.threads()} in the kernels, {torch.get_num_threads()} in torch "
         f"({'one pool' if one_pool else 'two pools: torch is not using OpenMP'})",
-        "CUDA library": "not built",
+        "CUDA library": "built, not used yet" if importlib.util.find_spec("lowbit_ext._cuda") else "not built",
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
     for name, value in rows.items():

@@ -8,7 +8,8 @@ void check(Random& random) {
   const int64_t rows = random.between(0, 3), dimensions = random.pick<int64_t>({random.size(640), 1023, 1024, 1025});
   const int64_t n = random.between(1, kMostSamples);
   const bool with_ratio = random.coin();
-  Buffer<uint8_t> by_sample(rows * dimensions * sample_bytes(n));
+  Buffer<uint64_t> by_sample(ceil_div(rows * dimensions * sample_bytes(n), 8));  // aligned for every width of element
+  uint8_t* const sample_memory = reinterpret_cast<uint8_t*>(by_sample.data());
   Buffer<uint64_t> by_dimension(n * rows * words_for(dimensions));
   Buffer<float> weight(rows * n), ratio(rows * dimensions), gradient(rows * dimensions);
   for (int64_t i = 0; i < weight.size(); ++i) weight[i] = random.normal();
@@ -19,7 +20,7 @@ void check(Random& random) {
   for (int64_t i = 0; i < gradient.size(); ++i) {
     const int64_t row = i / dimensions;
     const uint64_t bits = random.bits() & low_mask(n);
-    memcpy(by_sample.data() + i * sample_bytes(n), &bits, static_cast<size_t>(sample_bytes(n)));
+    memcpy(sample_memory + i * sample_bytes(n), &bits, static_cast<size_t>(sample_bytes(n)));
     float sum = 0;
     for (int64_t first = 0; first < n; first += 4) {
       float part = 0;
