@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from harness import BinaryLimit, Config, Row, column, measure, popcount_level, require_equal
 from lowbit_ext import binary
@@ -86,4 +87,6 @@ def _row(case: Case, config: Config) -> GramRow:
 def rows(config: Config) -> Iterator[Row]:
     """Measures every case."""
     for case in cases(config.quick):
-        yield _row(case, config)
+        with threadpool_limits(config.threads, user_api="blas"):  # numpy's pool does not follow torch's
+            row = _row(case, config)
+        yield row
