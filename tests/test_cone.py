@@ -120,6 +120,11 @@ def test_checkerboard_of_the_paper():
     assert c._a.shape == (16, 784)
     assert c.coefficient_counts == (16, 768, 0)
     assert all(part.is_ternary for part in c._all_generators)
+    tiles = c._a.reshape(16, 28, 28)
+    assert (tiles[0, :7, :7] == 1).all()  # dark
+    assert (tiles[1, :7, 7:14] == -1).all()  # bright
+    assert (tiles[4, 7:14, :7] == -1).all()
+    assert abs(tiles).sum() == 784
     assert int((c.rays != 0).sum(1).max()) == 1
     assert int((c.lines != 0).sum(1).max()) == 2
 
@@ -446,8 +451,18 @@ def test_layer_equals_the_definition_in_both_layouts(example, share, monkeypatch
     x = torch.randn(3, 7, activation.in_features, dtype=torch.float64)
     rays, lines, _ = example.coefficient_counts
     alpha = [part.softmax(-1) for part in x[..., rays + lines :].split(example.vertex_groups, -1)]
-    expected = example.combine(torch.cat([x[..., :rays].abs(), x[..., rays : rays + lines], *alpha], -1))
+    alpha = torch.cat([x[..., :0], *alpha], -1)
+    # Unit rays orthogonal to the lines, which are orthonormal: any basis, so by projection.
+    null = torch.linalg.svd(example.lines).Vh[: torch.linalg.matrix_rank(example.lines)]
+    orthogonal = example.rays - example.rays @ null.T @ null
+    along_rays = x[..., :rays].abs() @ (orthogonal / orthogonal.norm(dim=1, keepdim=True))
+    beta, gamma, _ = activation.coefficients(x)
+    expected = example.combine(torch.cat([beta, gamma, alpha], -1))
     torch.testing.assert_close(activation(x), expected)
+    polytope = alpha @ example.vertex_generators.dense() + example.offset
+    along_lines = expected - along_rays - polytope
+    torch.testing.assert_close(along_lines @ null.T @ null, along_lines)
+    torch.testing.assert_close(along_lines.norm(dim=-1), x[..., rays : rays + lines].norm(dim=-1))
     torch.testing.assert_close(activation(x[0, 0]), expected[0, 0])
     assert activation(x[:0]).shape == (0, 7, example.dimension)
 

@@ -578,8 +578,10 @@ def largest_violation(
     """How far the generators are from A R <= 0, A L = 0, E R = 0, E L = 0, A v <= b and E v = f, at most.
 
     v is the worst sum of one vertex of every group. 0 proves that every combination satisfies the constraints; it is
-    computed in integers and fractions where the generators are such.
+    computed in integers and fractions where the generators are such, else in float64.
     """
+    if not all(summand.exact for summand in summands):
+        return _largest_violation_float(summands, rows, bounds, equalities, values)
     by_column: dict[int, list[tuple[int, Any]]] = {}
     stacked = [*rows, *equalities]
     for i, row in enumerate(stacked):
@@ -609,3 +611,23 @@ def largest_violation(
             lowest[i] += min(reached)
     worst = max(worst, *highest, 0)
     return max(worst, *(-value for value in lowest[len(rows) :]), 0)
+
+
+def _largest_violation_float(
+    summands: Sequence[Summand], rows: Sequence[Row], bounds: Sequence[Number], equalities: Sequence[Row],
+    values: Sequence[Number],
+) -> float:  # fmt: skip
+    stacked = [*rows, *equalities]
+    generators_of_all = [part for s in summands for part in (s.rays, s.lines, s.vertices)]
+    columns = sorted({j for part in (stacked, *generators_of_all) for row in part for j in row})
+    matrix, count = dense(stacked, columns), len(rows)
+    highest = -np.array([float(number) for number in (*bounds, *values)])
+    lowest, worst = highest.copy(), 0.0
+    for summand in summands:
+        rays, lines, vertices = (
+            matrix @ dense(part, columns).T for part in (summand.rays, summand.lines, summand.vertices)
+        )
+        worst = max(worst, rays[:count].max(initial=0), abs(rays[count:]).max(initial=0), abs(lines).max(initial=0))
+        if summand.vertices:
+            highest, lowest = highest + vertices.max(1), lowest + vertices.min(1)
+    return float(max(worst, highest.max(), -lowest[count:].min(initial=0)))

@@ -20,9 +20,9 @@ NONNEGATIVE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 # Coordinates with at most one entry over all generators are copies of one coefficient and are gathered; the others
-# (wide) are a matrix product. The gather pays up to this share of wide coordinates: 12.5 times faster than one product
-# with all generators at 2 % (checkerboard), 1.7 at 50 %, 1.1 at 75 %, 0.9 at 96 % (bench/cone.py, batch 256, one thread
-# of a Zen 4).
+# (wide) are a matrix product. The gather pays up to this share of wide coordinates: the activation is 5.8 times as fast
+# as with one product with all generators at 2 % (checkerboard), 1.3 at 50 %, 1.1 at 75 %, 0.96 at 96 % (bench/cone.py,
+# batch 256, one thread of a Zen 4).
 LARGEST_WIDE_SHARE = 0.75
 
 
@@ -35,12 +35,55 @@ def _moments(activation: Callable[[Tensor], Tensor], deviation: float) -> tuple[
     return mean, float(((image - mean).square() * density).sum())
 
 
+_MIXING = ("ray_scale", "line_scale", "line_mix", "line_spread", "ray_spread")
+
+
+def _mixing(cone: Cone) -> dict[str, Tensor | None]:
+    """How coefficients of unit rays and orthonormal lines become those of the cone's own generators, float64.
+
+    Each line has a coordinate that no other ray or line touches, where it is s. So lines = S [1 | N], and
+    (1 - U D U') [1 | N] is orthonormal for N = U diag(w) V' and D = 1 - (1 + w^2)^-1/2: a correction of rank(N), cheap
+    where few coordinates are shared. Rays are made orthogonal to lines by subtracting
+    R N' (1 + N N')^-1 [1 | N] = R (1 + N'N)^-1 N' [1 | N].
+    """
+    rays, lines = cone.rays, cone.lines
+    none: dict[str, Tensor | None] = dict.fromkeys(_MIXING)
+    own = ((rays != 0).sum(0) + (lines != 0).sum(0) == 1) & (lines != 0).any(0)
+    if not len(lines) or not bool((lines[:, own] != 0).any(1).all()):
+        # Without lines, or with lines from a pseudo-inverse, which are orthonormal as they are.
+        return none | {"ray_scale": 1 / rays.norm(dim=1)}
+    line, coordinate = torch.nonzero(lines[:, own].T)[:, 1], torch.nonzero(own).flatten()
+    basis = torch.zeros(len(lines), dtype=torch.int64)
+    basis[line] = coordinate
+    size = lines[torch.arange(len(lines)), basis]
+    shared = torch.ones(cone.dimension, dtype=torch.bool)
+    shared[basis] = False
+    shared &= (lines != 0).any(0)
+    inner = lines[:, shared] / size.unsqueeze(1)
+    left, widths, right = torch.linalg.svd(inner, full_matrices=False)
+    kept = widths > 1e-12
+    left, widths, right = left[:, kept], widths[kept], right[kept]
+    spread = -(rays[:, shared] @ right.T * (widths / (1 + widths.square()))) @ left.T
+    orthogonal = rays + spread @ (lines / size.unsqueeze(1))
+    return {
+        "ray_scale": 1 / orthogonal.norm(dim=1),
+        "line_scale": 1 / size,
+        "line_mix": left,
+        "line_spread": -(1 - (1 + widths.square()).rsqrt()).unsqueeze(1) * left.T,
+        "ray_spread": spread / size,
+    }
+
+
 class ConeActivation(nn.Module):
     """Maps free numbers to points of a Cone: phi(beta) @ rays + gamma @ lines + softmax(alpha) @ vertices.
 
     Rays have a non-negative coefficient, lines any, which halves the layer of the source, where a line is two rays.
     Each group of vertices has its own softmax. Every point of the set (for vertices: of its relative interior) is an
     output, and the constraints hold for every input, in training and after.
+
+    The rays and lines of the formula have norm 1, the lines are orthogonal to one another and to the rays, so that
+    gradient steps in the coefficients are steps of the same size in the output. The generators that are multiplied
+    are nevertheless the cone's sparse integer ones: only the coefficients of its lines, which are free, are mixed.
 
     Args:
         cone: the constraints.
@@ -79,6 +122,11 @@ class ConeActivation(nn.Module):
     vertices: Tensor
     offset: Tensor | None
     factor: Tensor | None
+    ray_scale: Tensor
+    line_scale: Tensor
+    line_mix: Tensor | None
+    line_spread: Tensor | None
+    ray_spread: Tensor | None
     source: Tensor | None
 
     def __init__(self, cone: Cone, nonnegative: str = "abs", box: float | None = None) -> None:
@@ -98,12 +146,13 @@ class ConeActivation(nn.Module):
         for key, value in self._exact_buffers().items():
             if value is not None and value.is_floating_point():
                 value = value.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
-            self.register_buffer(key, value)
+            # The mixing is recomputed, not stored: its last digits depend on the machine's singular values.
+            self.register_buffer(key, value, persistent=key not in _MIXING)
 
     # --- buffers ------------------------------------------------------------------------------------------------------
 
     def _exact_buffers(self) -> dict[str, Tensor | None]:
-        """All buffers, floats as float64.
+        """All buffers but those of None, floats as float64.
 
         rays, lines and vertices hold the wide columns of the generators. Where that is all of them, source and factor
         are None. Otherwise the output is factor times a gather from [beta, gamma, alpha, wide coordinates].
@@ -132,6 +181,7 @@ class ConeActivation(nn.Module):
             matrix = torch.zeros(part.shape[0], len(wide), dtype=torch.float64)
             matrix[part.index[0][inside], place_of[part.index[1][inside]]] = part.values[inside]
             buffers[name] = matrix
+        buffers |= _mixing(cone)
         buffers["offset"] = cone.offset.clone() if bool(cone.offset.any()) else None
         if dense:
             return buffers | {"source": None, "factor": None}
@@ -169,14 +219,22 @@ class ConeActivation(nn.Module):
     # --- forward ------------------------------------------------------------------------------------------------------
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The coefficients that the layer applies to rays (>= 0), lines and vertices (>= 0, each group sums to 1)."""
+        """Coefficients of the cone's rays (>= 0), lines and vertices (>= 0, each group sums to 1)."""
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"{type(self).__name__}: needs {self.in_features} coefficients in the last dimension, "
                 f"got {tuple(x.shape)}"
             )
-        beta, gamma, alpha = x.split(self.cone.coefficient_counts, dim=-1)
-        return NONNEGATIVE[self.nonnegative](beta), gamma, self._softmax(alpha)
+        if torch.promote_types(x.dtype, self.rays.dtype) != self.rays.dtype:
+            raise TypeError(
+                f"{type(self).__name__}: coefficients are {x.dtype}, the module {self.rays.dtype}: convert either"
+            )
+        parts = x.split(self.cone.coefficient_counts, dim=-1)
+        beta, gamma, alpha = (part.to(self.rays.dtype) for part in parts)
+        beta = NONNEGATIVE[self.nonnegative](beta) * self.ray_scale
+        if self.line_mix is not None and self.line_spread is not None and self.ray_spread is not None:
+            gamma = (gamma + gamma @ self.line_mix @ self.line_spread) * self.line_scale + beta @ self.ray_spread
+        return beta, gamma, self._softmax(alpha)
 
     def _softmax(self, alpha: Tensor) -> Tensor:
         if not self._groups:
@@ -190,21 +248,14 @@ class ConeActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        parts = self.coefficients(x)
-        dtype = self.rays.dtype
-        if torch.promote_types(x.dtype, dtype) != dtype:
-            raise TypeError(f"{type(self).__name__}: coefficients are {x.dtype}, the module {dtype}: convert either")
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return self._combine(parts, dtype).to(x.dtype)
-        return self._combine(parts, dtype).to(x.dtype)
+                return self._combine(self.coefficients(x)).to(x.dtype)
+        return self._combine(self.coefficients(x)).to(x.dtype)
 
-    def _combine(self, parts: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-        pairs = [
-            (part.to(dtype), matrix)
-            for part, matrix in zip(parts, (self.rays, self.lines, self.vertices), strict=True)
-            if matrix.shape[0]
-        ]
+    def _combine(self, parts: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        matrices = self.rays, self.lines, self.vertices
+        pairs = [(part, matrix) for part, matrix in zip(parts, matrices, strict=True) if matrix.shape[0]]
         wide = _sum_of_products(pairs)
         if self.source is None:
             x = wide
@@ -287,12 +338,17 @@ class ConeLinear(nn.Module):
         cone, inputs = self.activation.cone, self.linear.in_features
         activation = NONNEGATIVE[self.activation.nonnegative]
         rays, lines, _ = cone.coefficient_counts
-        # A coefficient adds its variance times its generator's square to the outputs' total. All ray coefficients share
-        # the fluctuation of the input's norm, deviation / sqrt(2 inputs), and their means follow it together.
-        squares = sum(float(part.values.square().sum()) for part in (cone.ray_generators, cone.line_generators))
-        column_sums = torch.zeros(cone.dimension, dtype=torch.float64)
-        column_sums.index_add_(0, cone.ray_generators.index[1], cone.ray_generators.values)
-        pairs = float(column_sums.square().sum() - cone.ray_generators.values.square().sum())
+        # A coefficient adds its variance to the outputs' total. All ray coefficients share the fluctuation of the
+        # input's norm, deviation / sqrt(2 inputs), and their means follow it together.
+        # Rays and lines have norm 1 here.
+        squares = rays + lines
+        mixing = _mixing(cone)
+        scale, spread = mixing["ray_scale"], mixing["ray_spread"]
+        assert scale is not None
+        column_sums = scale @ cone.rays
+        if spread is not None:
+            column_sums += scale @ spread @ cone.lines
+        pairs = float(column_sums.square().sum()) - rays
 
         def output_variance(deviation: float) -> float:
             rise = _moments(activation, 1.01 * deviation)[0] - _moments(activation, 0.99 * deviation)[0]
