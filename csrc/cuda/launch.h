@@ -3,6 +3,10 @@
 // the stream has reached them. The caller's current device stays what it was. No torch, no Python, no allocation.
 #pragma once
 
+#include "core/ops/align_groups.h"
+#include "core/ops/binarize.h"
+#include "core/ops/binary_avg_pool2d.h"
+#include "core/ops/binary_max_pool2d.h"
 #include "core/ops/unpack.h"
 
 namespace lowbit::cuda {
@@ -12,6 +16,10 @@ struct Stream {
   void* stream;  // cudaStream_t of that device; null: its default stream
 };
 
+Status align_groups(const AlignGroupsArgs& args, Stream stream) noexcept;
+Status binarize(const BinarizeArgs& args, Stream stream) noexcept;
+Status binary_avg_pool2d(const BinaryAvgPool2dArgs& args, Stream stream) noexcept;
+Status binary_max_pool2d(const BinaryMaxPool2dArgs& args, Stream stream) noexcept;
 Status unpack(const UnpackArgs& args, Stream stream) noexcept;
 
 // What CUDA said to this thread's last call that returned Status::cuda_error.

@@ -113,9 +113,10 @@ __device__ float to_float(Bits bits) {
 
 // Neighbours that a kernel reads or writes with one instruction.
 constexpr int kPackBytes = 16;
-template <class T, int kSize = kPackBytes / sizeof(T)>
-struct alignas(kSize * sizeof(T)) Pack {
-  T values[kSize];
+template <class T, int kValues = kPackBytes / sizeof(T)>
+struct alignas(kValues * sizeof(T)) Pack {
+  static constexpr int kCount = kValues;
+  T values[kValues];
 };
 
 static inline bool is_aligned(const void* pointer, size_t bytes) {

@@ -1,7 +1,6 @@
 #include <cmath>
-#include <limits>
 
-#include "common.h"
+#include "binarize_values.h"
 #include "cpu/binarize/binarize.h"
 
 #if defined(__x86_64__)
@@ -27,22 +26,6 @@ class ZeroSubnormals {
 #endif
 };
 
-// Mostly near the thresholds that decide, sometimes at the ends of the number line.
-float value(Random& random) {
-  using Limits = std::numeric_limits<float>;
-  const float infinity = Limits::infinity(), tiny = Limits::denorm_min();
-  switch (random.between(0, 9)) {
-    case 0:
-      return random.pick({Limits::quiet_NaN(), -Limits::quiet_NaN(), infinity, -infinity, Limits::max()});
-    case 1:
-      return random.pick({0.0f, -0.0f, tiny, -tiny, Limits::min(), 0x1p-130f, -0x1p-130f});
-    case 2:
-      return random.pick({1.0f, -1.0f, 0.5f, std::nextafter(1.0f, 2.0f), std::nextafter(1.0f, 0.0f)});
-    default:
-      return random.normal();
-  }
-}
-
 // Input: float or the bits of a 16-bit float.
 template <class Input>
 void check(Random& random, FloatType type) {
@@ -53,13 +36,13 @@ void check(Random& random, FloatType type) {
   Buffer<Input> input(count);
   for (int64_t i = 0; i < count; ++i) {
     if constexpr (sizeof(Input) == 4) {
-      input[i] = value(random);
+      input[i] = binarize_value(random);
     } else {
-      input[i] = static_cast<Input>(rounded_bits(value(random), type));
+      input[i] = static_cast<Input>(rounded_bits(binarize_value(random), type));
     }
   }
   Buffer<float> threshold(channels);
-  for (int64_t i = 0; i < threshold.size(); ++i) threshold[i] = random.coin() ? value(random) : 0.0f;
+  for (int64_t i = 0; i < threshold.size(); ++i) threshold[i] = random.coin() ? binarize_value(random) : 0.0f;
   Buffer<uint8_t> flip(channels);
   for (int64_t i = 0; i < channels; ++i) flip[i] = static_cast<uint8_t>(random.between(0, 1));
 

@@ -12,6 +12,10 @@ namespace {
 constexpr Test kTests[] = {
     {"device", test_device},
     {"divisor", test_divisor},
+    {"align_groups", test_align_groups},
+    {"binarize", test_binarize},
+    {"binary_avg_pool2d", test_binary_avg_pool2d},
+    {"binary_max_pool2d", test_binary_max_pool2d},
     {"unpack", test_unpack},
 };
 

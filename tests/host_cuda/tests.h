@@ -14,6 +14,10 @@ inline Alignment random_alignment(Random& random) {
   return random.between(0, 3) == 0 ? Alignment::value : Alignment::allocator;
 }
 
+void test_align_groups(Random& random, int cases);
+void test_binarize(Random& random, int cases);
+void test_binary_avg_pool2d(Random& random, int cases);
+void test_binary_max_pool2d(Random& random, int cases);
 void test_device(Random& random, int cases);
 void test_divisor(Random& random, int cases);
 void test_unpack(Random& random, int cases);
