@@ -97,8 +97,8 @@ class CudaKernels:
         self.level = f"cuda:{index} sm_{architecture}"
         for name, function in vars(module).items():
             if not name.startswith("_") and callable(function):
-                on_stream = not name.endswith("_bytes")
-                setattr(self, name, _with_stream(function, index, stream) if on_stream else _with(function, index))
+                asks = name.endswith(("_bytes", "_engine"))  # enqueues nothing
+                setattr(self, name, _with(function, index) if asks else _with_stream(function, index, stream))
 
     def __getattr__(self, name: str) -> Any:
         raise NotImplementedError(f"{name}: there is no CUDA kernel for it yet; call it with tensors on the CPU")
@@ -113,7 +113,12 @@ def _with_stream(function: Callable[..., int], index: int, stream: Callable[[int
 
 
 @functools.cache
-def _cuda_kernels(index: int) -> CudaKernels:
+def cuda_kernels(index: int) -> CudaKernels:
+    """The functions of _cuda on one device.
+
+    Raises:
+        RuntimeError: there is no module, no such device, or the device is older than what the module was built for.
+    """
     # What torch.cuda.current_stream(index).cuda_stream returns, without the objects made on the way.
     return CudaKernels(cuda_module(), index, torch._C._cuda_getCurrentRawStream)
 
@@ -123,7 +128,7 @@ def kernels(tensor: torch.Tensor) -> Any:
 
     Their attribute `level` says what a private copy of a weight is made for: an instruction set, or a GPU.
     """
-    return _cuda_kernels(tensor.get_device()) if tensor.is_cuda else cpu
+    return cuda_kernels(tensor.get_device()) if tensor.is_cuda else cpu
 
 
 def available_isas() -> tuple[str, ...]:
