@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,10 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import data
 import lowbit_ext
+from inference import accuracy_percent, faster_layout, fold_batch_norm, median_seconds, predict
 from lowbit_ext import binary
 
 try:
@@ -42,8 +40,6 @@ except ImportError as error:
 # The float twin is trained if the run is then likely to end within this time.
 TIME_LIMIT_S = 240.0
 TIMING_S = 4.0
-BLOCK_S = 5e-3
-LEAST_BLOCKS = 9
 TIMED_BATCHES = (1, 64)
 CONTENDERS = ("float twin", "binary, unpacked", "binary, packed")
 COLOURS = dict(zip(CONTENDERS, ("#7f8c9a", "#8fbbe0", "#1f5fa8"), strict=True))
@@ -92,30 +88,7 @@ def float_vgg(images: Tensor, width: int) -> nn.Sequential:
     return _head(images, layers)
 
 
-def fold_batch_norm(model: nn.Sequential) -> nn.Sequential:
-    """A copy of the model for inference, batch norm folded into the convolutions."""
-    layers: list[nn.Module] = []
-    for module in copy.deepcopy(model).eval():
-        if isinstance(module, nn.BatchNorm2d) and isinstance(layers[-1], nn.Conv2d):
-            layers[-1] = fuse_conv_bn_eval(layers[-1], module)
-        else:
-            layers.append(module)
-    return nn.Sequential(*layers)
-
-
 # --- training and accuracy --------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """Predicted classes."""
-    model.eval()
-    return torch.cat([model(part).argmax(1) for part in images.split(256)])
-
-
-def accuracy_percent(predictions: Tensor, labels: Tensor) -> float:
-    """Share of right predictions."""
-    return 100.0 * float((predictions == labels).double().mean())
 
 
 def train(
@@ -165,38 +138,11 @@ def train(
 # --- timing -----------------------------------------------------------------------------------------------------------
 
 
-def _block(call: Callable[[], Any], calls: int) -> float:
-    """Seconds a call."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - start) / calls
-
-
-def median_seconds(contenders: dict[str, Callable[[], Any]], limit_s: float) -> dict[str, float]:
-    """Median time a call of every contender, over blocks in turns: what disturbs the machine meets all of them."""
-    calls = {}
-    for name, call in contenders.items():
-        call()
-        calls[name] = max(1, round(BLOCK_S / min(_block(call, 1) for _ in range(3))))
-    blocks: dict[str, list[float]] = {name: [] for name in contenders}
-    end = time.perf_counter() + limit_s
-    while len(blocks[next(iter(blocks))]) < LEAST_BLOCKS or time.perf_counter() < end:
-        for name, call in contenders.items():
-            call()  # not timed: the caches hold another network
-            blocks[name].append(_block(call, calls[name]))
-    return {name: statistics.median(times) for name, times in blocks.items()}
-
-
 def measure(twin: nn.Sequential, model: nn.Module, packed: nn.Module, images: Tensor) -> dict[str, float]:
     """Median seconds of one batch; the float twin in the faster of torch's two memory layouts."""
-    twin = fold_batch_norm(twin)
     channels_last = images.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        contiguous = fold_batch_norm(twin).to(memory_format=torch.contiguous_format)
-        layouts = {"contiguous": lambda: contiguous(images), "channels-last": lambda: twin(channels_last)}
-        faster = min((times := median_seconds(layouts, 0.0)), key=times.__getitem__)
-        calls = (layouts[faster], lambda: model(channels_last), lambda: packed(channels_last))
+        calls = (faster_layout(twin, images), lambda: model(channels_last), lambda: packed(channels_last))
         return median_seconds(dict(zip(CONTENDERS, calls, strict=True)), TIMING_S)
 
 

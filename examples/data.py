@@ -1,4 +1,4 @@
-"""Images for the examples: digits and an MNIST subset from Python packages, Fashion-MNIST and CIFAR-10 from files."""
+"""Data for the examples: digits and an MNIST subset from packages, Fashion-MNIST, CIFAR-10 and texts from files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gzip
 import io
 import math
 import pickle
+import tarfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ SPLIT_SEED = 0
 TEST_PART = 0.2
 
 
-def load(name: str, root: str | Path | None = None) -> tuple[Set, Set]:
+def load(name: str, root: str | Path | None = None, *, normalise: bool = True) -> tuple[Set, Set]:
     """Training and test set of a dataset.
 
     Args:
@@ -31,11 +32,11 @@ def load(name: str, root: str | Path | None = None) -> tuple[Set, Set]:
             (60 000 of 3x32x32).
         root: folder of the files of "fashion" (idx, gzipped or not; default: where Debian's package puts them) and
             "cifar10" (the batches of its Python or binary version).
+        normalise: the training set's mean 0 and standard deviation 1 in every channel; otherwise grey values in [0, 1].
 
     Returns:
-        (images, labels) for training and for test. Images are float32 (N, C, H, W), with the training set's mean 0 and
-        standard deviation 1 in every channel; labels are int64 (N,). Digits and mnist5k have no split of their own: the
-        same fifth of every class is always the test set.
+        (images, labels) for training and for test. Images are float32 (N, C, H, W), labels int64 (N,). Digits and
+        mnist5k have no split of their own: the same fifth of every class is always the test set.
 
     Raises:
         ImportError, OSError: the package or a file is missing; one line says how to get it.
@@ -51,16 +52,46 @@ def load(name: str, root: str | Path | None = None) -> tuple[Set, Set]:
         train, test = _fashion(Path(root) if root is not None else FASHION_ROOT)
     else:
         train, test = _cifar10(None if root is None else Path(root))
+    if not normalise:
+        white = np.float32(16 if name == "digits" else 255)
+        return _tensors(train[0] / white, train[1]), _tensors(test[0] / white, test[1])
     # Single precision for the images, double for the sums over them: a fraction of the memory, and no rounding to see.
     mean = train[0].mean((0, 2, 3), dtype=np.float64, keepdims=True).astype(np.float32)
     variance = np.square(train[0] - mean).mean((0, 2, 3), dtype=np.float64, keepdims=True)
     deviation = np.sqrt(np.maximum(variance, 1e-12)).astype(np.float32)
+    return _tensors((train[0] - mean) / deviation, train[1]), _tensors((test[0] - mean) / deviation, test[1])
 
-    def tensors(images: np.ndarray, labels: np.ndarray) -> Set:
-        normalised = (images - mean) / deviation
-        return torch.from_numpy(normalised), torch.from_numpy(labels.astype(np.int64))
 
-    return tensors(*train), tensors(*test)
+def _tensors(images: np.ndarray, labels: np.ndarray) -> Set:
+    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+
+
+def load_texts(path: Path | None) -> tuple[list[str], np.ndarray]:
+    """Texts and the names of their categories.
+
+    Args:
+        path: vaderSentiment-3.3.2.tar.gz, which holds sentences of four sources (product and film reviews, editorials,
+            tweets); or a folder with a folder of text files for each category, such as an unpacked 20 Newsgroups.
+
+    Raises:
+        OSError: no such file or folder; one line says how to get it.
+        ValueError: neither of the two, or fewer than two categories.
+    """
+    if path is None or not path.exists():
+        raise FileNotFoundError(
+            f"data: no texts {'without --texts' if path is None else f'at {path}'}: pip download --no-deps "
+            "--no-binary :all: vaderSentiment==3.3.2, and name the file with --texts; or name a folder with a folder "
+            "of text files for each category"
+        )
+    if path.is_dir():
+        files = sorted(file for file in path.glob("*/**/*") if file.is_file())
+        texts = [(file.relative_to(path).parts[0], file.read_text("utf-8", "replace")) for file in files]
+    else:
+        texts = _vader_snippets(path)
+    categories = np.array([category for category, _ in texts])
+    if len(np.unique(categories)) < 2:
+        raise ValueError(f"data: {path} must hold texts of two categories or more")
+    return [text for _, text in texts], categories
 
 
 # --- packages ---------------------------------------------------------------------------------------------------------
@@ -131,6 +162,24 @@ def _read_idx(root: Path, name: str) -> np.ndarray:
     if len(content) - start != math.prod(shape):
         raise ValueError(f"data: {path} must hold {math.prod(shape)} values, it holds {len(content) - start}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _vader_snippets(path: Path) -> list[tuple[str, str]]:
+    """Source and sentence from the archive within vaderSentiment's: lines of number, rating and text."""
+    try:
+        with tarfile.open(path) as package:
+            inner = next(name for name in package.getnames() if name.endswith("hutto_ICWSM_2014.tar.gz"))
+            with tarfile.open(fileobj=package.extractfile(inner)) as archive:
+                names = sorted(name for name in archive.getnames() if name.endswith("_GroundTruth.txt"))
+                files = {Path(name).name: archive.extractfile(name).read().decode("utf-8", "replace") for name in names}
+    except (tarfile.TarError, EOFError, StopIteration, zlib.error) as error:
+        raise ValueError(f"data: {path} is not vaderSentiment-3.3.2.tar.gz, or it is cut off") from error
+    return [
+        (name.removesuffix("_GroundTruth.txt").removesuffix("Snippets"), line.split("\t", 2)[2])
+        for name, content in files.items()
+        for line in content.splitlines()
+        if line.count("\t") >= 2
+    ]
 
 
 def _cifar10(root: Path | None) -> tuple[Any, Any]:

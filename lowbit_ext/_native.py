@@ -28,8 +28,10 @@ _STATUS_MESSAGES = {
     2: "the native core refused an argument outside its documented values",
     3: "this machine cannot run the requested instruction set",
     4: "the workspace is smaller than the kernel asked for; was the thread count changed during the call?",
+    5: "a value that must be finite is NaN or infinite",
 }
-_CUDA_ERROR = 5
+NOT_FINITE = 5
+_CUDA_ERROR = 6
 
 
 def check(op: str, status: int) -> None:

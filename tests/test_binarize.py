@@ -56,6 +56,21 @@ def test_bits_of_every_layout(backend, channels, dtype, rng):
         check(x, "step")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_two_thresholds_a_channel(isa, channels, dtype, rng):
+    threshold = torch.randn(2, channels, generator=rng)
+    flip = torch.rand(2, channels, generator=rng) < 0.3
+    image = values((2, channels, 5, 13), rng, dtype)
+    for x in (image, image.to(memory_format=torch.channels_last), values((3, channels), rng, dtype)):
+        for flips in (None, flip):
+            packed = binarize(x, "step", threshold, flips)
+            per_bit = None if flips is None else flips.flatten()
+            expected = reference.activation(torch.cat([x, x], 1), "step", threshold.flatten(), per_bit)
+            assert packed.shape == expected.shape
+            assert torch.equal(packed.words, reference.pack(expected)), f"{_native.active_isa()} {tuple(x.shape)}"
+
+
 @pytest.mark.parametrize("channels", [1, 33, 64, 130])
 def test_thresholds_and_flips(backend, channels, rng):
     x = values((2, channels, 6, 11), rng, torch.float32)
@@ -78,7 +93,7 @@ def test_masks(backend, dtype, rng):
             for encoding in ("sign", "step"):
                 words, mask = ops.binarize_with_mask(y, DEFAULT_THRESHOLDS[encoding], encoding)
                 assert torch.equal(words, binarize(y, encoding).words)
-                inside = reference.surrogate_derivative(y, "clipped", encoding)
+                inside = reference.surrogate_derivative(y, "clip", encoding)
                 assert torch.equal(mask, reference.pack(inside))
 
 

@@ -87,7 +87,7 @@ def test_threads_do_not_change_gradients(backend, rng):
     assert torch.equal(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize("surrogate", ["clipped", "identity", "approx_sign", "polynomial", "swish_sign"])
+@pytest.mark.parametrize("surrogate", ["clip", "steep", "identity", "approx_sign", "polynomial", "swish_sign"])
 @pytest.mark.parametrize("encoding", ["sign", "step"])
 def test_straight_through(device, encoding, surrogate, rng):
     """Through the functions: surrogate at the input, the sign's gradient at the weight, exact for bias and scale."""

@@ -16,6 +16,7 @@ from lowbit_ext.binary import (
     ops,
     pack_weight,
 )
+from lowbit_ext.duo import step_activation, ternary_activation
 
 NAN = float("nan")
 X = torch.ones(2, 6, 5, 5)
@@ -39,15 +40,15 @@ WRONG_CALLS = [
     at("binarize encoding", lambda: binarize(X, "ternary"), ValueError,
        "binarize: encoding must be 'sign' or 'step', got 'ternary'"),
     at("binarize threshold count", lambda: binarize(X, threshold=torch.zeros(5)), ValueError,
-       "binarize: threshold must be float32 with one value a channel (6), got torch.float32 (5,)"),
+       "binarize: threshold must be float32 with one value a channel (6) or two (2, 6), got torch.float32 (5,)"),
     at("binarize threshold NaN", lambda: binarize(X, threshold=NAN), ValueError,
        "binarize: threshold is NaN, which no value can be compared with"),
     at("binarize thresholds NaN", lambda: binarize(X, threshold=torch.full((6,), NAN)), ValueError,
        "binarize: threshold holds NaN, which no value can be compared with"),
     at("binarize flip dtype", lambda: binarize(X, flip=torch.zeros(6)), ValueError,
-       "binarize: flip must be bool with one value a channel (6), got torch.float32 (6,)"),
+       "binarize: flip must be bool with one value a threshold (6), got torch.float32 (6,)"),
     at("binarize flip count", lambda: binarize(X, flip=FLIP), ValueError,
-       "binarize: flip must be bool with one value a channel (6), got torch.bool (4,)"),
+       "binarize: flip must be bool with one value a threshold (6), got torch.bool (4,)"),
     at("PackedTensor dtype", lambda: PackedTensor(WORDS.int(), 6), TypeError,
        "PackedTensor: words must be int64, got torch.int32"),
     at("PackedTensor words", lambda: PackedTensor(WORDS, 65), ValueError,
@@ -64,8 +65,11 @@ WRONG_CALLS = [
        "pack_weight: groups must divide the 4 filters, got 3"),
     at("pack_weight groups zero", lambda: pack_weight(W, 0), ValueError,
        "pack_weight: groups must divide the 4 filters, got 0"),
-    at("conv2d input dtype", lambda: conv2d(X.double(), W), TypeError,
-       "binary_conv2d: input must be float32, bfloat16 or float16, got torch.float64"),
+    at("conv2d input dtype", lambda: conv2d(X.int(), W), TypeError,
+       "binary_conv2d: input must be float32, bfloat16 or float16, got torch.int32"),
+    at("conv2d float64 threshold", lambda: conv2d(X.double(), W, threshold=0), TypeError,
+       "binary_conv2d: float64 input is convolved by torch's operators, for comparisons, and takes neither a packed "
+       "weight nor threshold nor another out_dtype"),
     at("conv2d input type", lambda: conv2d("x", W), TypeError, "binary_conv2d: input must be a tensor, got str"),
     at("conv2d weight type", lambda: conv2d(X, None), TypeError,
        "binary_conv2d: weight must be a tensor, got NoneType"),
@@ -86,7 +90,8 @@ WRONG_CALLS = [
     at("conv2d encoding", lambda: conv2d(X, W, encoding="relu"), ValueError,
        "binary_conv2d: encoding must be 'sign' or 'step', got 'relu'"),
     at("conv2d surrogate", lambda: conv2d(X, W, surrogate="tanh"), ValueError,
-       "binary_conv2d: surrogate must be one of clipped, identity, approx_sign, polynomial, swish_sign, got 'tanh'"),
+       "binary_conv2d: surrogate must be one of clip, steep, identity, approx_sign, polynomial, swish_sign, "
+       "got 'tanh'"),
     at("conv2d stride zero", lambda: conv2d(X, W, stride=0), ValueError,
        "binary_conv2d: kernel, stride and dilation must be at least 1 and padding at least 0, got kernel=[3, 3], "
        "stride=[0, 0], dilation=[1, 1], padding=[0, 0, 0, 0]"),
@@ -166,10 +171,23 @@ WRONG_CALLS = [
     at("global_avg_pool float", lambda: global_avg_pool(X), TypeError,
        "binary_avg_pool2d: input must be a PackedTensor, got Tensor"),
     at("activation surrogate", lambda: binary_activation(X, surrogate="cubic"), ValueError,
-       "binary_activation: surrogate must be one of clipped, identity, approx_sign, polynomial, "
+       "binary_activation: surrogate must be one of clip, steep, identity, approx_sign, polynomial, "
        "swish_sign, got 'cubic'"),
-    at("activation dtype", lambda: binary_activation(X.double()), TypeError,
-       "binary_activation: input must be float32, bfloat16 or float16, got torch.float64"),
+    at("activation dtype", lambda: binary_activation(X.int()), TypeError,
+       "binary_activation: input must be float32, bfloat16, float16 or float64, got torch.int32"),
+    at("ternary activation dtype", lambda: ternary_activation(X.int()), TypeError,
+       "ternary_activation: input must be float32, bfloat16, float16 or float64, got torch.int32"),
+    at("ternary activation surrogate", lambda: ternary_activation(X, "relu"), ValueError,
+       "ternary_activation: surrogate must be one of clip, steep, identity, approx_sign, polynomial, swish_sign, "
+       "got 'relu'"),
+    at("step activation list", lambda: step_activation([1.0]), TypeError,
+       "step_activation: input must be a tensor, got list"),
+    at("quantized_activation levels", lambda: ops.quantized_activation(X, "quaternary"), ValueError,
+       "quantized_activation: levels must be 'sign', 'step' or 'ternary', got 'quaternary'"),
+    at("masked_gradient mask", lambda: ops.masked_gradient(X, torch.zeros(3, dtype=torch.int64)), ValueError,
+       "masked_gradient: mask must be int64 words (5,) for 300 elements, got torch.int64 (3,)"),
+    at("masked_gradient dtype", lambda: ops.masked_gradient(X.int(), torch.zeros(5, dtype=torch.int64)), TypeError,
+       "masked_gradient: gradient must be float32, bfloat16 or float16, got torch.int32"),
     at("conv2d bias elsewhere", lambda: conv2d(P, PW, bias=torch.ones(4, device="meta")), ValueError,
        "binary_conv2d: bias must be on the CPU like the input, got meta"),
     at("conv2d weight elsewhere", lambda: conv2d(X, W.to("meta")), ValueError,

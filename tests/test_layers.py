@@ -26,8 +26,10 @@ def surrogate_derivative(x, surrogate, encoding):
     u = x if encoding == "sign" else 2 * x - 1
     if surrogate == "identity":
         return torch.ones_like(x)
-    if surrogate == "clipped":
+    if surrogate == "clip":
         return ((u >= -1) & (u <= 1) if encoding == "sign" else (x > 0) & (x < 1)).double()
+    if surrogate == "steep":
+        return 2.0 * ((u.abs() <= 0.5) if encoding == "sign" else (u.abs() < 0.5)).double()
     if surrogate == "swish_sign":
         z = 5 * u
         return 5 * (2 - z * torch.tanh(z / 2)) / (1 + torch.cosh(z))
@@ -201,7 +203,7 @@ def test_stands_in_for_the_torch_layer(device, ours, theirs, arguments):
     ("build", "message"),
     [
         (lambda: BinaryConv2d(4, 4, 3, encoding="binary"), "encoding must be one of 'sign', 'step', got 'binary'"),
-        (lambda: BinaryConv2d(4, 4, 3, surrogate="relu"), "surrogate must be one of 'clipped'"),
+        (lambda: BinaryConv2d(4, 4, 3, surrogate="relu"), "surrogate must be one of 'clip'"),
         (lambda: BinaryLinear(4, 4, weight_scale="filter"), "weight_scale must be one of 'channel', 'layer', None"),
         (lambda: BinaryConv2d(4, 4, 3, padding_value=2), "padding_value must be one of 0, 1, -1, got 2"),
         (lambda: BinaryConv1d(4, 4, 3, encoding="step", padding_value=-1), "padding_value must be one of 0, 1, got -1"),

@@ -24,12 +24,17 @@ def samples(layout):
     grad = torch.randn(2, 5, 6, 7, generator=rng)
     thresholds = torch.zeros(2, 5, dtype=torch.int32)
     conv = (70, *GEOMETRY, "sign", 0)
+    logits = torch.randn(70, 6, generator=rng).t() if layout == "permuted" else torch.randn(6, 70, generator=rng)
     return {
         "lowbit::binarize": [
             (x, None, None, 0.0, "sign"),
             (x, torch.zeros(70), torch.zeros(70, dtype=torch.bool), 0.0, "step"),
+            (x, torch.zeros(2, 70), torch.zeros(2, 70, dtype=torch.bool), 0.0, "step"),
         ],
         "lowbit::binarize_with_mask": [(x, 0.0, "sign"), (x, 0.5, "step")],
+        "lowbit::quantized_activation": [(x, "sign"), (x, "step"), (x, "ternary")],
+        "lowbit::quantized_activation_with_mask": [(x, "ternary", 0.0, 1.0, False), (x, "sign", -1.0, 1.0, True)],
+        "lowbit::masked_gradient": [(x, torch.zeros((x.numel() + 63) // 64, dtype=torch.int64))],
         "lowbit::unpack": [(words, 70, -1.0, 1.0, torch.float32), (words, 70, 0.0, 1.0, torch.bfloat16)],
         "lowbit::binary_conv2d_block_weight": [(weight.words, 70, 1)],
         "lowbit::binary_conv2d": [
@@ -43,6 +48,14 @@ def samples(layout):
              [2, 70, 6, 7], *GEOMETRY),
         ],
         "lowbit::binary_conv2d_weight_grad": [(grad, words, *conv)],
+        "lowbit::antithetic_sample": [
+            (logits, None, 4, "dirichlet", "sample", torch.tensor(1), 0),
+            (logits, -logits.abs(), 9, "gaussian", "dimension", torch.tensor(1), 7),
+        ],
+        "lowbit::antithetic_gradient": [
+            (torch.ones(6, 70, dtype=torch.uint8), torch.randn(6, 4), logits, 70, "sample"),
+            (torch.ones(4, 6, 2, dtype=torch.int64), torch.randn(6, 4), None, 70, "dimension"),
+        ],
         "lowbit::binary_max_pool2d": [(words, None, 70, [2, 2], [2, 2], [0, 0], [1, 1], False)],
         "lowbit::binary_avg_pool2d": [(words, 70, [3, 3], [2, 2], [1, 1], True, True, 0, "sign")],
     }
@@ -88,7 +101,7 @@ def test_compiled_with_packed_arguments(device):
     assert torch.equal(result.words, conv2d(x, weight, threshold=1.0).words)
 
 
-@pytest.mark.parametrize("surrogate", ["clipped", "approx_sign"])
+@pytest.mark.parametrize("surrogate", ["clip", "approx_sign"])
 def test_compiled_backward(device, surrogate):
     def loss(x, w, b):
         return conv2d(x, w, bias=b, padding=1, surrogate=surrogate).square().mean()

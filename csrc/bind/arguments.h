@@ -7,12 +7,16 @@
 
 #include "core/checks.h"
 #include "core/ops/align_groups.h"
+#include "core/ops/antithetic_gradient.h"
+#include "core/ops/antithetic_sample.h"
 #include "core/ops/binarize.h"
 #include "core/ops/binary_avg_pool2d.h"
 #include "core/ops/binary_conv2d.h"
 #include "core/ops/binary_conv2d_input_grad.h"
 #include "core/ops/binary_conv2d_weight_grad.h"
 #include "core/ops/binary_max_pool2d.h"
+#include "core/ops/masked_gradient.h"
+#include "core/ops/quantized_activation.h"
 #include "core/ops/unpack.h"
 
 namespace lowbit::bind {
@@ -26,7 +30,7 @@ inline int code(Status status) { return static_cast<int>(status); }
 
 inline BinarizeArgs binarize_args(uintptr_t input, int input_type, bool channels_last, int64_t outer, int64_t channels,
                                   int64_t spatial, uintptr_t threshold, float common_threshold, uintptr_t flip,
-                                  int encoding, uintptr_t words, uintptr_t mask) {
+                                  int encoding, uintptr_t words, uintptr_t mask, int64_t thresholds) {
   return {as<const void>(input),
           static_cast<FloatType>(input_type),
           channels_last,
@@ -38,13 +42,62 @@ inline BinarizeArgs binarize_args(uintptr_t input, int input_type, bool channels
           as<const uint8_t>(flip),
           static_cast<Encoding>(encoding),
           as<uint64_t>(words),
-          as<uint64_t>(mask)};
+          as<uint64_t>(mask),
+          thresholds};
 }
 
 inline UnpackArgs unpack_args(uintptr_t words, int64_t pixels, int64_t channels, float low, float high,
                               uintptr_t output, int output_type) {
   return {as<const uint64_t>(words),          pixels, channels, low, high, as<void>(output),
           static_cast<FloatType>(output_type)};
+}
+
+inline QuantizedActivationArgs quantized_activation_args(uintptr_t input, int type, int64_t count, int levels,
+                                                         float low, float high, bool closed, uintptr_t output,
+                                                         uintptr_t mask) {
+  return {as<const void>(input),
+          static_cast<FloatType>(type),
+          count,
+          static_cast<Levels>(levels),
+          low,
+          high,
+          closed,
+          as<void>(output),
+          as<uint64_t>(mask)};
+}
+
+inline MaskedGradientArgs masked_gradient_args(uintptr_t gradient, int type, int64_t count, uintptr_t mask,
+                                               uintptr_t output) {
+  return {as<const void>(gradient), static_cast<FloatType>(type), count, as<const uint64_t>(mask), as<void>(output)};
+}
+
+inline AntitheticSampleArgs antithetic_sample_args(uintptr_t logits, uintptr_t quantile, int64_t rows,
+                                                   int64_t dimensions, int64_t samples, int coupling, int layout,
+                                                   uint64_t seed, uint64_t offset, uintptr_t bits, uintptr_t ratio) {
+  return {as<const float>(logits),
+          as<const float>(quantile),
+          rows,
+          dimensions,
+          samples,
+          static_cast<Coupling>(coupling),
+          static_cast<SampleLayout>(layout),
+          seed,
+          offset,
+          as<void>(bits),
+          as<float>(ratio)};
+}
+
+inline AntitheticGradientArgs antithetic_gradient_args(uintptr_t bits, int layout, int64_t rows, int64_t dimensions,
+                                                       int64_t samples, uintptr_t weight, uintptr_t ratio,
+                                                       uintptr_t gradient) {
+  return {as<const void>(bits),
+          static_cast<SampleLayout>(layout),
+          rows,
+          dimensions,
+          samples,
+          as<const float>(weight),
+          as<const float>(ratio),
+          as<float>(gradient)};
 }
 
 inline AlignGroupsArgs align_groups_args(uintptr_t words, int64_t pixels, int64_t groups, int64_t channels_per_group,

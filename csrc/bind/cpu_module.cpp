@@ -57,6 +57,8 @@ PYBIND11_MODULE(_cpu, m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
 
   m.def("align_groups", on_threads(align_groups_args, launch::align_groups), unlocked);
+  m.def("antithetic_gradient", on_threads(antithetic_gradient_args, launch::antithetic_gradient), unlocked);
+  m.def("antithetic_sample", on_threads(antithetic_sample_args, launch::antithetic_sample), unlocked);
   m.def("binarize", on_threads(binarize_args, launch::binarize), unlocked);
   m.def("binary_avg_pool2d", on_threads(binary_avg_pool2d_args, launch::binary_avg_pool2d), unlocked);
   m.def("binary_conv2d", on_threads(binary_conv2d_args, launch::binary_conv2d), unlocked);
@@ -90,6 +92,8 @@ PYBIND11_MODULE(_cpu, m) {
               binary_conv2d_plan_args(shape, encoding, padding_value, output_kind, thresholds));
         });
   m.def("binary_max_pool2d", on_threads(binary_max_pool2d_args, launch::binary_max_pool2d), unlocked);
+  m.def("masked_gradient", on_threads(masked_gradient_args, launch::masked_gradient), unlocked);
+  m.def("quantized_activation", on_threads(quantized_activation_args, launch::quantized_activation), unlocked);
   m.def("unpack", on_threads(unpack_args, launch::unpack), unlocked);
 
   m.def(

@@ -9,7 +9,8 @@ enum class Status : int {
   bad_argument = 2,     // an enumerator or flag outside its documented values
   unsupported_isa = 3,  // a level this CPU or operating system cannot run
   small_workspace = 4,  // the workspace is smaller than the kernel's own *_workspace_bytes() says
-  cuda_error = 5,       // CUDA refused a call or a launch; cuda::last_error_text() says what it said
+  not_finite = 5,       // a value that must be finite is NaN or infinite
+  cuda_error = 6,       // CUDA refused a call or a launch; cuda::last_error_text() says what it said
 };
 
 }  // namespace lowbit

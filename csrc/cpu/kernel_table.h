@@ -2,6 +2,8 @@
 #pragma once
 
 #include "cpu/align_groups/align_groups.h"
+#include "cpu/antithetic_gradient/antithetic_gradient.h"
+#include "cpu/antithetic_sample/antithetic_sample.h"
 #include "cpu/binarize/binarize.h"
 #include "cpu/binary_avg_pool2d/binary_avg_pool2d.h"
 #include "cpu/binary_conv2d/binary_conv2d.h"
@@ -9,7 +11,9 @@
 #include "cpu/binary_conv2d_weight_grad/binary_conv2d_weight_grad.h"
 #include "cpu/binary_max_pool2d/binary_max_pool2d.h"
 #include "cpu/isa.h"
+#include "cpu/masked_gradient/masked_gradient.h"
 #include "cpu/popcount_peak/popcount_peak.h"
+#include "cpu/quantized_activation/quantized_activation.h"
 #include "cpu/unpack/unpack.h"
 
 // clang-format off
@@ -32,6 +36,10 @@
   ROW(binary_conv2d_weight_grad_workspace_bytes,      scalar, avx2,   avx512, avx512) \
   ROW(binary_conv2d_weight_grad_items,                scalar, avx2,   avx512, avx512) \
   ROW(binary_conv2d_weight_grad,                      scalar, avx2,   avx512, avx512) \
+  ROW(antithetic_sample,                              scalar, avx2,   avx512, avx512) \
+  ROW(antithetic_gradient,                            scalar, avx2,   avx512, avx512) \
+  ROW(quantized_activation,                           scalar, avx2,   avx512, avx512) \
+  ROW(masked_gradient,                                scalar, avx2,   avx512, avx512) \
   ROW(popcount_peak,                                  scalar, avx2,   avx512, amx)
 // clang-format on
 

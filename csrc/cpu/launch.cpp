@@ -9,10 +9,12 @@ namespace lowbit::launch {
 namespace {
 
 // Starting a team costs a few microseconds. A thread is given at least this much of what one core does in about that
-// time: bytes moved by the packers, multiply-adds by the float gradients, binary multiply-adds by the convolution.
+// time: bytes moved by the packers, multiply-adds by the float gradients, binary multiply-adds by the convolution,
+// random draws by the sampler.
 constexpr int64_t kGrainBytes = 1 << 16;
 constexpr int64_t kGrainFloatMacs = 1 << 17;
 constexpr int64_t kGrainBinaryMacs = 1 << 22;
+constexpr int64_t kGrainDraws = 1 << 14;
 
 int64_t grain_for(int64_t grain_total, int64_t per_item) {
   return per_item >= grain_total ? 1 : grain_total / (per_item > 0 ? per_item : 1);
@@ -35,9 +37,11 @@ Status run_with_workspace(const Args& args, int64_t items, int64_t grain, int64_
 }  // namespace
 
 Status binarize(const BinarizeArgs& args) noexcept {
-  if (!addressable(args.outer, args.channels, args.spatial)) return Status::bad_shape;
+  if (args.thresholds != 1 && args.thresholds != 2) return Status::bad_argument;
+  if (args.thresholds == 2 && (!args.threshold || args.mask)) return Status::bad_argument;
+  if (!addressable(args.outer, args.channels, args.spatial, args.thresholds)) return Status::bad_shape;
   const int64_t pixels_per_item = args.channels_last ? 1 : kBinarizePixels;
-  parallel_for(binarize_items(args), grain_for(kGrainBytes, 4 * args.channels * pixels_per_item),
+  parallel_for(binarize_items(args), grain_for(kGrainBytes, 4 * bits_per_pixel(args) * pixels_per_item),
                [&](int64_t begin, int64_t end, int) { kernels().binarize(args, begin, end); });
   return Status::ok;
 }
@@ -112,6 +116,44 @@ Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t
   const int64_t grain = grain_for(kGrainFloatMacs, items > 0 ? macs(args.shape) / items : 0);
   return run_with_workspace(args, items, grain, table.binary_conv2d_weight_grad_workspace_bytes(args), workspace_bytes,
                             table.binary_conv2d_weight_grad);
+}
+
+Status quantized_activation(const QuantizedActivationArgs& args) noexcept {
+  if (!addressable(args.count)) return Status::bad_shape;
+  parallel_for(words_for(args.count), grain_for(kGrainBytes, 4 * kWordBits),
+               [&](int64_t begin, int64_t end, int) { kernels().quantized_activation(args, begin, end); });
+  return Status::ok;
+}
+
+Status masked_gradient(const MaskedGradientArgs& args) noexcept {
+  if (!addressable(args.count)) return Status::bad_shape;
+  parallel_for(words_for(args.count), grain_for(kGrainBytes, 4 * kWordBits),
+               [&](int64_t begin, int64_t end, int) { kernels().masked_gradient(args, begin, end); });
+  return Status::ok;
+}
+
+Status antithetic_sample(const AntitheticSampleArgs& args) noexcept {
+  const bool pairs = args.coupling == Coupling::antithetic_pairs;
+  const int64_t least = args.coupling == Coupling::independent ? 1 : 2;
+  if (args.samples < least || args.samples > kMostSamples || (pairs && args.samples % 2 != 0)) {
+    return Status::bad_argument;
+  }
+  if (!addressable(args.rows, args.dimensions, args.samples)) return Status::bad_shape;
+  std::atomic<bool> finite{true};
+  parallel_for(antithetic_sample_items(args), grain_for(kGrainDraws, kWordBits * args.samples),
+               [&](int64_t begin, int64_t end, int) {
+                 if (!kernels().antithetic_sample(args, begin, end)) finite.store(false, std::memory_order_relaxed);
+               });
+  return finite.load() ? Status::ok : Status::not_finite;
+}
+
+Status antithetic_gradient(const AntitheticGradientArgs& args) noexcept {
+  if (args.samples < 1 || args.samples > kMostSamples) return Status::bad_argument;
+  if (!addressable(args.rows, args.dimensions, args.samples)) return Status::bad_shape;
+  const int64_t width = args.dimensions < kGradientDimensions ? args.dimensions : kGradientDimensions;
+  parallel_for(antithetic_gradient_items(args), grain_for(kGrainBytes, 10 * width),
+               [&](int64_t begin, int64_t end, int) { kernels().antithetic_gradient(args, begin, end); });
+  return Status::ok;
 }
 
 int64_t popcount_peak(Isa level, int64_t iterations) noexcept {

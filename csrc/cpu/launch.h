@@ -23,6 +23,12 @@ Status binary_conv2d_input_grad(const BinaryConv2dInputGradArgs& args, int64_t w
 int64_t binary_conv2d_weight_grad_workspace_bytes(const BinaryConv2dWeightGradArgs& args) noexcept;
 Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t workspace_bytes) noexcept;
 
+Status quantized_activation(const QuantizedActivationArgs& args) noexcept;
+Status masked_gradient(const MaskedGradientArgs& args) noexcept;
+
+Status antithetic_sample(const AntitheticSampleArgs& args) noexcept;
+Status antithetic_gradient(const AntitheticGradientArgs& args) noexcept;
+
 // Runs the loop of `level` on every thread of torch's pool at once and returns the operations of all; 0 where the
 // machine cannot run the level. For measurements: while it runs, `level` is the active level of the whole process.
 int64_t popcount_peak(Isa level, int64_t iterations) noexcept;

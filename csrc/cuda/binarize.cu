@@ -293,6 +293,7 @@ Status binarize_type(const BinarizeArgs& args, Stream stream) {
 }  // namespace
 
 Status binarize(const BinarizeArgs& args, Stream stream) noexcept {
+  if (args.thresholds != 1) return Status::bad_argument;  // two thresholds a channel: on the CPU only
   if (!addressable(args.outer, args.channels, args.spatial)) return Status::bad_shape;
   if (args.outer == 0 || args.channels == 0 || args.spatial == 0) return Status::ok;
   switch (args.input_type) {

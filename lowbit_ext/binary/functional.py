@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowbit_ext import _native
 from lowbit_ext.binary import ops
-from lowbit_ext.binary.surrogates import SURROGATES, derivative
+from lowbit_ext.binary.surrogates import INTERVALS, SURROGATES, derivative
 from lowbit_ext.packed import ENCODING_VALUES, PackedTensor, unpack_op, words_for
 
 Pair = int | Sequence[int]
@@ -58,11 +59,12 @@ def binarize(
     Args:
         x: (N, C, *spatial) float32, bfloat16 or float16; contiguous and channels-last tensors are read in place.
         encoding: "sign" (bits stand for -1 and +1) or "step" (0 and 1).
-        threshold: a number, or a tensor with one value a channel; default 0 for "sign", 1/2 for "step".
-        flip: bool, one value a channel: compare with <= there (a batch norm with negative scale).
+        threshold: a number, a tensor with one value a channel, or (2, C); default 0 for "sign", 1/2 for "step".
+        flip: bool, one value a threshold: compare with <= there (a batch norm with negative scale).
 
     Returns:
-        PackedTensor of shape (N, C, *spatial). A NaN gives bit 0 whatever the comparison.
+        PackedTensor of shape (N, C, *spatial), or with two thresholds a channel (N, 2 C, *spatial), whose bits c and
+        C + c come from channel c. A NaN gives bit 0 whatever the comparison.
 
     Raises:
         TypeError: x, threshold or flip of the wrong type.
@@ -76,7 +78,9 @@ def binarize(
     common = DEFAULT_THRESHOLDS[encoding]
     per_channel = None
     if isinstance(threshold, Tensor):
-        per_channel = threshold.detach().to(torch.float32).reshape(-1)
+        per_channel = threshold.detach().to(torch.float32)
+        if per_channel.dim() != 2 or per_channel.shape[0] != 2:
+            per_channel = per_channel.reshape(-1)
         if per_channel.numel() == 1 and x.dim() > 1 and x.shape[1] != 1:
             per_channel = per_channel.expand(x.shape[1])
         if not torch.compiler.is_compiling() and bool(per_channel.isnan().any()):
@@ -86,7 +90,8 @@ def binarize(
         if math.isnan(common):
             raise ValueError("binarize: threshold is NaN, which no value can be compared with")
     words = ops.binarize(x, per_channel, flip, common, encoding)
-    return PackedTensor(words, x.shape[1], encoding)
+    channels = x.shape[1] if per_channel is None else per_channel.numel()
+    return PackedTensor(words, channels, encoding)
 
 
 def unpack(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -299,11 +304,42 @@ def _thresholds(
     return threshold.contiguous(), flip
 
 
+def straight_through_weight(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """scale * sign(weight), sign(0) = +1, whose gradient goes to the weight as it is.
+
+    Args:
+        weight: latent float weight, any float dtype.
+        scale: None, (1,) or one value a filter; taken as a constant.
+    """
+    signs = torch.where(weight.detach() >= 0, 1.0, -1.0).to(weight.dtype)
+    if scale is not None:
+        signs = signs * scale.detach().to(weight.dtype).reshape(-1, *(1,) * (weight.dim() - 1))
+    return signs + (weight - weight.detach())  # plus 0
+
+
+def _conv2d_float64(
+    input: Tensor, weight: Tensor, geometry: Geometry, padding_value: int, encoding: str, surrogate: str,
+    scale: float | Tensor | None, bias: Tensor | None, residual: Tensor | None,
+) -> Tensor:
+    """conv2d by torch's operators in float64, in which networks are compared."""
+    factor = None if scale is None else torch.as_tensor(scale, dtype=torch.float64).reshape(-1)
+    late = _wants_grad(scale)
+    top, left, bottom, right = geometry.padding
+    values = F.pad(binary_activation(input, encoding, surrogate), (left, right, top, bottom), value=padding_value)
+    effective = straight_through_weight(weight.to(torch.float64), None if late else factor)
+    output = F.conv2d(values, effective, None, geometry.stride, 0, geometry.dilation, geometry.groups)
+    if late:
+        output = output * factor.reshape(-1, 1, 1)  # type: ignore[union-attr]
+    if bias is not None:
+        output = output + bias.to(torch.float64).reshape(-1, 1, 1)
+    return output if residual is None else output + residual
+
+
 class _BinaryConv2d(torch.autograd.Function):
     """Convolution of binarized values; saves the activation's bits, its mask bits and the weight's bits.
 
     The input's gradient is straight-through with `surrogate`; the latent weight's is the gradient of its sign. Only a
-    surrogate that is neither "clipped" nor "identity" keeps the float input.
+    surrogate that is neither "clip" nor "identity" keeps the float input.
     """
 
     @staticmethod
@@ -325,7 +361,7 @@ class _BinaryConv2d(torch.autograd.Function):
         mask = None
         if input.dtype == torch.int64:
             words = input
-        elif surrogate == "clipped" and ctx.needs_input_grad[0]:
+        elif surrogate == "clip" and ctx.needs_input_grad[0]:
             words, mask = ops.binarize_with_mask(input, DEFAULT_THRESHOLDS[encoding], encoding)
         else:
             words = ops.binarize(input, None, None, DEFAULT_THRESHOLDS[encoding], encoding)
@@ -337,7 +373,7 @@ class _BinaryConv2d(torch.autograd.Function):
             blocked = ops.binary_conv2d_block_weight(weight_words, channels, geometry.groups)
         output = _run(words, blocked, weight_words.shape[0], scale, bias, residual, None, None, channels, geometry,
                       encoding, padding_value, out_dtype)
-        keeps_input = surrogate not in ("clipped", "identity") and ctx.needs_input_grad[0]
+        keeps_input = surrogate not in ("clip", "identity") and ctx.needs_input_grad[0]
         ctx.save_for_backward(words, mask, weight_words, scale, input if keeps_input else None)
         ctx.call = (channels, geometry, encoding, surrogate, padding_value)
         ctx.input_dtype = input.dtype
@@ -386,7 +422,9 @@ def _default_dtype(input: Tensor | PackedTensor, plain: bool) -> torch.dtype:
     if isinstance(input, PackedTensor):
         return torch.int32 if plain else torch.float32
     device = input.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+    if device == "meta" or not torch.is_autocast_enabled(device):  # autocast does not know meta
+        return input.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _wants_grad(*values: Any) -> bool:
@@ -408,7 +446,7 @@ def conv2d(
     groups: int = 1,
     padding_value: int = 0,
     encoding: str = "sign",
-    surrogate: str = "clipped",
+    surrogate: str = "clip",
     scale: float | Tensor | None = None,
     bias: Tensor | None = None,
     threshold: float | Tensor | None = None,
@@ -462,13 +500,16 @@ def conv2d(
             factor = input.scale.reshape(1)
             scale = factor if scale is None else factor * scale
     else:
-        _check_float("binary_conv2d", "input", input)
+        if not (isinstance(input, Tensor) and input.dtype == torch.float64):
+            _check_float("binary_conv2d", "input", input)
         _check_encoding("binary_conv2d", encoding)
         words, channels = input, (input.shape[1] if input.dim() > 1 else 0)
     if input.dim() != 4:
         raise ValueError(f"binary_conv2d: input must be (N, C, H, W), got {tuple(input.shape)}")
+    precise = isinstance(input, Tensor) and input.dtype == torch.float64
     if not isinstance(weight, PackedWeight):
-        _check_float("binary_conv2d", "weight", weight)
+        if not (precise and weight.dtype == torch.float64):
+            _check_float("binary_conv2d", "weight", weight)
     elif weight.groups != groups or weight.isa != _native.kernels(words).level:
         weight = PackedWeight.from_words(weight.words, weight.shape, groups)
     if len(weight.shape) != 4:
@@ -484,6 +525,14 @@ def conv2d(
             f"binary_conv2d: groups must divide the {channels} input channels and the {filters} filters, got {groups}"
         )
     geometry = geometry_of(weight.shape, stride, padding, dilation, groups)
+    if precise:
+        assert isinstance(input, Tensor)
+        if isinstance(weight, PackedWeight) or threshold is not None or out_dtype not in (None, torch.float64):
+            raise TypeError(
+                "binary_conv2d: float64 input is convolved by torch's operators, for comparisons, and takes neither a "
+                "packed weight nor threshold nor another out_dtype"
+            )
+        return _conv2d_float64(input, weight, geometry, padding_value, encoding, surrogate, scale, bias, residual)
     if out_dtype is None:
         out_dtype = _default_dtype(input, scale is None and bias is None and residual is None)
 
@@ -557,7 +606,7 @@ def linear(
     weight: Tensor | PackedWeight,
     *,
     encoding: str = "sign",
-    surrogate: str = "clipped",
+    surrogate: str = "clip",
     scale: float | Tensor | None = None,
     bias: Tensor | None = None,
     threshold: float | Tensor | None = None,
@@ -576,7 +625,8 @@ def linear(
             raise ValueError(f"binary_linear: packed input must be (N, C), got {tuple(input.shape)}")
         leading = tuple(input.shape[:1])
     else:
-        _check_float("binary_linear", "input", input)
+        if not (isinstance(input, Tensor) and input.dtype == torch.float64):
+            _check_float("binary_linear", "input", input)
         if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
             raise ValueError(
                 f"binary_linear: weight has {weight.shape[1]} input features, input has shape {tuple(input.shape)}"
@@ -683,60 +733,94 @@ def global_avg_pool(input: PackedTensor) -> Tensor:
 # --- activation -------------------------------------------------------------------------------------------------------
 
 
-class _BinaryActivation(torch.autograd.Function):
-    """Binary values in the input's dtype; "clipped" saves one bit an element, "identity" nothing."""
+class _QuantizedActivation(torch.autograd.Function):
+    """Levels in the input's dtype. A surrogate that is an interval saves one bit an element, "identity" nothing."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, encoding: str, surrogate: str) -> Tensor:
-        mask = None
-        if surrogate == "clipped":
-            words, mask = ops.binarize_with_mask(input, DEFAULT_THRESHOLDS[encoding], encoding)
+    def forward(ctx: Any, input: Tensor, levels: str, surrogate: str) -> Tensor:
+        interval = INTERVALS.get((surrogate, levels))
+        if interval is not None:
+            low, high, closed = interval.low, interval.high, interval.closed
+            output, mask = ops.quantized_activation_with_mask(input, levels, low, high, closed)
+            ctx.save_for_backward(mask)
         else:
-            words = ops.binarize(input, None, None, DEFAULT_THRESHOLDS[encoding], encoding)
-        ctx.save_for_backward(mask, None if surrogate in ("clipped", "identity") else input)
-        ctx.call = (input.shape[1], encoding, surrogate)
-        return _values(words, input.shape[1], encoding, input.dtype)
+            output = ops.quantized_activation(input, levels)
+            ctx.save_for_backward(None if surrogate == "identity" else input)
+        ctx.call = (levels, surrogate, output.stride())
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        mask, kept_input = ctx.saved_tensors
-        channels, encoding, surrogate = ctx.call
-        if mask is not None:
-            grad_output = grad_output * _values(mask, channels, "step", grad_output.dtype)
-        elif kept_input is not None:
-            grad_output = grad_output * derivative(kept_input, surrogate, encoding)
+        (kept,) = ctx.saved_tensors
+        levels, surrogate, strides = ctx.call
+        interval = INTERVALS.get((surrogate, levels))
+        if interval is not None:
+            grad_output = ops.masked_gradient(_with_strides(grad_output, strides), kept)
+            grad_output = grad_output if interval.slope == 1 else grad_output * interval.slope
+        elif kept is not None:
+            grad_output = grad_output * derivative(kept, surrogate, levels)
         return grad_output, None, None
 
 
-def _values(words: Tensor, channels: int, encoding: str, dtype: torch.dtype) -> Tensor:
-    low, high = ENCODING_VALUES[encoding]
-    return unpack_op(words, channels, low, high, dtype).movedim(-1, 1)
+def _with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+    """The tensor in the memory order of another: itself where it has it."""
+    if tensor.stride() == tuple(strides):
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def binary_activation(x: Tensor, encoding: str = "sign", surrogate: str = "clipped") -> Tensor:
+def quantized_activation(op: str, x: Tensor, levels: str, surrogate: str) -> Tensor:
+    """What binary_activation and BinaryDuo's activations share; `op` names the caller in messages."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: input must be a tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"{op}: input must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if surrogate not in SURROGATES:
+        raise ValueError(f"{op}: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
+    if x.dtype == torch.float64:
+        return _DenseActivation.apply(x, levels, surrogate)
+    if _wants_grad(x):
+        return _QuantizedActivation.apply(x, levels, surrogate)
+    return ops.quantized_activation(x, levels)
+
+
+class _DenseActivation(torch.autograd.Function):
+    """The same from torch's operators, for float64, in which networks are compared."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, levels: str, surrogate: str) -> Tensor:
+        ctx.save_for_backward(input)
+        ctx.call = (surrogate, levels)
+        if levels == "sign":
+            return torch.where(input >= 0, 1.0, -1.0).to(input.dtype)
+        if levels == "step":
+            return (input >= 0.5).to(input.dtype)
+        return ((input >= 0.25).to(input.dtype) + (input >= 0.75).to(input.dtype)) / 2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (input,) = ctx.saved_tensors
+        return grad_output * derivative(input, *ctx.call), None, None
+
+
+def binary_activation(x: Tensor, encoding: str = "sign", surrogate: str = "clip") -> Tensor:
     """sign(x) in {-1, +1} (sign(0) = +1) or the step 1[x >= 1/2] in {0, 1}, with a straight-through gradient.
 
     Args:
-        x: (N, C, *spatial) float32, bfloat16 or float16.
+        x: any shape, float32, bfloat16, float16, or float64 (by torch's operators, for comparisons).
         encoding: "sign" or "step".
         surrogate: a name of lowbit_ext.binary.surrogates.SURROGATES.
 
     Returns:
-        Tensor of x's shape and dtype, channels-last in memory. A NaN gives -1 or 0.
+        Tensor of x's shape, dtype and, where x is dense, memory order. A NaN gives -1 or 0.
 
     Raises:
         TypeError: wrong dtype. ValueError: unknown encoding or surrogate.
     """
     _check_encoding("binary_activation", encoding)
-    _check_float("binary_activation", "input", x)
-    if surrogate not in SURROGATES:
-        raise ValueError(f"binary_activation: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
-    if _wants_grad(x):
-        return _BinaryActivation.apply(x, encoding, surrogate)
-    return _values(
-        ops.binarize(x, None, None, DEFAULT_THRESHOLDS[encoding], encoding), x.shape[1], encoding, x.dtype
-    )
+    return quantized_activation("binary_activation", x, encoding, surrogate)
 
 
 def invert_words(flip: Tensor) -> Tensor:

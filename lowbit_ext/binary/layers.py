@@ -20,9 +20,24 @@ from lowbit_ext.packed import ENCODING_VALUES, PackedTensor
 WEIGHT_SCALES = ("channel", "layer", None)
 
 
-def _check_choice(layer: str, name: str, value: Any, choices: Any) -> None:
+def check_choice(layer: str, name: str, value: Any, choices: Any) -> None:
+    """Raises ValueError where an option is none of the choices."""
     if value not in choices:
         raise ValueError(f"{layer}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def weight_scale_of(weight: Tensor, weight_scale: str | None) -> Tensor | None:
+    """Mean |weight| without gradient, of each filter ("channel", (O,)) or of all ("layer", (1,)), or None.
+
+    float32; of a float64 weight float64.
+    """
+    if weight_scale is None:
+        return None
+    magnitude = weight.detach().abs()
+    dtype = torch.float64 if magnitude.dtype == torch.float64 else torch.float32
+    if weight_scale == "layer":
+        return magnitude.mean(dtype=dtype).reshape(1)
+    return magnitude.flatten(1).mean(1, dtype=dtype)
 
 
 class _BinaryLayer(nn.Module):
@@ -35,19 +50,14 @@ class _BinaryLayer(nn.Module):
 
     def _configure(self, encoding: str, surrogate: str, weight_scale: str | None) -> None:
         layer = type(self).__name__
-        _check_choice(layer, "encoding", encoding, tuple(ENCODING_VALUES))
-        _check_choice(layer, "surrogate", surrogate, SURROGATES)
-        _check_choice(layer, "weight_scale", weight_scale, WEIGHT_SCALES)
+        check_choice(layer, "encoding", encoding, tuple(ENCODING_VALUES))
+        check_choice(layer, "surrogate", surrogate, SURROGATES)
+        check_choice(layer, "weight_scale", weight_scale, WEIGHT_SCALES)
         self.encoding, self.surrogate, self.weight_scale = encoding, surrogate, weight_scale
 
     def scale(self) -> Tensor | None:
-        """Factor of the accumulator, float32 without gradient: mean |weight| of shape (O,) or (1,), or None."""
-        if self.weight_scale is None:
-            return None
-        magnitude = self.weight.detach().abs()
-        if self.weight_scale == "layer":
-            return magnitude.mean(dtype=torch.float32).reshape(1)
-        return magnitude.flatten(1).mean(1, dtype=torch.float32)
+        """Factor of the accumulator without gradient, (O,) or (1,), or None."""
+        return weight_scale_of(self.weight, self.weight_scale)
 
     def _options(self, input: Tensor | PackedTensor) -> dict[str, Any]:
         """Arguments that functional's conv2d, conv1d and linear share."""
@@ -84,7 +94,7 @@ class _BinaryConv(_BinaryLayer):
 
     def _configure_padding(self, padding_value: int) -> None:
         layer = type(self).__name__
-        _check_choice(layer, "padding_value", padding_value, (0, 1, -1) if self.encoding == "sign" else (0, 1))
+        check_choice(layer, "padding_value", padding_value, (0, 1, -1) if self.encoding == "sign" else (0, 1))
         if self.padding_mode != "zeros":
             raise ValueError(
                 f"{layer}: padding_mode must be 'zeros', got {self.padding_mode!r}; padding_value sets what is padded"
@@ -111,7 +121,8 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
             None (1).
 
     Shape:
-        input (N, C, H, W) float32, bfloat16, float16 or a PackedTensor of the layer's encoding; output (N, O, H', W')
+        input (N, C, H, W) float32, bfloat16, float16, float64 (by torch's operators, for comparisons; the layer in
+        float64 too) or a PackedTensor of the layer's encoding; output (N, O, H', W')
         in the input's dtype (autocast's inside autocast; for packed input the weight's), channels-last in memory.
 
     Gradient:
@@ -140,7 +151,7 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         dtype: Any = None,
         *,
         encoding: str = "sign",
-        surrogate: str = "clipped",
+        surrogate: str = "clip",
         padding_value: int = 0,
         weight_scale: str | None = "channel",
     ) -> None:
@@ -185,7 +196,7 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
         dtype: Any = None,
         *,
         encoding: str = "sign",
-        surrogate: str = "clipped",
+        surrogate: str = "clip",
         padding_value: int = 0,
         weight_scale: str | None = "channel",
     ) -> None:
@@ -225,7 +236,7 @@ class BinaryLinear(_BinaryLayer, nn.Linear):
         dtype: Any = None,
         *,
         encoding: str = "sign",
-        surrogate: str = "clipped",
+        surrogate: str = "clip",
         weight_scale: str | None = "channel",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -244,7 +255,8 @@ class BinaryActivation(nn.Module):
         surrogate: derivative that stands for the activation's (lowbit_ext.binary.surrogates).
 
     Shape:
-        input (N, C, *) float32, bfloat16 or float16; output of the same shape and dtype, channels-last in memory.
+        input of any shape, float32, bfloat16, float16, or float64 (by torch's operators, for comparisons); output of
+        the same shape, dtype and memory order.
 
     Raises:
         ValueError: unknown encoding or surrogate.
@@ -253,10 +265,10 @@ class BinaryActivation(nn.Module):
         Hubara et al., "Binarized Neural Networks", NeurIPS 2016; Kim et al., "BinaryDuo", ICLR 2020.
     """
 
-    def __init__(self, encoding: str = "sign", surrogate: str = "clipped") -> None:
+    def __init__(self, encoding: str = "sign", surrogate: str = "clip") -> None:
         super().__init__()
-        _check_choice("BinaryActivation", "encoding", encoding, tuple(ENCODING_VALUES))
-        _check_choice("BinaryActivation", "surrogate", surrogate, SURROGATES)
+        check_choice("BinaryActivation", "encoding", encoding, tuple(ENCODING_VALUES))
+        check_choice("BinaryActivation", "surrogate", surrogate, SURROGATES)
         self.encoding, self.surrogate = encoding, surrogate
 
     def forward(self, input: Tensor) -> Tensor:

@@ -47,15 +47,23 @@ def _check_binarize(x: Tensor, threshold: Tensor | None, flip: Tensor | None, en
     if threshold is None and flip is None:
         return
     channels = x.shape[1]
-    if threshold is not None and (threshold.dtype != torch.float32 or threshold.shape != (channels,)):
+    if threshold is not None and (
+        threshold.dtype != torch.float32 or threshold.shape not in ((channels,), (2, channels))
+    ):
         raise ValueError(
-            f"binarize: threshold must be float32 with one value a channel ({channels}), "
+            f"binarize: threshold must be float32 with one value a channel ({channels}) or two (2, {channels}), "
             f"got {threshold.dtype} {tuple(threshold.shape)}"
         )
-    if flip is not None and (flip.dtype != torch.bool or flip.shape != (channels,)):
+    if flip is not None and (flip.dtype != torch.bool or flip.numel() != _thresholds(threshold) * channels):
         raise ValueError(
-            f"binarize: flip must be bool with one value a channel ({channels}), got {flip.dtype} {tuple(flip.shape)}"
+            f"binarize: flip must be bool with one value a threshold ({_thresholds(threshold) * channels}), "
+            f"got {flip.dtype} {tuple(flip.shape)}"
         )
+
+
+def _thresholds(threshold: Tensor | None) -> int:
+    """Thresholds, and bits, a channel."""
+    return 1 if threshold is None else threshold.dim()
 
 
 def _binarize(
@@ -68,12 +76,16 @@ def _binarize(
         channels_last = x.movedim(1, -1).is_contiguous()
         if not channels_last:
             x = x.contiguous()
-    size = (batch, *space, words_for(channels))
+    thresholds = _thresholds(threshold)
+    native = _native.kernels(x)
+    if thresholds == 2 and native is not _native.cpu:
+        raise NotImplementedError("binarize: there is no CUDA kernel for two thresholds a channel yet")
+    size = (batch, *space, words_for(thresholds * channels))
     words = x.new_empty(size, dtype=torch.int64)
     mask = x.new_empty(size, dtype=torch.int64) if with_mask else None
     threshold = None if threshold is None else threshold.contiguous()
     flip = None if flip is None else flip.contiguous()
-    status = _native.kernels(x).binarize(
+    status = native.binarize(
         x.data_ptr(),
         FLOAT_TYPES[x.dtype],
         channels_last,
@@ -86,6 +98,7 @@ def _binarize(
         ENCODINGS[encoding],
         words.data_ptr(),
         0 if mask is None else mask.data_ptr(),
+        thresholds,
     )
     _native.check("binarize", status)
     return words, mask
@@ -97,10 +110,12 @@ def _binarize_only(x: Tensor, threshold: Tensor | None, flip: Tensor | None, com
 
 def _binarize_fake(x: Tensor, threshold: Tensor | None, flip: Tensor | None, common: float, encoding: str) -> Tensor:
     _check_binarize(x, threshold, flip, encoding)
-    return x.new_empty((x.shape[0], *x.shape[2:], words_for(x.shape[1])), dtype=torch.int64)
+    words = words_for(_thresholds(threshold) * x.shape[1])
+    return x.new_empty((x.shape[0], *x.shape[2:], words), dtype=torch.int64)
 
 
-# (N, C, *spatial) -> words (N, *spatial, W). Without `threshold` every channel meets `common`.
+# (N, C, *spatial) -> words (N, *spatial, W). Without `threshold` every channel meets `common`; thresholds (2, C) give
+# two bits a channel, c and C + c.
 binarize = _oplib.define(
     "binarize(Tensor x, Tensor? threshold, Tensor? flip, float common, str encoding) -> Tensor",
     cpu=_binarize_only,
@@ -126,6 +141,112 @@ binarize_with_mask = _oplib.define(
     cpu=_binarize_with_mask,
     cuda=_binarize_with_mask,
     fake=_binarize_with_mask_fake,
+)
+
+
+# --- quantised activations --------------------------------------------------------------------------------------------
+
+LEVELS = {"sign": 0, "step": 1, "ternary": 2}  # csrc/core/ops/quantized_activation.h
+
+
+def _check_activation(x: Tensor, levels: str) -> None:
+    if x.dtype not in FLOAT_TYPES:
+        raise TypeError(f"quantized_activation: input must be float32, bfloat16 or float16, got {x.dtype}")
+    if levels not in LEVELS:
+        raise ValueError(f"quantized_activation: levels must be 'sign', 'step' or 'ternary', got {levels!r}")
+
+
+def _activation(
+    x: Tensor, levels: str, low: float, high: float, closed: bool, with_mask: bool
+) -> tuple[Tensor, Tensor | None]:
+    _check_activation(x, levels)
+    output = torch.empty_like(x)  # dense: x's memory order where x is dense
+    if x.stride() != output.stride():
+        x = torch.empty_like(output).copy_(x)
+    count = x.numel()
+    mask = torch.empty(words_for(count), dtype=torch.int64) if with_mask else None
+    status = _native.cpu.quantized_activation(
+        x.data_ptr(), FLOAT_TYPES[x.dtype], count, LEVELS[levels], low, high, closed, output.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+    )
+    _native.check("quantized_activation", status)
+    return output, mask
+
+
+def _activation_cpu(x: Tensor, levels: str) -> Tensor:
+    return _activation(x, levels, 0.0, 1.0, False, with_mask=False)[0]
+
+
+def _activation_fake(x: Tensor, levels: str) -> Tensor:
+    _check_activation(x, levels)
+    return torch.empty_like(x)
+
+
+# Elementwise levels in x's dtype and memory order.
+quantized_activation = _oplib.define(
+    "quantized_activation(Tensor x, str levels) -> Tensor", cpu=_activation_cpu, fake=_activation_fake
+)
+
+
+@torch.library.register_vmap("lowbit::quantized_activation")
+def _activation_vmap(info: Any, axes: tuple[int, None], x: Tensor, levels: str) -> tuple[Tensor, int]:
+    return torch.ops.lowbit.quantized_activation.default(x, levels), axes[0]
+
+
+def _activation_with_mask_cpu(
+    x: Tensor, levels: str, low: float, high: float, closed: bool
+) -> tuple[Tensor, Tensor]:
+    output, mask = _activation(x, levels, low, high, closed, with_mask=True)
+    assert mask is not None
+    return output, mask
+
+
+def _activation_with_mask_fake(
+    x: Tensor, levels: str, low: float, high: float, closed: bool
+) -> tuple[Tensor, Tensor]:
+    _check_activation(x, levels)
+    return torch.empty_like(x), x.new_empty(words_for(x.numel()), dtype=torch.int64)
+
+
+# The same and, in the same pass, a bit an element in the result's memory order: low < x < high, or with the ends.
+quantized_activation_with_mask = _oplib.define(
+    "quantized_activation_with_mask(Tensor x, str levels, float low, float high, bool closed) -> (Tensor, Tensor)",
+    cpu=_activation_with_mask_cpu,
+    fake=_activation_with_mask_fake,
+)
+
+
+def _check_masked_gradient(gradient: Tensor, mask: Tensor) -> None:
+    if gradient.dtype not in FLOAT_TYPES:
+        raise TypeError(f"masked_gradient: gradient must be float32, bfloat16 or float16, got {gradient.dtype}")
+    if mask.dtype != torch.int64 or mask.shape != (words_for(gradient.numel()),):
+        raise ValueError(
+            f"masked_gradient: mask must be int64 words ({words_for(gradient.numel())},) for {gradient.numel()} "
+            f"elements, got {mask.dtype} {tuple(mask.shape)}"
+        )
+
+
+def _masked_gradient_cpu(gradient: Tensor, mask: Tensor) -> Tensor:
+    _check_masked_gradient(gradient, mask)
+    output = torch.empty_like(gradient)
+    if gradient.stride() != output.stride():
+        gradient = torch.empty_like(output).copy_(gradient)
+    status = _native.cpu.masked_gradient(
+        gradient.data_ptr(), FLOAT_TYPES[gradient.dtype], gradient.numel(),
+        _pointer(mask.contiguous(), gradient, "masked_gradient: mask"), output.data_ptr(),
+    )
+    _native.check("masked_gradient", status)
+    return output
+
+
+def _masked_gradient_fake(gradient: Tensor, mask: Tensor) -> Tensor:
+    _check_masked_gradient(gradient, mask)
+    return torch.empty_like(gradient)
+
+
+# gradient where the bit of mask is 1, else 0; bits in the gradient's memory order.
+masked_gradient = _oplib.define(
+    "masked_gradient(Tensor gradient, Tensor mask) -> Tensor", cpu=_masked_gradient_cpu, fake=_masked_gradient_fake
 )
 
 
@@ -547,43 +668,63 @@ def pool_size(size: int, kernel: int, stride: int, padding: int, dilation: int, 
 
 
 def _check_pool(
-    input: Tensor, channels: int, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
-    ceil_mode: bool, op: str,
+    size: Sequence[int], dtype: torch.dtype, channels: int, kernel: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool, op: str,
 ) -> tuple[int, int]:
-    if input.dtype != torch.int64 or input.dim() != 4 or input.shape[3] != words_for(channels):
+    """Checks a pooling's arguments; returns the output's height and width."""
+    if dtype != torch.int64 or len(size) != 4 or size[3] != words_for(channels):
         raise ValueError(
             f"{op}: input must be int64 words (N, H, W, {words_for(channels)}) for {channels} channels, "
-            f"got {input.dtype} {tuple(input.shape)}"
+            f"got {dtype} {tuple(size)}"
         )
     if min(kernel) < 1 or min(stride) < 1 or min(dilation) < 1:
         raise ValueError(
             f"{op}: kernel, stride and dilation must be at least 1, got kernel={list(kernel)}, "
             f"stride={list(stride)}, dilation={list(dilation)}"
         )
-    if any(pad < 0 or 2 * pad > size for pad, size in zip(padding, kernel, strict=True)):
+    if any(pad < 0 or 2 * pad > length for pad, length in zip(padding, kernel, strict=True)):
         raise ValueError(
             f"{op}: padding must be between 0 and half the kernel {list(kernel)}, got {list(padding)}"
         )
-    height = pool_size(input.shape[1], kernel[0], stride[0], padding[0], dilation[0], ceil_mode)
-    width = pool_size(input.shape[2], kernel[1], stride[1], padding[1], dilation[1], ceil_mode)
+    height = pool_size(size[1], kernel[0], stride[0], padding[0], dilation[0], ceil_mode)
+    width = pool_size(size[2], kernel[1], stride[1], padding[1], dilation[1], ceil_mode)
     if height < 1 or width < 1:
         raise ValueError(
-            f"{op}: input {tuple(input.shape[1:3])} is smaller than the window {list(kernel)} with padding "
+            f"{op}: input {tuple(size[1:3])} is smaller than the window {list(kernel)} with padding "
             f"{list(padding)} and dilation {list(dilation)}"
         )
     return height, width
 
 
 @functools.lru_cache(maxsize=1024)
-def _pool_shape(*sizes: int) -> Any:
-    return _native.cpu.PoolShape(*sizes)
+def _cached_pool_plan(
+    size: tuple[int, ...], dtype: torch.dtype, channels: int, kernel: tuple[int, int], stride: tuple[int, int],
+    padding: tuple[int, int], dilation: tuple[int, int], ceil_mode: bool, op: str,
+) -> tuple[Any, int, int]:
+    height, width = _check_pool(size, dtype, channels, kernel, stride, padding, dilation, ceil_mode, op)
+    shape = _native.cpu.PoolShape(
+        *size[:3], channels, *kernel, height, width, *stride, *padding, *dilation
+    )
+    return shape, height, width
+
+
+def _pool_plan(
+    input: Tensor, channels: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], ceil_mode: bool, op: str,
+) -> tuple[Any, int, int]:
+    """The native shape, and the output's height and width; made once for each set of arguments."""
+    if type(kernel) is list:  # from the dispatcher; the wrappers' tuples can be looked up as they are
+        kernel, stride, padding, dilation = tuple(kernel), tuple(stride), tuple(padding), tuple(dilation)
+    return _cached_pool_plan(input.shape, input.dtype, channels, kernel, stride, padding, dilation, ceil_mode, op)
 
 
 def _max_pool(
     input: Tensor, invert: Tensor | None, channels: int, kernel: list[int], stride: list[int], padding: list[int],
     dilation: list[int], ceil_mode: bool,
 ) -> Tensor:
-    height, width = _check_pool(input, channels, kernel, stride, padding, dilation, ceil_mode, "binary_max_pool2d")
+    shape, height, width = _pool_plan(
+        input, channels, kernel, stride, padding, dilation, ceil_mode, "binary_max_pool2d"
+    )
     if invert is not None and (invert.dtype != torch.int64 or invert.shape != (words_for(channels),)):
         raise ValueError(
             f"binary_max_pool2d: invert must be int64 words ({words_for(channels)},), "
@@ -591,10 +732,6 @@ def _max_pool(
         )
     input = input.contiguous()
     invert = None if invert is None else invert.contiguous()
-    shape = _pool_shape(
-        input.shape[0], input.shape[1], input.shape[2], channels, kernel[0], kernel[1], height, width,
-        stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1],
-    )
     output = input.new_empty((input.shape[0], height, width, input.shape[3]))
     status = _native.kernels(input).binary_max_pool2d(
         shape, input.data_ptr(), _pointer(invert, input, "binary_max_pool2d: invert"), output.data_ptr()
@@ -607,7 +744,9 @@ def _max_pool_fake(
     input: Tensor, invert: Tensor | None, channels: int, kernel: list[int], stride: list[int], padding: list[int],
     dilation: list[int], ceil_mode: bool,
 ) -> Tensor:
-    height, width = _check_pool(input, channels, kernel, stride, padding, dilation, ceil_mode, "binary_max_pool2d")
+    height, width = _check_pool(
+        input.shape, input.dtype, channels, kernel, stride, padding, dilation, ceil_mode, "binary_max_pool2d"
+    )
     return input.new_empty((input.shape[0], height, width, input.shape[3]))
 
 
@@ -625,12 +764,10 @@ def _avg_pool(
     input: Tensor, channels: int, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool,
     count_include_pad: bool, divisor_override: int, encoding: str,
 ) -> Tensor:
-    height, width = _check_pool(input, channels, kernel, stride, padding, [1, 1], ceil_mode, "binary_avg_pool2d")
-    input = input.contiguous()
-    shape = _pool_shape(
-        input.shape[0], input.shape[1], input.shape[2], channels, kernel[0], kernel[1], height, width,
-        stride[0], stride[1], padding[0], padding[1], 1, 1,
+    shape, height, width = _pool_plan(
+        input, channels, kernel, stride, padding, (1, 1), ceil_mode, "binary_avg_pool2d"
     )
+    input = input.contiguous()
     output = torch.empty(
         (input.shape[0], channels, height, width),
         dtype=torch.float32,
@@ -648,7 +785,9 @@ def _avg_pool_fake(
     input: Tensor, channels: int, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool,
     count_include_pad: bool, divisor_override: int, encoding: str,
 ) -> Tensor:
-    height, width = _check_pool(input, channels, kernel, stride, padding, [1, 1], ceil_mode, "binary_avg_pool2d")
+    height, width = _check_pool(
+        input.shape, input.dtype, channels, kernel, stride, padding, [1, 1], ceil_mode, "binary_avg_pool2d"
+    )
     return torch.empty(
         (input.shape[0], channels, height, width),
         dtype=torch.float32,

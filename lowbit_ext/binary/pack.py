@@ -56,9 +56,28 @@ def _images(shape: Sequence[int]) -> tuple[int, int, int]:
     return (shape[1], *(1,) * (4 - len(shape)), *shape[2:])  # type: ignore[return-value]
 
 
+def _has_binary_weight(module: nn.Module | None) -> bool:
+    """A binary layer, or one of lowbit_ext.duo that multiplies values as they are with a binary weight."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)) and hasattr(module, "weight_scale")
+
+
+def _binary_twin(layer: Any) -> nn.Module:
+    """The binary layer that gives the same as `layer` on bits of encoding "step"; shares its parameters."""
+    options = {"bias": False, "encoding": "step", "weight_scale": layer.weight_scale}
+    if isinstance(layer, nn.Linear):
+        twin: Any = layers.BinaryLinear(layer.in_features, layer.out_features, **options)
+    else:
+        twin = layers.BinaryConv2d(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+            layer.groups, **options,
+        )  # fmt: skip
+    twin.weight, twin.bias = layer.weight, layer.bias
+    return twin.eval()
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        ours = isinstance(module, (*_BINARY_LAYERS, layers.BinaryActivation))
+        ours = _has_binary_weight(module) or isinstance(module, layers.BinaryActivation)
         return ours or super().is_leaf_module(module, qualified_name)
 
 
@@ -79,10 +98,30 @@ class _Model:
                 node.update_kwarg("inplace", False)
         self.root = model
         self.modules = dict(model.named_modules())
-        interpreter = fx.Interpreter(fx.GraphModule(model, self.graph), garbage_collect_values=False)
-        interpreter.run(*inputs)
-        self.values = interpreter.env
+        self.values, self.output = self._run(inputs)
+        if self._take_bits_as_bits():
+            self.values, self.output = self._run(inputs)
         self._read_batch_size_from_input()
+
+    def _run(self, inputs: tuple[Any, ...]) -> tuple[dict[fx.Node, Any], Any]:
+        """Every node's value, and the result."""
+        interpreter = fx.Interpreter(fx.GraphModule(self.root, self.graph), garbage_collect_values=False)
+        output = interpreter.run(*copy.deepcopy(inputs))
+        return interpreter.env, output
+
+    def _take_bits_as_bits(self) -> bool:
+        """Puts binary layers for layers that take values as they are, where these are bits: whether there are any."""
+        found = False
+        for node in self.graph.nodes:
+            layer, target = self.module(node), str(node.target)
+            if not _has_binary_weight(layer) or type(layer) in _BINARY_LAYERS:
+                continue
+            if self.binary_values(node.args[0]) == "step" and getattr(layer, "padding_mode", "zeros") == "zeros":
+                parent, _, name = target.rpartition(".")
+                self.modules[target] = _binary_twin(layer)
+                setattr(self.root.get_submodule(parent), name, self.modules[target])
+                found = True
+        return found
 
     def _read_batch_size_from_input(self) -> None:
         """x.size(0) and x.shape[0] of inner values are the input's, so that x itself need not exist as floats."""
@@ -216,7 +255,7 @@ class _Model:
         """Encoding of a value that a binary activation produced, through pooling and reshapes, or None."""
         while True:
             module = self.module(node)
-            if type(module) is layers.BinaryActivation:
+            if isinstance(module, layers.BinaryActivation):
                 return module.encoding
             if not (self.is_transparent(node) or self.is_flatten(node) or self.max_pool(node)):
                 return None
@@ -240,20 +279,24 @@ class _Chain:
     @property
     def folds(self) -> bool:
         """Whether anything but pooling happens on the way."""
-        return any(not isinstance(step, Window) for step in self.steps)
+        return self.doubled or any(not isinstance(step, Window) for step in self.steps)
+
+    @property
+    def copies(self) -> int:
+        """Bits for each value of the source."""
+        return 2 if self.doubled else 1
 
 
 def _chain(model: _Model, node: fx.Node) -> _Chain:
     """Walks back from a value through monotone steps, to a binary layer or as far as they go."""
     steps: list[_Step] = []
-    doubling: tuple[fx.Node, int] | None = None
-    normed = False
+    doubled = normed = False
     layout = node
     while model.binary_layer(node) is None:
         window = model.max_pool(node)
         if model.is_flatten(node):
             one_pixel = math.prod(model.shape(node.args[0])[2:]) == 1  # type: ignore[arg-type]
-            if (normed or doubling) and not one_pixel:
+            if (normed or doubled) and not one_pixel:
                 break  # One pixel's channel and another's have thresholds of their own.
             layout = node.args[0]  # type: ignore[assignment]
         elif window is not None:
@@ -263,15 +306,12 @@ def _chain(model: _Model, node: fx.Node) -> _Chain:
             normed = True
         elif model.is_monotone(node):
             steps.append(_elementwise_step(model, node))
-        elif model.is_doubling(node) and doubling is None:
-            doubling = (node, len(steps))
+        elif model.is_doubling(node) and not doubled:
+            doubled = True
         elif not model.is_transparent(node):
             break
         node = node.all_input_nodes[0]
-    if doubling is not None and model.binary_layer(node) is None:
-        node, steps = doubling[0], steps[: doubling[1]]
-        doubling = None
-    return _Chain(node, steps[::-1], doubling is not None, model.shape(layout)[2:])
+    return _Chain(node, steps[::-1], doubled, model.shape(layout)[2:])
 
 
 def _elementwise_step(model: _Model, node: fx.Node) -> Callable[[Tensor], Tensor]:
@@ -345,21 +385,21 @@ def _fold_integers(
         values = values if bias is None else values + bias
         return values.reshape(-1)
 
-    high = torch.full((filters * (2 if chain.doubled else 1),), reach)
+    high = torch.full((filters * chain.copies,), reach)
     fold = _fold(chain, encoding, -high, high, value)
     fold.threshold = fold.threshold.to(torch.int32)
     return fold
 
 
 def _fold_floats(chain: _Chain, encoding: str, channels: int) -> _Fold:
-    """Thresholds on a float32 source, bisected over all its values in order."""
+    """Thresholds on the channels of a float32 source, bisected over all its values in order."""
 
     def value(positions: Tensor) -> Tensor:
         bits = torch.where(positions < 0, positions ^ 0x7FFFFFFF, positions)
         return bits.to(torch.int32).view(torch.float32)
 
     # The largest finite number's bits; negative numbers' bits below the sign run downwards.
-    high = torch.full((channels,), 0x7F7FFFFF)
+    high = torch.full((channels * chain.copies,), 0x7F7FFFFF)
     fold = _fold(chain, encoding, -high - 1, high, value)
     infinite = torch.where(fold.threshold == -high - 1, -math.inf, math.inf)
     threshold = value(fold.threshold.minimum(high))
@@ -407,7 +447,7 @@ class _Packer:
         model = self.model
         while True:
             module = model.module(node)
-            same = type(module) is layers.BinaryActivation and module.encoding == encoding
+            same = isinstance(module, layers.BinaryActivation) and module.encoding == encoding
             if not (same or model.is_transparent(node) or model.is_flatten(node)):
                 return node, model.max_pool(node)
             node = node.args[0]  # type: ignore[assignment]
@@ -539,7 +579,7 @@ class _Packer:
 
     def _finish_bits(self, bits: tuple[fx.Node, str], chain: _Chain, fold: _Fold | None, output: fx.Node) -> _Words:
         """The chain's poolings behind its bits."""
-        channels = self.model.shape(chain.source)[1] * (2 if chain.doubled else 1)
+        channels = self.model.shape(chain.source)[1] * chain.copies
         inverts = iter(fold.inverts if fold is not None else ())
         for step in chain.steps:
             if isinstance(step, Window):
@@ -564,7 +604,9 @@ class _Packer:
         chain = _chain(self.model, node)
         channels = self.model.shape(chain.source)[1]
         fold = _fold_floats(chain, encoding, channels) if chain.folds else None
-        thresholds = () if fold is None else (fold.threshold, fold.flip)
+        thresholds: tuple[Tensor, ...] = () if fold is None else (fold.threshold, fold.flip)
+        if chain.doubled:
+            thresholds = tuple(values.reshape(2, channels) for values in thresholds)
         binarize = PackedBinarize(channels, encoding, *thresholds)
         output = self._add(node, "_bits", binarize, self.floats[chain.source])
         return self._finish_bits(key, chain, fold, output)
@@ -610,7 +652,7 @@ def pack(model: nn.Module, example_input: Any) -> PackedModel:
 
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
-            expected = model(*example())
+            model(*example())
         except Exception as error:
             shapes = ", ".join(str(tuple(value.shape)) for value in inputs if isinstance(value, Tensor))
             raise ValueError(f"pack: the model does not run on the example {shapes}: {_first_line(error)}") from error
@@ -628,7 +670,7 @@ def pack(model: nn.Module, example_input: Any) -> PackedModel:
                     f"pack: the packed bits of {node.target} ({node.name}) differ from the model's in {wrong} of "
                     f"{wanted.numel()} places"
                 )
-        _check_output(expected, result)
+        _check_output(traced.output, result)
     return PackedModel(body)
 
 

@@ -60,7 +60,10 @@ def _unless_zero(buffer: Tensor | None) -> Tensor | None:
 
 
 class PackedBinarize(PackedLayer):
-    """Float (N, C, *spatial) -> words, by one threshold for all channels or one a channel (a batch norm in front)."""
+    """Float (N, C, *spatial) -> words, by one threshold for all channels or, behind a batch norm, one or two for each.
+
+    Two, of shape (2, C), give 2 C bits.
+    """
 
     threshold: Tensor | None
     flip: Tensor | None
@@ -86,7 +89,7 @@ class PackedBinarize(PackedLayer):
         return words if len(shape) == 4 else words.reshape(shape[0], *(1,) * (4 - len(shape)), *shape[1:])
 
     def extra_repr(self) -> str:
-        thresholds = "one" if self.threshold is None else "per channel"
+        thresholds = "one" if self.threshold is None else ("per channel", "two per channel")[self.threshold.dim() - 1]
         return f"channels={self.channels}, encoding={self.encoding!r}, thresholds={thresholds}"
 
 

@@ -166,6 +166,8 @@ inline uint32_t rounded_bits(float value, FloatType type) {
 
 // One test per op, each a number of random cases, and the tests of what lies round them.
 void test_align_groups(Random& random, int cases);
+void test_antithetic_gradient(Random& random, int cases);
+void test_antithetic_sample(Random& random, int cases);
 void test_binarize(Random& random, int cases);
 void test_binary_avg_pool2d(Random& random, int cases);
 void test_binary_conv2d(Random& random, int cases);
@@ -173,9 +175,12 @@ void test_binary_conv2d_input_grad(Random& random, int cases);
 void test_binary_conv2d_weight_grad(Random& random, int cases);
 void test_binary_max_pool2d(Random& random, int cases);
 void test_dispatch(Random& random, int cases);
+void test_elementary(Random& random, int cases);
 void test_half(Random& random, int cases);
 void test_launch(Random& random, int cases);
+void test_philox(Random& random, int cases);
 void test_popcount_peak(Random& random, int cases);
+void test_quantized_activation(Random& random, int cases);
 void test_unpack(Random& random, int cases);
 
 }  // namespace lowbit::test

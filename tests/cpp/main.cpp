@@ -12,6 +12,8 @@ constexpr Test kTests[] = {
     {"dispatch", test_dispatch},
     {"launch", test_launch},
     {"half", test_half},
+    {"elementary", test_elementary},
+    {"philox", test_philox},
     {"align_groups", test_align_groups},
     {"binarize", test_binarize},
     {"unpack", test_unpack},
@@ -20,6 +22,9 @@ constexpr Test kTests[] = {
     {"binary_conv2d", test_binary_conv2d},
     {"binary_conv2d_input_grad", test_binary_conv2d_input_grad},
     {"binary_conv2d_weight_grad", test_binary_conv2d_weight_grad},
+    {"quantized_activation", test_quantized_activation},
+    {"antithetic_sample", test_antithetic_sample},
+    {"antithetic_gradient", test_antithetic_gradient},
     {"popcount_peak", test_popcount_peak},
 };
 

@@ -32,7 +32,8 @@ void check(Random& random, FloatType type) {
   const bool channels_last = random.coin();
   const int64_t outer = random.between(0, 3), channels = random.size(300);
   const int64_t spatial = channels > 100 ? random.size(70) : random.size(200);
-  const int64_t row_words = words_for(channels), count = outer * spatial * channels;
+  const int64_t thresholds = random.between(1, 2);
+  const int64_t row_words = words_for(thresholds * channels), count = outer * spatial * channels;
   Buffer<Input> input(count);
   for (int64_t i = 0; i < count; ++i) {
     if constexpr (sizeof(Input) == 4) {
@@ -41,10 +42,10 @@ void check(Random& random, FloatType type) {
       input[i] = static_cast<Input>(rounded_bits(binarize_value(random), type));
     }
   }
-  Buffer<float> threshold(channels);
+  Buffer<float> threshold(thresholds * channels);
   for (int64_t i = 0; i < threshold.size(); ++i) threshold[i] = random.coin() ? binarize_value(random) : 0.0f;
-  Buffer<uint8_t> flip(channels);
-  for (int64_t i = 0; i < channels; ++i) flip[i] = static_cast<uint8_t>(random.between(0, 1));
+  Buffer<uint8_t> flip(thresholds * channels);
+  for (int64_t i = 0; i < flip.size(); ++i) flip[i] = static_cast<uint8_t>(random.between(0, 1));
 
   BinarizeArgs args{};
   args.input = input.data();
@@ -53,29 +54,32 @@ void check(Random& random, FloatType type) {
   args.outer = outer;
   args.channels = channels;
   args.spatial = spatial;
-  args.threshold = random.coin() ? threshold.data() : nullptr;
+  args.threshold = thresholds == 2 || random.coin() ? threshold.data() : nullptr;
   args.common_threshold = threshold[0];
   args.flip = random.coin() ? flip.data() : nullptr;
   args.encoding = random.pick({Encoding::sign, Encoding::step});
-  const bool with_mask = random.coin();
+  args.thresholds = thresholds;
+  const bool with_mask = thresholds == 1 && random.coin();
 
   std::vector<uint64_t> words(static_cast<size_t>(outer * spatial * row_words)), mask(words.size());
   for (int64_t pixel = 0; pixel < outer * spatial; ++pixel) {
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t bit = 0; bit < thresholds * channels; ++bit) {
+      const int64_t c = bit % channels;
       const int64_t n = pixel / spatial, s = pixel % spatial;
       const float x =
           load_float(args.input, type, channels_last ? pixel * channels + c : (n * channels + c) * spatial + s);
-      const float t = threshold_of(args, c);
-      if (args.flip && args.flip[c] ? x <= t : x >= t) set_bit(words.data() + pixel * row_words, c);
+      const float t = threshold_of(args, bit);
+      if (args.flip && args.flip[bit] ? x <= t : x >= t) set_bit(words.data() + pixel * row_words, bit);
       const bool inside = args.encoding == Encoding::sign ? std::fabs(x) <= 1.0f : x > 0.0f && x < 1.0f;
-      if (inside) set_bit(mask.data() + pixel * row_words, c);
+      if (inside) set_bit(mask.data() + pixel * row_words, bit);
     }
   }
 
   const std::string what = std::string(channels_last ? "channels-last " : "planar ") + std::to_string(outer) + " x " +
                            std::to_string(channels) + " x " + std::to_string(spatial) + ", type " +
                            std::to_string(static_cast<int>(type)) + ", encoding " +
-                           std::to_string(static_cast<int>(args.encoding)) + (args.flip ? ", flips" : "");
+                           std::to_string(static_cast<int>(args.encoding)) + (args.flip ? ", flips" : "") +
+                           (thresholds == 2 ? ", two thresholds" : "");
   const auto expect = [&](const std::string& how, const auto& run) {
     Buffer<uint64_t> got_words(outer * spatial * row_words), got_mask(with_mask ? outer * spatial * row_words : 0);
     args.words = got_words.data();

@@ -91,6 +91,10 @@ void test_launch(Random&, int) {
   BinarizeArgs binarize{};
   binarize.outer = binarize.channels = binarize.spatial = int64_t{1} << 30;
   expect_refused("binarize of 2^90 elements", launch::binarize(binarize));
+  binarize.outer = binarize.channels = binarize.spatial = 1;
+  binarize.thresholds = 2;
+  if (launch::binarize(binarize) != Status::bad_argument)
+    fail("binarize by two thresholds, one given, was not refused");
   UnpackArgs unpack{};
   unpack.pixels = -1;
   expect_refused("unpack of -1 pixels", launch::unpack(unpack));

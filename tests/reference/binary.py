@@ -48,9 +48,11 @@ def surrogate_derivative(x: Tensor, surrogate: str, encoding: str) -> Tensor:
     x = x.to(torch.float64)
     if surrogate == "identity":
         return torch.ones_like(x)
-    if surrogate == "clipped":
+    if surrogate == "clip":
         return ((x.abs() <= 1) if encoding == "sign" else ((x > 0) & (x < 1))).to(torch.float64)
     u = (x if encoding == "sign" else 2 * x - 1).detach().requires_grad_()
+    if surrogate == "steep":
+        return 2.0 * ((u.abs() <= 0.5) if encoding == "sign" else (u.abs() < 0.5)).to(torch.float64)
     if surrogate == "swish_sign":  # BNN+, equation 4, differentiated by autograd
         beta = 5.0
         value = 2 * torch.sigmoid(beta * u) * (1 + beta * u * (1 - torch.sigmoid(beta * u))) - 1

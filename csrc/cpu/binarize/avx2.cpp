@@ -131,8 +131,40 @@ void pack_channels_last(const BinarizeArgs& args, int64_t begin, int64_t end) {
   for (; pixel < end; ++pixel) pack_channels_last_block<kType, kUniform, kMask, 1>(args, pixel);
 }
 
-// Channels first .. last - 1, at most 32 of them, of kVectors * 8 pixels; the last vector has only `last_count`. Bit b
-// of a half word is channel first + b.
+// Puts the first `count` <= 8 bits to bit `at` and following of a packed row that is 0 there.
+void or_bits(uint64_t* row, int64_t at, int64_t count, int lanes) {
+  const uint64_t bits = static_cast<uint64_t>(lanes) & low_mask(count);
+  const int64_t shift = at % kWordBits;
+  row[at / kWordBits] |= bits << shift;
+  if (shift + count > kWordBits) row[at / kWordBits + 1] |= bits >> (kWordBits - shift);
+}
+
+// Two thresholds a channel: every value is read once, and its two bits lie args.channels apart.
+template <FloatType kType>
+void pack_channels_last_twice(const BinarizeArgs& args, int64_t begin, int64_t end) {
+  const int64_t row_words = words_for(bits_per_pixel(args)), row_bytes = args.channels * float_bytes(kType);
+  constexpr int64_t kPixels = 4;  // share one load of the thresholds
+  for (int64_t pixel = begin; pixel < end; pixel += kPixels) {
+    const int64_t pixels = end - pixel < kPixels ? end - pixel : kPixels;
+    const uint8_t* input = static_cast<const uint8_t*>(args.input) + pixel * row_bytes;
+    uint64_t* words = args.words + pixel * row_words;
+    memset(words, 0, static_cast<size_t>(pixels * row_words) * sizeof *words);
+    for (int64_t channel = 0; channel < args.channels; channel += kLanes) {
+      const int64_t count = args.channels - channel < kLanes ? args.channels - channel : int64_t{kLanes};
+      const Threshold low = lane_thresholds(args, channel, count);
+      const Threshold high = lane_thresholds(args, args.channels + channel, count);
+      for (int64_t p = 0; p < pixels; ++p) {
+        const __m256 x_f32x8 = load<kType>(input + p * row_bytes + channel * float_bytes(kType), count);
+        or_bits(words + p * row_words, channel, count, _mm256_movemask_ps(passes<false>(x_f32x8, low)));
+        or_bits(words + p * row_words, args.channels + channel, count,
+                _mm256_movemask_ps(passes<false>(x_f32x8, high)));
+      }
+    }
+  }
+}
+
+// Bits first .. last - 1 of a packed row, at most 32 of them, of kVectors * 8 pixels; the last vector has only
+// `last_count`. Bit b of a half word is bit first + b.
 template <FloatType kType, bool kUniform, bool kMask, int kVectors>
 void pack_half_words(const BinarizeArgs& args, const uint8_t* input, int64_t first, int64_t last, int64_t last_count,
                      uint32_t* bits, uint32_t* mask) {
@@ -140,11 +172,11 @@ void pack_half_words(const BinarizeArgs& args, const uint8_t* input, int64_t fir
   __m256i mask_u32x8[kVectors] = {};
   const MaskInterval interval = mask_interval(args.encoding);
   const int64_t plane_bytes = args.spatial * float_bytes(kType);
-  const uint8_t* pixels = input + first * plane_bytes;
   Threshold threshold = channel_threshold(args, 0);
   __m256i channel_bit_u32x8 = _mm256_set1_epi32(1);
-  for (int64_t channel = first; channel < last; ++channel, pixels += plane_bytes) {
-    if constexpr (!kUniform) threshold = channel_threshold(args, channel);
+  for (int64_t at = first; at < last; ++at) {
+    const uint8_t* pixels = input + (at < args.channels ? at : at - args.channels) * plane_bytes;
+    if constexpr (!kUniform) threshold = channel_threshold(args, at);
     for (int v = 0; v < kVectors; ++v) {
       const int64_t count = v + 1 == kVectors ? last_count : kLanes;
       const __m256 x_f32x8 = load<kType>(pixels + v * kLanes * float_bytes(kType), count);
@@ -166,14 +198,14 @@ void pack_half_words(const BinarizeArgs& args, const uint8_t* input, int64_t fir
 // All channels of `pixels` neighbouring pixels, (kVectors - 1) * 8 < pixels <= kVectors * 8.
 template <FloatType kType, bool kUniform, bool kMask, int kVectors>
 void pack_planar_block(const BinarizeArgs& args, const uint8_t* input, int64_t first_pixel, int64_t pixels) {
-  const int64_t row_words = words_for(args.channels);
+  const int64_t row_bits = bits_per_pixel(args), row_words = words_for(row_bits);
   const int64_t last_count = pixels - (kVectors - 1) * kLanes;
   alignas(32) uint32_t bits[2][kVectors * kLanes];
   alignas(32) uint32_t mask[2][kVectors * kLanes];
   for (int64_t word = 0; word < row_words; ++word) {
     for (int half = 0; half < 2; ++half) {
       const int64_t first = word * kWordBits + half * kWordBits / 2;
-      const int64_t last = args.channels - first < kWordBits / 2 ? args.channels : first + kWordBits / 2;
+      const int64_t last = row_bits - first < kWordBits / 2 ? row_bits : first + kWordBits / 2;
       pack_half_words<kType, kUniform, kMask, kVectors>(args, input, first, last, last_count, bits[half], mask[half]);
     }
     const int64_t at = first_pixel * row_words + word;
@@ -211,7 +243,10 @@ void pack_planar(const BinarizeArgs& args, int64_t begin, int64_t end) {
 // Not inlined, so that no comparison moves out of the caller's floating-point control section.
 template <FloatType kType, bool kUniform, bool kMask>
 __attribute__((noinline)) void binarize_range(const BinarizeArgs& args, int64_t begin, int64_t end) {
-  if (args.channels_last || args.spatial == 1) {
+  const bool rows = args.channels_last || args.spatial == 1;
+  if (rows && args.thresholds == 2) {
+    pack_channels_last_twice<kType>(args, begin, end);
+  } else if (rows) {
     pack_channels_last<kType, kUniform, kMask>(args, begin, end);
   } else {
     pack_planar<kType, kUniform, kMask>(args, begin, end);

@@ -104,14 +104,45 @@ void pack_channels_last(const BinarizeArgs& args, int64_t begin, int64_t end) {
   for (; pixel < end; ++pixel) pack_channels_last_block<kType, kUniform, kMask, 1>(args, pixel);
 }
 
+// Puts the first `count` <= 16 bits to bit `at` and following of a packed row that is 0 there.
+void or_bits(uint64_t* row, int64_t at, int64_t count, uint64_t bits) {
+  const int64_t shift = at % kWordBits;
+  row[at / kWordBits] |= bits << shift;
+  if (shift + count > kWordBits) row[at / kWordBits + 1] |= bits >> (kWordBits - shift);
+}
+
+// Two thresholds a channel: every value is read once, and its two bits lie args.channels apart.
+template <FloatType kType>
+void pack_channels_last_twice(const BinarizeArgs& args, int64_t begin, int64_t end) {
+  const int64_t row_words = words_for(bits_per_pixel(args)), row_bytes = args.channels * float_bytes(kType);
+  constexpr int64_t kPixels = 4;  // share one load of the thresholds
+  for (int64_t pixel = begin; pixel < end; pixel += kPixels) {
+    const int64_t pixels = end - pixel < kPixels ? end - pixel : kPixels;
+    const uint8_t* input = static_cast<const uint8_t*>(args.input) + pixel * row_bytes;
+    uint64_t* words = args.words + pixel * row_words;
+    memset(words, 0, static_cast<size_t>(pixels * row_words) * sizeof *words);
+    for (int64_t channel = 0; channel < args.channels; channel += kLanes) {
+      const int64_t count = args.channels - channel < kLanes ? args.channels - channel : int64_t{kLanes};
+      const __mmask16 lanes = static_cast<__mmask16>(low_mask(count));
+      const Threshold low = lane_thresholds(args, channel, lanes);
+      const Threshold high = lane_thresholds(args, args.channels + channel, lanes);
+      for (int64_t p = 0; p < pixels; ++p) {
+        const __m512 x_f32x16 = load<kType>(input + p * row_bytes + channel * float_bytes(kType), lanes);
+        or_bits(words + p * row_words, channel, count, passes<false>(x_f32x16, low) & lanes);
+        or_bits(words + p * row_words, args.channels + channel, count, passes<false>(x_f32x16, high) & lanes);
+      }
+    }
+  }
+}
+
 // One channel's bit in the lanes that `selected` names. VPTERNLOGD as A | B: with VPORD the accumulator is two
 // operands, and g++ 12 copies it twice.
 __m512i add_bit(__m512i word_u32x16, __mmask16 selected, __m512i bit_u32x16) {
   return _mm512_mask_ternarylogic_epi32(word_u32x16, selected, bit_u32x16, bit_u32x16, 0xfc);
 }
 
-// Channels first .. last - 1, at most 32 of them, of kVectors * 16 pixels; the last vector has only `last_lanes`. Bit b
-// of a lane of `bits` and `mask` is channel first + b of its pixel.
+// Bits first .. last - 1 of a packed row, at most 32 of them, of kVectors * 16 pixels; the last vector has only
+// `last_lanes`. Bit b of a lane of `bits` and `mask` is bit first + b of its pixel.
 template <FloatType kType, bool kUniform, bool kMask, int kVectors>
 void pack_half_words(const BinarizeArgs& args, const uint8_t* input, int64_t first, int64_t last, __mmask16 last_lanes,
                      __m512i* bits, __m512i* mask) {
@@ -119,11 +150,11 @@ void pack_half_words(const BinarizeArgs& args, const uint8_t* input, int64_t fir
   __m512i mask_u32x16[kVectors] = {};
   const MaskInterval interval = mask_interval(args.encoding);
   const int64_t plane_bytes = args.spatial * float_bytes(kType);
-  const uint8_t* pixels = input + first * plane_bytes;
   Threshold threshold = channel_threshold(args, 0);
   __m512i channel_bit_u32x16 = _mm512_set1_epi32(1);
-  for (int64_t channel = first; channel < last; ++channel, pixels += plane_bytes) {
-    if constexpr (!kUniform) threshold = channel_threshold(args, channel);
+  for (int64_t at = first; at < last; ++at) {
+    const uint8_t* pixels = input + (at < args.channels ? at : at - args.channels) * plane_bytes;
+    if constexpr (!kUniform) threshold = channel_threshold(args, at);
     for (int v = 0; v < kVectors; ++v) {
       const __mmask16 lanes = v + 1 == kVectors ? last_lanes : 0xffff;
       const __m512 x_f32x16 = load<kType>(pixels + v * kLanes * float_bytes(kType), lanes);
@@ -160,14 +191,14 @@ void store_words(const __m512i (&half_u32x16)[2][kVectors], int64_t pixels, uint
 // All channels of `pixels` neighbouring pixels, (kVectors - 1) * 16 < pixels <= kVectors * 16.
 template <FloatType kType, bool kUniform, bool kMask, int kVectors>
 void pack_planar_block(const BinarizeArgs& args, const uint8_t* input, int64_t first_pixel, int64_t pixels) {
-  const int64_t row_words = words_for(args.channels);
+  const int64_t row_bits = bits_per_pixel(args), row_words = words_for(row_bits);
   const __mmask16 last_lanes = static_cast<__mmask16>(low_mask(pixels - (kVectors - 1) * kLanes));
   for (int64_t word = 0; word < row_words; ++word) {
     __m512i bits[2][kVectors];
     __m512i mask[2][kVectors];
     for (int half = 0; half < 2; ++half) {
       const int64_t first = word * kWordBits + half * kWordBits / 2;
-      const int64_t last = args.channels - first < kWordBits / 2 ? args.channels : first + kWordBits / 2;
+      const int64_t last = row_bits - first < kWordBits / 2 ? row_bits : first + kWordBits / 2;
       pack_half_words<kType, kUniform, kMask, kVectors>(args, input, first, last, last_lanes, bits[half], mask[half]);
     }
     const int64_t at = first_pixel * row_words + word;
@@ -209,7 +240,10 @@ void pack_planar(const BinarizeArgs& args, int64_t begin, int64_t end) {
 // Not inlined, so that no comparison moves out of the caller's floating-point control section.
 template <FloatType kType, bool kUniform, bool kMask>
 __attribute__((noinline)) void binarize_range(const BinarizeArgs& args, int64_t begin, int64_t end) {
-  if (args.channels_last || args.spatial == 1) {
+  const bool rows = args.channels_last || args.spatial == 1;
+  if (rows && args.thresholds == 2) {
+    pack_channels_last_twice<kType>(args, begin, end);
+  } else if (rows) {
     pack_channels_last<kType, kUniform, kMask>(args, begin, end);
   } else {
     pack_planar<kType, kUniform, kMask>(args, begin, end);

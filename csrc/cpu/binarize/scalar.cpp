@@ -47,16 +47,16 @@ float load(const uint8_t* from) {
 template <FloatType kType>
 void pack_pixels(const BinarizeArgs& args, const uint8_t* input, int64_t pixel_stride, int64_t channel_stride,
                  int64_t first_pixel, int64_t pixels) {
-  const int64_t row_words = words_for(args.channels);
+  const int64_t row_bits = bits_per_pixel(args), row_words = words_for(row_bits);
   const MaskInterval mask_ends = mask_interval(args.encoding);
   const Interval mask_interval = {ordered(mask_ends.lowest), ordered(mask_ends.highest)};
   for (int64_t word = 0; word < row_words; ++word) {
     uint64_t bits[kBinarizePixels] = {};
     uint64_t inside[kBinarizePixels] = {};
-    for (int64_t bit = 0; bit < kWordBits && word * kWordBits + bit < args.channels; ++bit) {
-      const int64_t channel = word * kWordBits + bit;
-      const Interval interval = channel_interval(args, channel);
-      const uint8_t* from = input + channel * channel_stride;
+    for (int64_t bit = 0; bit < kWordBits && word * kWordBits + bit < row_bits; ++bit) {
+      const int64_t at = word * kWordBits + bit;
+      const Interval interval = channel_interval(args, at);
+      const uint8_t* from = input + at % args.channels * channel_stride;
       for (int64_t pixel = 0; pixel < pixels; ++pixel) {
         const float value = load<kType>(from + pixel * pixel_stride);
         bits[pixel] |= interval.contains(value) << bit;

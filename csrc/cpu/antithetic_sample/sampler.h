@@ -1,0 +1,410 @@
+// The sampler, written once over vectors of 32-bit lanes, one lane an element. `Word` is a level's vector:
+//   kLanes, load, broadcast, operators ^ + -, min, max, multiply (low and high product with a scalar),
+//   greater(a, b): a bit a lane, greater(a, b, bit): `bit` or 0 in each lane.
+// Everything has internal linkage: each level compiles its own copy.
+#pragma once
+
+#include "core/elementary.h"
+#include "core/half.h"
+#include "core/philox.h"
+#include "cpu/antithetic_sample/antithetic_sample.h"
+
+namespace lowbit {
+namespace {
+
+// --- sorting
+// ----------------------------------------------------------------------------------------------------------
+
+constexpr int kMostUnrolled = 15;  // networks up to here are straight-line code: 56 comparators
+
+struct Comparator {
+  uint8_t low, high;
+};
+
+template <int kCount>
+struct Network {
+  Comparator comparators[kCount * kCount / 2 + 1];
+  int count;
+};
+
+// Calls compare(i, j) in the order of Batcher's odd-even merge sort. Knuth, volume 3, 5.2.2, algorithm M.
+template <class Compare>
+constexpr void batcher(int count, Compare compare) {
+  int top = 1;
+  while (2 * top < count) top *= 2;
+  for (int p = top; p > 0; p /= 2) {
+    int q = top, r = 0, distance = p;
+    while (true) {
+      for (int i = 0; i + distance < count; ++i) {
+        if ((i & p) == r) compare(i, i + distance);
+      }
+      if (q == p) break;
+      distance = q - p;
+      q /= 2;
+      r = p;
+    }
+  }
+}
+
+template <int kCount>
+constexpr Network<kCount> make_network() {
+  Network<kCount> network{};
+  batcher(kCount, [&](int i, int j) {
+    network.comparators[network.count++] = {static_cast<uint8_t>(i), static_cast<uint8_t>(j)};
+  });
+  return network;
+}
+
+template <class Word>
+inline void compare_exchange(Word& a, Word& b) {
+  const Word low = Word::min(a, b);
+  b = Word::max(a, b);
+  a = low;
+}
+
+template <class Word, int kCount, int kNext = 0>
+inline __attribute__((always_inline)) void run_network(Word* values) {
+  constexpr Network<kCount> network = make_network<kCount>();
+  if constexpr (kNext < network.count) {
+    compare_exchange(values[network.comparators[kNext].low], values[network.comparators[kNext].high]);
+    run_network<Word, kCount, kNext + 1>(values);
+  }
+}
+
+template <class Word, int kCount>
+void sort_unrolled(Word* values) {
+  Word registers[kCount];
+  for (int i = 0; i < kCount; ++i) registers[i] = values[i];
+  run_network<Word, kCount>(registers);
+  for (int i = 0; i < kCount; ++i) values[i] = registers[i];
+}
+
+template <class Word, int kCount = kMostUnrolled>
+void sort(Word* values, int count) {
+  if constexpr (kCount > 1) {
+    if (count > kCount) {
+      return batcher(count, [&](int i, int j) { compare_exchange(values[i], values[j]); });
+    }
+    if (count == kCount) return sort_unrolled<Word, kCount>(values);
+    sort<Word, kCount - 1>(values, count);
+  }
+}
+
+// --- from logits to integer thresholds
+// --------------------------------------------------------------------------------
+
+// One block of a row.
+struct Block {
+  int64_t row, first;                      // first dimension
+  int count;                               // dimensions, 1 to 64
+  alignas(64) uint32_t logits[kWordBits];  // bits of the float32, 0 past the end
+  alignas(64) uint32_t threshold[kWordBits];
+  alignas(64) uint32_t whole[kWordBits];  // floor(n q), systematic only
+  alignas(64) uint32_t index_low[kWordBits], index_high[kWordBits];
+};
+
+// What the functions below compute for the 64 elements of a block, one loop a step so that each vectorises.
+using Doubles = double[kWordBits];
+
+// Nearest integers to x in [0, 2^32], at most 2^32 - 1.
+inline void nearest_u32(const Doubles& x, uint32_t* integers) {
+  uint64_t bits[kWordBits];
+  for (int i = 0; i < kWordBits; ++i) {
+    const double shifted = (x[i] < 4294967295.0 ? x[i] : 4294967295.0) + 0x1p52;
+    memcpy(&bits[i], &shifted, sizeof bits[i]);
+  }
+  for (int i = 0; i < kWordBits; ++i) integers[i] = static_cast<uint32_t>(bits[i]);
+}
+
+// Probability of low and the draws' threshold in units of 2^-32, and the ratio, by the formulas of the contract. `e` is
+// exp(-|logit|), p = 1 - q of the likelier value.
+inline void dirichlet(const Doubles& magnitude, const Doubles& e, const Doubles& p, int samples, Doubles& threshold,
+                      Doubles& ratio) {
+  Doubles both, power;
+  for (int i = 0; i < kWordBits; ++i) {
+    const double root = exp_double(-(magnitude[i] + log1p_double(e[i])) / (samples - 1));  // q^(1/(n-1))
+    threshold[i] = 1.0 - root;
+    const double excess = 2.0 - 1.0 / root;
+    both[i] = power[i] = excess > 0 ? excess : 0;
+  }
+  for (int k = 2; k < samples; ++k) {
+    for (int i = 0; i < kWordBits; ++i) power[i] *= both[i];
+  }
+  for (int i = 0; i < kWordBits; ++i) ratio[i] = p[i] / (1.0 - power[i]);
+}
+
+inline void systematic(const Doubles& p, const Doubles& q, int samples, Doubles& threshold, Doubles& whole,
+                       Doubles& ratio) {
+  for (int i = 0; i < kWordBits; ++i) {
+    const double expected = samples * q[i];
+    const double nearest = (expected + 0x1p52) - 0x1p52;
+    whole[i] = nearest - (nearest > expected ? 1.0 : 0.0);
+    threshold[i] = expected - whole[i];
+    const double joint = whole[i] * (2 * expected - whole[i] - 1) / (samples * (samples - 1.0));
+    ratio[i] = q[i] * p[i] / (q[i] - joint);
+  }
+}
+
+inline void prepare_block(const AntitheticSampleArgs& args, Block& block, float* ratios) {
+  const int samples = static_cast<int>(args.samples);
+  Doubles magnitude, e, p, q, threshold, whole, ratio;
+  for (int i = 0; i < kWordBits; ++i) {
+    const double absolute = bits_to_float(block.logits[i] & 0x7fffffffu);
+    magnitude[i] = absolute < 700 ? absolute : 700;
+  }
+  for (int i = 0; i < kWordBits; ++i) e[i] = exp_double(-magnitude[i]);
+  for (int i = 0; i < kWordBits; ++i) {
+    p[i] = 1.0 / (1.0 + e[i]);
+    threshold[i] = q[i] = e[i] * p[i];
+    ratio[i] = args.coupling == Coupling::independent ? 1.0 : p[i];
+  }
+  if (args.coupling == Coupling::dirichlet) dirichlet(magnitude, e, p, samples, threshold, ratio);
+  if (args.coupling == Coupling::systematic) {
+    systematic(p, q, samples, threshold, whole, ratio);
+    nearest_u32(whole, block.whole);
+  }
+  for (int i = 0; i < kWordBits; ++i) threshold[i] *= 4294967296.0;
+  nearest_u32(threshold, block.threshold);
+  for (int i = 0; i < kWordBits; ++i) ratios[i] = static_cast<float>(ratio[i]);
+}
+
+// Thresholds and counters of an item, and its ratios; false where a logit is not finite.
+inline bool read_block(const AntitheticSampleArgs& args, int64_t item, Block& block) {
+  const int64_t row_blocks = words_for(args.dimensions);
+  block.row = item / row_blocks;
+  block.first = item % row_blocks * kWordBits;
+  const int64_t left = args.dimensions - block.first;
+  block.count = static_cast<int>(left < kWordBits ? left : kWordBits);
+  const int64_t start = block.row * args.dimensions + block.first;
+  memset(block.logits, 0, sizeof block.logits);
+  memcpy(block.logits, args.logits + start, static_cast<size_t>(block.count) * sizeof(float));
+  uint32_t largest = 0;
+  for (int i = 0; i < kWordBits; ++i) {
+    const uint32_t magnitude = block.logits[i] & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const uint64_t index = args.offset + static_cast<uint64_t>(start);
+  for (int i = 0; i < kWordBits; ++i) {
+    const uint32_t low = static_cast<uint32_t>(index) + static_cast<uint32_t>(i);
+    block.index_low[i] = low;
+    block.index_high[i] = static_cast<uint32_t>(index >> 32) + (low < static_cast<uint32_t>(index) ? 1u : 0u);
+  }
+  if (args.coupling != Coupling::gaussian) {
+    float ratios[kWordBits];
+    prepare_block(args, block, ratios);
+    if (args.ratio != nullptr) {
+      memcpy(args.ratio + start, ratios, static_cast<size_t>(block.count) * sizeof(float));
+    }
+  }
+  return largest < 0x7f800000u;
+}
+
+// Where the logit is above 0, and low stands for b = 0: a bit a lane, or `bits` in the lane.
+template <class Word>
+inline uint32_t flips(const Block& block, int lane) {
+  return Word::greater(Word::broadcast(0x7fffffffu), Word::load(block.logits + lane) - Word::broadcast(1));
+}
+template <class Word>
+inline Word flips(const Block& block, int lane, uint32_t bits) {
+  return Word::greater(Word::broadcast(0x7fffffffu), Word::load(block.logits + lane) - Word::broadcast(1), bits);
+}
+
+// --- the low events of kLanes elements
+// ---------------------------------------------------------------------------------
+
+// Where the events go: bits of one integer an element, kHalves of 32 samples each, or bits of one word a sample.
+template <class Word, int kHalves>
+struct BySample {
+  Word bits[kHalves];
+
+  // low_i = a > b.
+  void add(int sample, Word a, Word b) {
+    const int half = kHalves == 1 ? 0 : sample / 32;
+    bits[half] = bits[half] ^ Word::greater(a, b, uint32_t{1} << sample % 32);
+  }
+};
+
+template <class Word>
+struct ByDimension {
+  uint64_t* words;  // one a sample
+  int lane;         // of the first element in its word
+
+  void add(int sample, Word a, Word b) { words[sample] |= static_cast<uint64_t>(Word::greater(a, b)) << lane; }
+};
+
+template <class Word>
+inline void draw(const Block& block, int lane, uint64_t seed, int count, Word* draws) {
+  const Word low = Word::load(block.index_low + lane), high = Word::load(block.index_high + lane);
+  for (int i = 0; i < count; i += kPhiloxOutputs) {
+    Word counter[kPhiloxOutputs] = {low, high, Word::broadcast(static_cast<uint32_t>(i / kPhiloxOutputs)),
+                                    Word::broadcast(0)};
+    philox(counter, seed);
+    for (int j = 0; j < kPhiloxOutputs; ++j) draws[i + j] = counter[j];
+  }
+}
+
+// Standard normal variable by inversion of (u + 1/2) / 2^32: Wichura, "Algorithm AS 241", PPND7, in float32 operations
+// that are rounded one by one.
+inline float normal_from_bits(uint32_t u) {
+  const uint32_t tail = u < ~u ? u : ~u;
+  const float p = (static_cast<float>(static_cast<int32_t>(tail)) + 0.5f) * 0x1p-32f;  // in (0, 1/2)
+  const float central = 0.5f - p;
+  float r = 0.180625f - central * central;
+  const float inner = central * (((59.109374720f * r + 159.29113202f) * r + 50.434271938f) * r + 3.3871327179f) /
+                      (((67.187563600f * r + 78.757757664f) * r + 17.895169469f) * r + 1.0f);
+  // -log p: p = 2^k m with m in [1, 2), log m = 2 atanh((m - 1) / (m + 1)).
+  const uint32_t bits = float_to_bits(p);
+  const float exponent = static_cast<float>(static_cast<int32_t>(bits >> 23) - 127);
+  const float m = bits_to_float((bits & 0x7fffffu) | 0x3f800000u);
+  const float s = (m - 1.0f) / (m + 1.0f);
+  const float t = s * s;
+  const float atanh = s + s * t * (0.33333333f + t * (0.2f + t * (0.14285714f + t * (0.11111111f + t * 0.09090909f))));
+  const float minus_log = -(exponent * 0.69314718f + 2.0f * atanh);
+  r = __builtin_sqrtf(minus_log);
+  const float near = r - 1.6f, far = r - 5.0f;
+  const float outer = r <= 5.0f
+                          ? (((0.17023821103f * near + 1.3067284816f) * near + 2.7568153900f) * near + 1.4234372777f) /
+                                ((0.12021132975f * near + 0.73700164250f) * near + 1.0f)
+                          : (((0.017337203997f * far + 0.42868294337f) * far + 3.0812263860f) * far + 6.6579051150f) /
+                                ((0.012258202635f * far + 0.24197894225f) * far + 1.0f);
+  const float magnitude = central <= 0.425f ? inner : outer;
+  return u < 0x80000000u ? -magnitude : magnitude;
+}
+
+template <class Word, class Events>
+void gaussian_events(const AntitheticSampleArgs& args, const Block& block, int lane, Word* draws, Events& events) {
+  const int samples = static_cast<int>(args.samples);
+  const float widen = __builtin_sqrtf(static_cast<float>(samples) / static_cast<float>(samples - 1));
+  const int64_t start = block.row * args.dimensions + block.first;
+  float mean[Word::kLanes] = {}, normal[kMostSamples][Word::kLanes];
+  for (int i = 0; i < samples; ++i) {
+    uint32_t u[Word::kLanes];
+    memcpy(u, &draws[i], sizeof u);
+    for (int l = 0; l < Word::kLanes; ++l) {
+      normal[i][l] = normal_from_bits(u[l]);
+      mean[l] += normal[i][l];
+    }
+  }
+  float quantile[Word::kLanes] = {};
+  for (int l = 0; l < Word::kLanes; ++l) {
+    mean[l] /= static_cast<float>(samples);
+    if (lane + l < block.count) quantile[l] = args.quantile[start + lane + l];
+  }
+  for (int i = 0; i < samples; ++i) {
+    uint32_t low[Word::kLanes];
+    for (int l = 0; l < Word::kLanes; ++l) low[l] = widen * (normal[i][l] - mean[l]) < quantile[l];
+    events.add(i, Word::load(low), Word::broadcast(0));
+  }
+}
+
+template <class Word, class Events>
+inline void low_events(const AntitheticSampleArgs& args, const Block& block, int lane, Events& events) {
+  const int samples = static_cast<int>(args.samples);
+  const Word threshold = Word::load(block.threshold + lane);
+  Word draws[kMostSamples];
+  switch (args.coupling) {
+    case Coupling::independent:
+      draw(block, lane, args.seed, samples, draws);
+      for (int i = 0; i < samples; ++i) events.add(i, threshold, draws[i]);
+      break;
+    case Coupling::antithetic_pairs:
+      draw(block, lane, args.seed, samples / 2, draws);
+      for (int i = 0; i < samples / 2; ++i) {
+        events.add(2 * i, threshold, draws[i]);
+        events.add(2 * i + 1, threshold, draws[i] ^ Word::broadcast(~0u));
+      }
+      break;
+    case Coupling::dirichlet: {
+      draw(block, lane, args.seed, samples - 1, draws);
+      sort(draws, samples - 1);
+      Word before = Word::broadcast(0);
+      for (int i = 0; i + 1 < samples; ++i) {
+        events.add(i, draws[i] - before, threshold);
+        before = draws[i];
+      }
+      events.add(samples - 1, before ^ Word::broadcast(~0u), threshold);
+      break;
+    }
+    case Coupling::systematic: {
+      draw(block, lane, args.seed, samples, draws);
+      Word left = Word::load(block.whole + lane) + Word::greater(threshold, draws[0], 1);
+      for (int i = 0; i < samples; ++i) {
+        Word position = Word::broadcast(0);  // the last one's
+        if (i + 1 < samples) Word::multiply(static_cast<uint32_t>(samples - i), draws[i + 1], position);
+        events.add(i, left, position);
+        left = left - Word::greater(left, position, 1);
+      }
+      break;
+    }
+    case Coupling::gaussian:
+      draw(block, lane, args.seed, samples, draws);
+      gaussian_events(args, block, lane, draws, events);
+      break;
+  }
+}
+
+// --- output
+// -----------------------------------------------------------------------------------------------------------
+
+template <class Word>
+void sample_by_dimension(const AntitheticSampleArgs& args, const Block& block) {
+  uint64_t words[kMostSamples] = {}, flip = 0;
+  for (int lane = 0; lane < block.count; lane += Word::kLanes) {
+    flip |= static_cast<uint64_t>(flips<Word>(block, lane)) << lane;
+    ByDimension<Word> events{words, lane};
+    low_events<Word>(args, block, lane, events);
+  }
+  const int64_t row_words = words_for(args.dimensions);
+  uint64_t* output = static_cast<uint64_t*>(args.bits) + block.row * row_words + block.first / kWordBits;
+  for (int64_t i = 0; i < args.samples; ++i) {
+    output[i * args.rows * row_words] = (words[i] ^ flip) & low_mask(block.count);
+  }
+}
+
+template <class Element, class Word>
+void sample_by_sample(const AntitheticSampleArgs& args, const Block& block) {
+  constexpr int kHalves = sizeof(Element) == 8 ? 2 : 1;
+  alignas(64) uint32_t halves[kHalves][kWordBits];
+  for (int lane = 0; lane < block.count; lane += Word::kLanes) {
+    BySample<Word, kHalves> events;
+    for (int half = 0; half < kHalves; ++half) {
+      events.bits[half] = flips<Word>(block, lane, static_cast<uint32_t>(low_mask(args.samples) >> 32 * half));
+    }
+    low_events<Word>(args, block, lane, events);
+    for (int half = 0; half < kHalves; ++half) memcpy(halves[half] + lane, &events.bits[half], sizeof(Word));
+  }
+  Element elements[kWordBits];
+  for (int i = 0; i < kWordBits; ++i) {
+    if constexpr (kHalves == 1) {
+      elements[i] = static_cast<Element>(halves[0][i]);
+    } else {
+      elements[i] = uint64_t{halves[1][i]} << 32 | halves[0][i];
+    }
+  }
+  Element* output = static_cast<Element*>(args.bits) + block.row * args.dimensions + block.first;
+  memcpy(output, elements, static_cast<size_t>(block.count) * sizeof(Element));
+}
+
+template <class Word>
+bool antithetic_sample_range(const AntitheticSampleArgs& args, int64_t begin, int64_t end) {
+  bool finite = true;
+  for (int64_t item = begin; item < end; ++item) {
+    Block block;
+    finite &= read_block(args, item, block);
+    if (args.layout == SampleLayout::dimension) {
+      sample_by_dimension<Word>(args, block);
+    } else if (args.samples <= 8) {
+      sample_by_sample<uint8_t, Word>(args, block);
+    } else if (args.samples <= 16) {
+      sample_by_sample<uint16_t, Word>(args, block);
+    } else if (args.samples <= 32) {
+      sample_by_sample<uint32_t, Word>(args, block);
+    } else {
+      sample_by_sample<uint64_t, Word>(args, block);
+    }
+  }
+  return finite;
+}
+
+}  // namespace
+}  // namespace lowbit

@@ -1,0 +1,107 @@
+"""The multi-sample variational bound (importance weighted) for Bernoulli latents, with unbiased gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lowbit_ext.antithetic.estimators import ESTIMATORS, gradient, surrogate_rows
+from lowbit_ext.antithetic.samples import sample
+
+BOUND_ESTIMATORS = ("arms_d", "arms_n", "arms_s", "loorf", "disarm", "vimco")
+
+
+def multi_sample_bound(
+    log_weight: Callable[[Tensor], Tensor],
+    logits: Tensor,
+    importance_samples: int,
+    estimator: str = "arms_d",
+    *,
+    n: int = 2,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """E log 1/K sum_k w(b_k), w = p(x, b) / q(b), K independent samples of q: one estimate a row, unbiased gradient.
+
+    For each k the bound is a function of b_k given the others. Its gradient through b_k is estimated from n coupled
+    samples t_j that take b_k's place: sum_k ratio / (n - 1) sum_j (F_kj - mean_j F_kj) t_j with
+    F_kj = log 1/K (w(t_j) + sum_{i != k} w(b_i)). How w depends directly on its parameters, the logits included, is
+    differentiated by torch.
+
+    Args:
+        log_weight: maps samples (m, *batch, D) of 0 and 1 in the logits' dtype to log w, (m, *batch); log q(b) in it is
+            differentiated through the logits. Called once, with m = K + n (K for vimco).
+        logits: (*batch, D) of q.
+        importance_samples: K, 1 to 64; 2 or more for vimco.
+        estimator: "arms_d", "arms_n", "arms_s", "loorf", "disarm" (couplings of the t_j) or "vimco" (no t_j; the
+            baseline of each sample is the bound with the geometric mean of the other weights in its place).
+        n: coupled samples t_j.
+        generator: draws the seeds.
+
+    Returns:
+        (*batch): the bound from the K independent samples.
+
+    Gradient:
+        logits: unbiased. Parameters of log_weight: pathwise.
+
+    Raises:
+        TypeError, ValueError: as sample(); unknown estimator; log_weight returns another shape.
+
+    Source:
+        Burda, Grosse and Salakhutdinov, "Importance weighted autoencoders", ICLR 2016; Dimitriev and Zhou, "ARMS", ICML
+        2021 (its multi-sample extension: summed over k, with the pathwise term); Mnih and Rezende, "Variational
+        inference for Monte Carlo objectives", ICML 2016 (vimco).
+    """
+    if estimator not in BOUND_ESTIMATORS:
+        names = ", ".join(BOUND_ESTIMATORS)
+        raise ValueError(f"multi_sample_bound: estimator must be one of {names}, got {estimator!r}")
+    if estimator == "vimco" and importance_samples < 2:
+        raise ValueError(f"multi_sample_bound: vimco needs importance_samples >= 2, got {importance_samples}")
+    independent = sample(logits, importance_samples, "independent", generator=generator)
+    drawn = independent.unpack(logits.dtype)
+    coupled = None
+    if estimator != "vimco":
+        coupled = sample(logits, n, ESTIMATORS[estimator], generator=generator)
+        drawn = torch.cat([drawn, coupled.unpack(logits.dtype)])
+    log_w = log_weight(drawn)
+    if log_w.shape != (drawn.shape[0], *logits.shape[:-1]):
+        raise ValueError(
+            f"multi_sample_bound: log_weight must return shape {(drawn.shape[0], *logits.shape[:-1])}, "
+            f"got {tuple(log_w.shape)}"
+        )
+    fixed = log_w[:importance_samples]
+    bound = torch.logsumexp(fixed, 0) - math.log(importance_samples)
+    with torch.no_grad():
+        if coupled is None:
+            score = drawn.double() - torch.sigmoid(logits.detach().double())
+            estimate = (_vimco_signal(fixed.double()).unsqueeze(-1) * score).sum(0).float()
+        else:
+            # gradient() is linear in the values, so the sum over k is taken first.
+            replaced = _replaced_bounds(fixed.double(), log_w[importance_samples:].double())
+            estimate = gradient(coupled, replaced.sum(1))
+    # The pathwise part of the bound, and the score part with value 0.
+    zero = surrogate_rows(independent, torch.zeros_like(fixed), estimate)
+    return bound + zero
+
+
+def _without_each(log_w: Tensor) -> Tensor:
+    """log sum_{i != k} w_i for each k, (K, *batch): -inf where K = 1."""
+    count = log_w.shape[0]
+    others = log_w.unsqueeze(0).expand(count, *log_w.shape).clone()
+    others[range(count), range(count)] = -math.inf
+    return torch.logsumexp(others, 1)
+
+
+def _replaced_bounds(fixed: Tensor, replacing: Tensor) -> Tensor:
+    """F_kj: the bound with sample k replaced by replacement j, (n, K, *batch)."""
+    rest = _without_each(fixed)
+    return torch.logaddexp(replacing.unsqueeze(1), rest.unsqueeze(0)) - math.log(fixed.shape[0])
+
+
+def _vimco_signal(log_w: Tensor) -> Tensor:
+    """The bound minus the bound with each weight replaced by the geometric mean of the others, (K, *batch)."""
+    count = log_w.shape[0]
+    geometric = (log_w.sum(0) - log_w) / (count - 1)
+    return torch.logsumexp(log_w, 0) - torch.logaddexp(geometric, _without_each(log_w))

@@ -1,0 +1,538 @@
+"""Cone: a set {x : A x <= b, E x = f} with its generators, its projection and their inverse map; and the named ones."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowbit_ext.cone import generators as gen
+from lowbit_ext.cone.projection import Projection
+
+MAX_RAYS = 100_000
+
+# What `contains` and `coefficients` take for rounding, in parts of |a| |x| + |b|: this many times the eps of x's type,
+# but at least LEAST_TOLERANCE, the order of what a solver in float64 leaves.
+ROUNDING_UNITS = 64
+LEAST_TOLERANCE = 1e-11
+
+
+@dataclasses.dataclass(frozen=True)
+class Generators:
+    """Generators of one kind in float64, sparse.
+
+    Attributes:
+        index: int64 (2, entries): generator and coordinate of every entry that is not 0.
+        values: float64 (entries,).
+        shape: generators, coordinates.
+    """
+
+    index: Tensor
+    values: Tensor
+    shape: tuple[int, int]
+
+    def dense(self) -> Tensor:
+        """float64 matrix, one generator a row."""
+        return torch.zeros(self.shape, dtype=torch.float64).index_put_(tuple(self.index), self.values)
+
+    @functools.cached_property
+    def is_ternary(self) -> bool:
+        """Whether each generator's entries are 0 and one magnitude with either sign."""
+        largest = torch.zeros(self.shape[0], dtype=torch.float64)
+        largest.scatter_reduce_(0, self.index[0], self.values.abs(), "amax")
+        return bool((self.values.abs() == largest[self.index[0]]).all())
+
+
+def _generators(rows: Sequence[gen.Row], dimension: int) -> Generators:
+    index = [(i, j) for i, row in enumerate(rows) for j in row]
+    values = [float(value) for row in rows for value in row.values()]
+    return Generators(
+        torch.tensor(index, dtype=torch.int64).reshape(-1, 2).T.contiguous(),
+        torch.tensor(values, dtype=torch.float64), (len(rows), dimension),
+    )  # fmt: skip
+
+
+def _power_of_two(row: gen.Row) -> Fraction:
+    """The power of two that brings the row's norm next to 1. It leaves the digits of the entries as they are."""
+    shift = max(0, max(abs(value) for value in row.values()).bit_length() - 500)  # beyond, floats overflow
+    norm = math.hypot(*(value >> shift for value in row.values()))
+    return Fraction(2) ** -(round(math.log2(norm)) + shift)
+
+
+def _numbers(name: str, values: Any, dimensions: int) -> np.ndarray:
+    """The argument as an array of integers, floats or exact numbers, all finite."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = (values.double() if values.is_floating_point() else values).numpy()
+    array = np.asarray(values)
+    if array.dtype == object:
+        if not all(isinstance(value, (int, Fraction, float)) for value in array.flat):
+            raise TypeError(f"Cone: {name} must hold integers, floats or fractions.Fraction, one number an entry")
+    elif array.dtype.kind not in "iufb":
+        raise TypeError(f"Cone: {name} must hold real numbers, got {array.dtype}")
+    if array.ndim != dimensions:
+        raise ValueError(f"Cone: {name} must have {dimensions} dimension{'s'[: dimensions > 1]}, got {array.shape}")
+    finite = np.array([math.isfinite(value) for value in array.flat], dtype=bool).reshape(array.shape)
+    if not finite.all():
+        place = [int(i) for i in np.argwhere(~finite)[0]]
+        raise ValueError(f"Cone: {name} must be finite, got {array[tuple(place)]} at {place}")
+    return array.astype(np.int64) if array.dtype.kind == "b" else array
+
+
+def _right_side(name: str, values: Any, count: int) -> np.ndarray:
+    if values is None:
+        return np.zeros(count, dtype=np.int64)
+    array = _numbers(name, values, 1)
+    if len(array) != count:
+        raise ValueError(f"Cone: {name} must have one number a row ({count}), got {len(array)}")
+    return array
+
+
+class Cone:
+    """The set {x : A x <= b, E x = f}: a polyhedral cone where b and f are 0, else a polyhedron.
+
+    Its points are exactly ``beta @ rays + gamma @ lines + alpha @ vertices`` with beta >= 0, any gamma, and alpha >= 0
+    that sums to 1. The generators are computed here, once: from the structure of A where there is any (independent
+    groups of rows; linearly independent rows; rows implied by others), else by double description, which needs the
+    optional package pplpy.
+
+    Args:
+        A: (m, d) inequalities, as a tensor, array or nested lists of integers, floats or fractions.Fraction. Floats are
+            taken at their exact value.
+        b: (m,) upper bounds, default 0.
+        equality: E (k, d), or a tuple of E and f (k,); default none.
+        max_rays: refuse constraints whose generators may be more than this many, by McMullen's bound.
+        exact: "auto", exact arithmetic unless it would take long; True, always; False, float64 where the rows of A are
+            linearly independent (double description is always exact).
+
+    Attributes:
+        dimension: d.
+        summands: what each independent group of constraints contributes, see generators.Summand.
+        predicted_rays: bound on the number of rays and vertices that was compared with max_rays.
+        exact: whether all generators are exact, up to the final conversion to float64.
+        largest_violation: certificate: 0, computed in integers and fractions, for exact generators; else the largest
+            float64 value of A R, |A L|, A V - b.
+
+    Raises:
+        TypeError, ValueError: wrong shapes or types, NaN or infinity, no constraint at all, nothing but one point, no
+            point at all, or possibly more than max_rays generators. ImportError: double description without pplpy.
+
+    Source:
+        Frerix, Niessner, Cremers, "Homogeneous Linear Inequality Constraints for Neural Network Activations" (2020).
+    """
+
+    def __init__(
+        self,
+        A: Any,
+        b: Any = None,
+        equality: Any = None,
+        *,
+        max_rays: int = MAX_RAYS,
+        exact: bool | str = "auto",
+    ) -> None:
+        if exact not in ("auto", True, False):
+            raise ValueError(f"Cone: exact must be 'auto', True or False, got {exact!r}")
+        if not isinstance(max_rays, int) or max_rays < 1:
+            raise ValueError(f"Cone: max_rays must be a positive integer, got {max_rays!r}")
+        matrix = _numbers("A", A, 2)
+        count, self.dimension = matrix.shape
+        bounds = _right_side("b", b, count)
+        right = None
+        if isinstance(equality, tuple):
+            if len(equality) != 2:
+                raise ValueError(f"Cone: equality must be E or a tuple (E, f), got a tuple of {len(equality)}")
+            equality, right = equality
+        equal = np.zeros((0, self.dimension), dtype=np.int64) if equality is None else _numbers("E", equality, 2)
+        if equal.shape[1] != self.dimension:
+            raise ValueError(f"Cone: E must have as many columns as A ({self.dimension}), got {equal.shape[1]}")
+        values = _right_side("f", right, len(equal))
+        if not matrix.any() and not equal.any():
+            raise ValueError("Cone: A has no row other than 0: there is nothing to constrain, x may be all of R^d")
+
+        exact_parts = (
+            gen.sparse_rows(matrix), [gen.exact_number(bound) for bound in bounds],
+            gen.sparse_rows(equal), [gen.exact_number(value) for value in values],
+        )  # fmt: skip
+        self.summands = gen.generators(*exact_parts, self.dimension, gen.Options(max_rays, exact))
+        self.predicted_rays = sum(summand.predicted_rays for summand in self.summands)
+        if self.predicted_rays > max_rays:
+            raise ValueError(
+                f"Cone: the {len(self.summands)} groups of constraints may have up to {self.predicted_rays} rays "
+                f"together, more than max_rays={max_rays}"
+            )
+        if not any(summand.rays or summand.lines or len(summand.vertices) > 1 for summand in self.summands):
+            raise ValueError(
+                f"Cone: the constraints leave only the point {'x = 0' if self.is_homogeneous else 'that they fix'}"
+            )
+        self.exact = all(summand.exact for summand in self.summands)
+        self.largest_violation = gen.largest_violation(self.summands, *exact_parts)
+        if self.exact and self.largest_violation != 0:
+            raise RuntimeError(f"Cone: the generators violate the constraints by {float(self.largest_violation):g}")
+        self._a, self._b, self._e, self._f = (part.astype(np.float64) for part in (matrix, bounds, equal, values))
+        self._assemble()
+
+    # --- generators ---------------------------------------------------------------------------------------------------
+
+    def _assemble(self) -> None:
+        """float64 generators of all groups, rays and lines scaled by powers of two, and the affine inverse map."""
+        parts: dict[str, list[gen.Row]] = {"rays": [], "lines": [], "vertices": []}
+        inverse: dict[str, list[Any]] = {"rays": [], "lines": [], "vertices": []}
+        fixed: list[gen.Row] = []
+        self.vertex_groups: list[int] = []
+        self._peeled: list[_Peeling] = []
+        for summand in self.summands:
+            vertices = summand.vertices if len(summand.vertices) > 1 else []
+            fixed += summand.vertices[:1]
+            scales: list[Any] = []
+            for name in ("rays", "lines"):
+                rows = getattr(summand, name)
+                scales += [_power_of_two(row) if summand.exact else 1.0 for row in rows]
+                parts[name] += [
+                    {j: value * scale for j, value in row.items()}
+                    for row, scale in zip(rows, scales[-len(rows) :] if rows else [], strict=True)
+                ]
+            scales += [1] * len(vertices)
+            if vertices:
+                # Of the sum over a group only differences to its first vertex matter: its weights sum to 1.
+                first = vertices[0]
+                parts["vertices"] += [
+                    {j: difference for j in row.keys() | first.keys()
+                     if (difference := row.get(j, 0) - first.get(j, 0))} for row in vertices
+                ]  # fmt: skip
+                self.vertex_groups.append(len(vertices))
+            if summand.inverse is None:
+                start = [len(inverse[name]) for name in inverse]
+                self._peeled.append(_Peeling(summand, scales, start))
+                affine: list[Any] = [({}, 0)] * len(scales)
+            else:
+                affine = [
+                    ({j: value / scale for j, value in row.items()}, number / scale)
+                    for (row, number), scale in zip(summand.inverse, scales, strict=False)
+                ]
+            counts = {"rays": len(summand.rays), "lines": len(summand.lines), "vertices": len(vertices)}
+            for name, count in counts.items():
+                inverse[name] += affine[:count]
+                affine = affine[count:]
+        self.ray_generators, self.line_generators, self.vertex_generators = (
+            _generators(parts[name], self.dimension) for name in ("rays", "lines", "vertices")
+        )
+        offset = np.zeros(self.dimension)
+        for row in fixed:
+            for j, value in row.items():
+                offset[j] += float(value)
+        self.offset = torch.from_numpy(offset)
+        flat = [item for name in ("rays", "lines", "vertices") for item in inverse[name]]
+        self._inverse = _generators([row for row, _ in flat], self.dimension)
+        self._inverse_offset = torch.tensor([float(number) for _, number in flat], dtype=torch.float64)
+
+    @property
+    def is_homogeneous(self) -> bool:
+        """Whether b and f are 0: then every non-negative multiple of a point is a point."""
+        return not any(any(summand.vertices) for summand in self.summands)
+
+    @property
+    def rays(self) -> Tensor:
+        """(rays, d) float64: x may go any way along them. Scaled by powers of two to a norm between 0.7 and 1.5."""
+        return self.ray_generators.dense()
+
+    @property
+    def lines(self) -> Tensor:
+        """(lines, d) float64: x may go both ways along them. Scaled like rays."""
+        return self.line_generators.dense()
+
+    @property
+    def vertices(self) -> Tensor:
+        """(vertices, d) float64; one vertex, 0, for a cone. All sums of one vertex of each group of constraints.
+
+        Raises:
+            ValueError: more than MAX_RAYS of them. The layers do without: they keep the groups apart.
+        """
+        if math.prod(self.vertex_groups) > MAX_RAYS:
+            raise ValueError(
+                f"Cone: there are {math.prod(self.vertex_groups)} vertices, the sums of one of each of "
+                f"{len(self.vertex_groups)} groups; read them group by group from summands"
+            )
+        total = self.offset.unsqueeze(0)
+        for part in self.vertex_generators.dense().split(self.vertex_groups):
+            total = (total.unsqueeze(1) + part).flatten(0, 1)
+        return total
+
+    @property
+    def coefficient_counts(self) -> tuple[int, int, int]:
+        """Coefficients of rays, of lines and of vertices, in the order of all coefficients."""
+        return self.ray_generators.shape[0], self.line_generators.shape[0], self.vertex_generators.shape[0]
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """The point with these coefficients: beta of the rays, gamma of the lines, alpha of each group of vertices.
+
+        Args:
+            coefficients: (..., sum(coefficient_counts)), beta and alpha >= 0, alpha summing to 1 in each group.
+
+        Returns:
+            (..., d), computed in float64, in the type of coefficients.
+        """
+        beta, gamma, alpha = coefficients.double().split(self.coefficient_counts, dim=-1)
+        device = coefficients.device
+        rays, lines, vertices = self.rays.to(device), self.lines.to(device), self.vertex_generators.dense().to(device)
+        x = beta @ rays + gamma @ lines + alpha @ vertices + self.offset.to(device)
+        return x.to(coefficients.dtype)
+
+    # --- points -------------------------------------------------------------------------------------------------------
+
+    def _check_points(self, op: str, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"{op}: x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        if x.dim() < 1 or x.shape[-1] != self.dimension:
+            raise ValueError(f"{op}: x must have {self.dimension} values in its last dimension, got {tuple(x.shape)}")
+        return x.double().reshape(-1, self.dimension)
+
+    def violation(self, x: Tensor) -> Tensor:
+        """Largest of A x - b and |E x - f|, 0 at least, for every point: (..., d) -> float64 (...)."""
+        points = self._check_points("violation", x)
+        a, b, e, f = (torch.from_numpy(part).to(x.device) for part in (self._a, self._b, self._e, self._f))
+        excess = torch.cat([points @ a.T - b, (points @ e.T - f).abs(), points.new_zeros(len(points), 1)], 1)
+        return excess.amax(1).reshape(x.shape[:-1])
+
+    def contains(self, x: Tensor, tolerance: float | None = None) -> Tensor:
+        """Whether points satisfy the constraints: (..., d) -> bool (...).
+
+        Args:
+            x: (..., d) floating point.
+            tolerance: largest A x - b and |E x - f| to accept; default: the rounding of x's type,
+                max(64 eps, 1e-11) (|a| |x| + |b|) for each row. A NaN is never contained.
+        """
+        points = self._check_points("contains", x)
+        if tolerance is not None:
+            return self.violation(x) <= tolerance
+        return (self._excess(points, torch.finfo(x.dtype).eps) <= 0).all(1).reshape(x.shape[:-1])
+
+    def _excess(self, points: Tensor, rounding: float) -> Tensor:
+        """A x - b and |E x - f| beyond what rounding explains, for each row."""
+        a, b, e, f = (torch.from_numpy(part).to(points.device) for part in (self._a, self._b, self._e, self._f))
+        both, right = torch.cat([a, e]), torch.cat([b, f])
+        value = points @ both.T - right
+        value = torch.cat([value[:, : len(a)], value[:, len(a) :].abs()], 1)
+        norm = points.norm(dim=1, keepdim=True)
+        tolerance = max(ROUNDING_UNITS * rounding, LEAST_TOLERANCE)
+        return value - tolerance * (both.norm(dim=1) * norm + right.abs())
+
+    def project(self, x: Tensor) -> Tensor:
+        """The closest points of the set, in the Euclidean norm. Exact up to rounding, in float64.
+
+        A closed form where rows share no coordinates and for bounds; else an active-set method (see projection).
+
+        Args:
+            x: (..., d) floating point.
+
+        Returns:
+            Tensor of x's shape and type.
+
+        Gradient:
+            of the projection, by the implicit function theorem; at a kink, of one of the sides.
+
+        Raises:
+            TypeError, ValueError: x of another shape or type, or not finite.
+        """
+        points = self._check_points("project", x)
+        if not torch.isfinite(points).all():
+            raise ValueError("project: x holds NaN or infinity")
+        closed = self._projections
+        if closed.rows is not None:
+            rows, bounds, squares = (part.to(x.device) for part in (closed.rows, closed.bounds, closed.squares))
+            points = points - torch.relu(points @ rows.T - bounds) / squares @ rows
+        if closed.low is not None:
+            points = points.clamp(closed.low.to(x.device), closed.high.to(x.device))
+        for columns, projection in closed.others:
+            columns = columns.to(x.device)
+            points = points.index_copy(1, columns, projection(points[:, columns]))
+        return points.reshape(x.shape).to(x.dtype)
+
+    @functools.cached_property
+    def _projections(self) -> _Projections:
+        return _Projections(self._a, self._b, self._e, self._f)
+
+    def coefficients(self, x: Tensor) -> Tensor:
+        """Coefficients of points of the set: the inverse of `combine`.
+
+        They are unique, and affine in x, unless double description was needed; then one of the possible choices, with
+        at most d of them not 0 in each group.
+
+        Args:
+            x: (..., d) floating point, in the set.
+
+        Returns:
+            (..., sum(coefficient_counts)) in x's type: of rays and vertices >= 0, of lines any.
+
+        Raises:
+            TypeError, ValueError: x of another shape or type, or a point outside the set; project it first.
+        """
+        points = self._check_points("coefficients", x)
+        excess = self._excess(points, torch.finfo(x.dtype).eps)
+        if not bool((excess <= 0).all()):
+            sample, row = (int(i) for i in torch.nonzero(~(excess <= 0))[0])
+            raise ValueError(
+                f"coefficients: point {sample} is outside the set: constraint {row} is violated; project it first"
+            )
+        result = points @ self._inverse.dense().to(x.device).T + self._inverse_offset.to(x.device)
+        rays, lines, _ = self.coefficient_counts
+        for peeling in self._peeled:
+            result = peeling(points, result, (0, rays, rays + lines))
+        beta, gamma, alpha = result.split(self.coefficient_counts, dim=1)
+        result = torch.cat([beta.clamp_min(0), gamma, alpha.clamp_min(0)], 1)
+        return result.reshape(*x.shape[:-1], -1).to(x.dtype)
+
+    # --- words --------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """A few lines about the set, its structure and its generators."""
+        count, equal = len(self._a), len(self._e)
+        methods = collections.Counter(summand.method for summand in self.summands)
+        rays, lines, vertices = self.coefficient_counts
+        nonzeros = sum(len(part.values) for part in self._all_generators)
+        parts = f"{rays} rays, {lines} lines"
+        if vertices:
+            sizes = collections.Counter(self.vertex_groups)
+            parts += ", vertices in " + " and ".join(f"{n} group{'s'[: n > 1]} of {size}" for size, n in sizes.items())
+        density = nonzeros / max(1, (rays + lines + vertices) * self.dimension)
+        kind = "ternary" if all(part.is_ternary for part in self._all_generators) else "not ternary"
+        proof = "certified in exact arithmetic" if self.exact else f"violation {float(self.largest_violation):.1e}"
+        lines_of_text = [
+            f"{'cone' if self.is_homogeneous else 'polyhedron'} in R^{self.dimension}: {count} inequalities"
+            + (f", {equal} equalities" if equal else ""),
+            "structure: " + ", ".join(f"{n} x {method}" for method, n in methods.items()),
+            f"generators: {parts} (predicted at most {self.predicted_rays} rays and vertices)",
+            f"entries: {100 * density:.3g} % nonzero, {kind}; {proof}",
+        ]
+        return "\n".join(lines_of_text)
+
+    @property
+    def _all_generators(self) -> tuple[Generators, Generators, Generators]:
+        return self.ray_generators, self.line_generators, self.vertex_generators
+
+    def __repr__(self) -> str:
+        rays, lines, vertices = self.coefficient_counts
+        return f"Cone(dimension={self.dimension}, rays={rays}, lines={lines}, vertices={vertices})"
+
+
+class _Projections:
+    """The projections of the independent groups of constraints: closed forms together, others one by one."""
+
+    def __init__(self, a: np.ndarray, b: np.ndarray, e: np.ndarray, f: np.ndarray) -> None:
+        self.rows: Tensor | None = None
+        self.low: Tensor | None = None
+        self.others: list[tuple[Tensor, Projection]] = []
+        dimension = a.shape[1]
+        stacked, right = np.concatenate([a, e]), np.concatenate([b, f])
+        low, high = np.full(dimension, -np.inf), np.full(dimension, np.inf)
+        single = []
+        for members in gen.groups([dict.fromkeys(np.flatnonzero(row).tolist()) for row in stacked]):
+            columns = np.flatnonzero(stacked[members].any(0))
+            if len(columns) == 1:
+                for i in members:
+                    end, positive = right[i] / stacked[i, columns[0]], stacked[i, columns[0]] > 0
+                    if positive or i >= len(a):
+                        high[columns] = min(high[columns[0]], end)
+                    if not positive or i >= len(a):
+                        low[columns] = max(low[columns[0]], end)
+            elif len(members) == 1 and members[0] < len(a):
+                single += members
+            else:
+                unequal, equal = [i for i in members if i < len(a)], [i - len(a) for i in members if i >= len(a)]
+                part = Projection(a[unequal][:, columns], b[unequal], e[equal][:, columns], f[equal])
+                self.others.append((torch.from_numpy(columns), part))
+        if single:
+            rows = torch.from_numpy(a[single])
+            self.rows, self.bounds, self.squares = rows, torch.from_numpy(b[single]), rows.square().sum(1)
+        if np.isfinite(low).any() or np.isfinite(high).any():
+            self.low, self.high = torch.from_numpy(low), torch.from_numpy(high)
+
+
+class _Peeling:
+    """Coefficients of points of one group of constraints from its generators (Caratheodory's theorem, done).
+
+    While x is off the lineality space: take a ray of the smallest face that holds x and subtract the largest multiple
+    that leaves x in the cone. Each step makes a further inequality tight, so that rank(A) steps suffice.
+    """
+
+    def __init__(self, summand: gen.Summand, scales: Sequence[Any], starts: Sequence[int]) -> None:
+        self.columns = sorted({j for row in summand.rows for j in row})
+        lifted = any(summand.bounds)
+        rows = gen.dense(summand.rows, self.columns)
+        bounds = np.array([float(bound) for bound in summand.bounds])
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        self.lifted, self.starts = lifted, starts
+        self.counts = len(summand.rays), len(summand.lines), len(summand.vertices)
+
+        def local(generators: Sequence[gen.Row], factors: Sequence[Any]) -> np.ndarray:
+            # Generators reach beyond these coordinates where equalities determine others.
+            inner = [
+                {j: value * factor for j, value in row.items() if j in set(self.columns)}
+                for row, factor in zip(generators, factors, strict=True)
+            ]
+            return gen.dense(inner, self.columns)
+
+        ray_count, line_count, vertex_count = self.counts
+        rays = local([*summand.rays, *summand.vertices], [*scales[:ray_count], *[1] * vertex_count])
+        lines = local(summand.lines, scales[ray_count : ray_count + line_count])
+        if lifted:
+            heights = np.array([0.0] * ray_count + [1.0] * vertex_count)
+            rays = np.concatenate([rays, heights[:, None]], 1)
+            lines = np.concatenate([lines, np.zeros((line_count, 1))], 1)
+            rows = np.concatenate([rows / norms, -bounds[:, None] / norms], 1)
+            rows = np.concatenate([rows, -np.eye(1, rows.shape[1], rows.shape[1] - 1)])
+        else:
+            rows = rows / norms
+        self.rows, self.rays = torch.from_numpy(rows), torch.from_numpy(rays)
+        images = self.rows @ self.rays.T
+        self.images = torch.where(images.abs() <= 1e-12 * self.rays.norm(dim=1), 0.0, images)
+        self.line_inverse = torch.linalg.pinv(torch.from_numpy(lines))
+
+    def __call__(self, points: Tensor, result: Tensor, offsets: Sequence[int]) -> Tensor:
+        """Fills in this group's columns of the coefficients."""
+        rows, rays, images = (part.to(points.device) for part in (self.rows, self.rays, self.images))
+        x = points[:, self.columns]
+        if self.lifted:
+            x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        weights = x.new_zeros(len(x), len(rays))
+        scale = x.norm(dim=1, keepdim=True)
+        moves = (images < 0).to(x.dtype)  # (rows, rays): whether the ray leaves the row's hyperplane
+        for _ in range(len(rows)):
+            slack = -(x @ rows.T)
+            tight = slack <= 1e-10 * scale
+            if bool(tight.all()):
+                break
+            # Rays of the face: they leave none of the tight hyperplanes.
+            outside = tight.to(x.dtype) @ moves > 0
+            steps = self._steps(slack, images)
+            steps = torch.where(outside | steps.isinf(), -1.0, steps)
+            step, ray = (steps * rays.norm(dim=1)).max(1)
+            step = torch.where(tight.all(1), 0.0, step.clamp_min(0)) / rays[ray].norm(dim=1)
+            weights = weights.scatter_add(1, ray.unsqueeze(1), step.unsqueeze(1))
+            x = x - step.unsqueeze(1) * rays[ray]
+        gamma = x @ self.line_inverse.to(points.device)
+        # A single vertex has weight 1 and no coefficient.
+        alpha = weights[:, self.counts[0] :] if self.counts[2] > 1 else weights[:, :0]
+        parts = weights[:, : self.counts[0]], gamma, alpha
+        for start, offset, part in zip(self.starts, offsets, parts, strict=True):
+            if part.shape[1]:
+                columns = torch.arange(offset + start, offset + start + part.shape[1], device=points.device)
+                result = result.index_copy(1, columns, part)
+        return result
+
+    @staticmethod
+    def _steps(slack: Tensor, images: Tensor) -> Tensor:
+        """For each point and ray the multiple that may be subtracted: the least slack over descent of the rows."""
+        steps = slack.new_full((len(slack), images.shape[1]), torch.inf)
+        for row in range(len(images)):
+            descends = images[row] < 0
+            candidate = torch.where(descends, slack[:, row : row + 1] / -images[row], torch.inf)
+            steps = torch.minimum(steps, candidate)
+        return steps

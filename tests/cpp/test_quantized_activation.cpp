@@ -1,0 +1,82 @@
+#include <cmath>
+#include <limits>
+
+#include "common.h"
+#include "cpu/masked_gradient/masked_gradient.h"
+#include "cpu/quantized_activation/quantized_activation.h"
+
+namespace lowbit::test {
+namespace {
+
+struct Interval {
+  float low, high;
+  bool closed;
+};
+
+// A number, or one of those next to the thresholds and the interval's ends, or something special.
+float draw(Random& random) {
+  if (random.coin()) return random.normal();
+  const float point =
+      random.pick({-1.0f, -0.5f, -0.0f, 0.0f, 0.25f, 0.5f, 0.75f, 1.0f, NAN, -NAN, INFINITY, -INFINITY});
+  const float direction = random.pick({-INFINITY, INFINITY});
+  return random.coin() ? point : std::nextafter(point, direction);
+}
+
+template <class Value>
+void check(Random& random, FloatType type) {
+  const int64_t count = random.pick<int64_t>({0, random.size(640), random.between(1, 3000)});
+  const Levels levels = random.pick({Levels::sign, Levels::step, Levels::ternary});
+  const Interval interval =
+      random.pick<Interval>({{-1, 1, true}, {-0.5f, 0.5f, true}, {0, 1, false}, {0.25f, 0.75f, false}});
+  Buffer<Value> input(count), output(count), pieced(count), gradient(count), masked(count);
+  Buffer<uint64_t> mask(words_for(count)), pieced_mask(words_for(count));
+  std::vector<Value> expected, expected_masked;
+  std::vector<uint64_t> expected_mask(static_cast<size_t>(words_for(count)));
+  for (int64_t i = 0; i < count; ++i) {
+    input[i] = static_cast<Value>(rounded_bits(draw(random), type));
+    gradient[i] = static_cast<Value>(random.bits());
+    const float x = load_float(input.data(), type, i);
+    const float level = levels == Levels::sign   ? (x >= 0 ? 1.0f : -1.0f)
+                        : levels == Levels::step ? (x >= 0.5f ? 1.0f : 0.0f)
+                        : x >= 0.75f             ? 1.0f
+                        : x >= 0.25f             ? 0.5f
+                                                 : 0.0f;
+    const bool inside =
+        interval.closed ? x >= interval.low && x <= interval.high : x > interval.low && x < interval.high;
+    expected.push_back(static_cast<Value>(rounded_bits(level, type)));
+    expected_masked.push_back(inside ? gradient[i] : Value{0});
+    if (inside) set_bit(expected_mask.data(), i);
+  }
+  const std::string what = std::to_string(count) + " elements of type " + std::to_string(static_cast<int>(type)) +
+                           ", levels " + std::to_string(static_cast<int>(levels));
+  QuantizedActivationArgs args{input.data(),    type,          count,      levels, interval.low, interval.high,
+                               interval.closed, output.data(), mask.data()};
+  expect_ok(what, launch::quantized_activation(args));
+  expect_same(what, output, expected);
+  expect_same(what + ", mask", mask, expected_mask);
+  args.output = pieced.data();
+  args.mask = nullptr;
+  in_pieces(words_for(count), random,
+            [&](int64_t begin, int64_t end) { kernels().quantized_activation(args, begin, end); });
+  expect_same(what + " in pieces", pieced, expected);
+
+  MaskedGradientArgs backward{gradient.data(), type, count, mask.data(), masked.data()};
+  expect_ok(what, launch::masked_gradient(backward));
+  expect_same(what + ", gradient", masked, expected_masked);
+  backward.output = pieced.data();
+  in_pieces(words_for(count), random,
+            [&](int64_t begin, int64_t end) { kernels().masked_gradient(backward, begin, end); });
+  expect_same(what + ", gradient in pieces", pieced, expected_masked);
+}
+
+}  // namespace
+
+void test_quantized_activation(Random& random, int cases) {
+  for (int i = 0; i < cases; ++i) {
+    check<uint32_t>(random, FloatType::float32);
+    check<uint16_t>(random, FloatType::bfloat16);
+    check<uint16_t>(random, FloatType::float16);
+  }
+}
+
+}  // namespace lowbit::test
