@@ -38,8 +38,7 @@ def choose_nvcc() -> str | None:
     nvcc = None if wish == "off" else find_nvcc()
     if wish == "on" and nvcc is None:
         sys.exit(
-            "lowbit_ext: LOWBIT_CUDA=on, but there is no nvcc on PATH, in $CUDACXX, $CUDA_HOME/bin or "
-            "/usr/local/cuda/bin"
+            "lowbit_ext: LOWBIT_CUDA=on needs nvcc: on PATH, in $CUDACXX, $CUDA_HOME/bin or /usr/local/cuda/bin"
         )
     return nvcc
 
@@ -54,7 +53,7 @@ class CMakeBuild(build_ext):
     def build_extensions(self) -> None:
         import pybind11
 
-        reason = "LOWBIT_CUDA=off" if os.environ.get("LOWBIT_CUDA") == "off" else "no nvcc"
+        reason = "LOWBIT_CUDA=off" if os.environ.get("LOWBIT_CUDA") == "off" else "no nvcc found"
         choice = f"with the CUDA module, by {NVCC}" if NVCC else f"without the CUDA module: {reason}"
         print(f"lowbit_ext: {choice}", file=sys.stderr)
         destination = Path(self.get_ext_fullpath("lowbit_ext._cpu")).resolve().parent

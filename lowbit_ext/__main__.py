@@ -1,12 +1,28 @@
 """`python -m lowbit_ext`: what is installed, and what this machine runs it with."""
 
-import importlib.util
 import platform
 
 import torch
 
 import lowbit_ext
 from lowbit_ext import _native
+
+
+def _cuda_kernels() -> str:
+    """What the CUDA module was built for."""
+    try:
+        return f"built for compute capability {_native.cuda_module().architectures().replace(' ', ', ')}"
+    except RuntimeError as error:
+        return str(error)
+
+
+def _cuda_device(index: int) -> str:
+    """Name of a device and what its kernels are chosen by."""
+    name = torch.cuda.get_device_name(index)
+    try:
+        return f"{name} ({_native.cuda_kernels(index).level})"
+    except RuntimeError as error:
+        return f"{name} ({error})"
 
 
 def main() -> None:
@@ -19,8 +35,8 @@ def main() -> None:
         "CPU levels": f"{', '.join(_native.available_isas())} (active: {_native.active_isa()})",
         "threads": f"{_native.cpu.threads()} in the kernels, {torch.get_num_threads()} in torch "
         f"({'one pool' if one_pool else 'two pools: torch is not using OpenMP'})",
-        "CUDA library": "built, not used yet" if importlib.util.find_spec("lowbit_ext._cuda") else "not built",
-        "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "CUDA kernels": _cuda_kernels(),
+        "CUDA devices": ", ".join(_cuda_device(index) for index in range(torch.cuda.device_count())) or "none",
     }
     for name, value in rows.items():
         print(f"{name + ':':15}{value}")

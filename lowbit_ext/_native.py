@@ -1,7 +1,12 @@
-"""The compiled kernels: loading, choice of instruction set, status codes turned into exceptions."""
+"""The compiled kernels: loading, choice of device and instruction set, status codes turned into exceptions."""
 
+import functools
+import importlib
+import importlib.util
 import os
 import threading
+from collections.abc import Callable
+from typing import Any
 
 # First: torch loads the OpenMP runtime whose symbols the kernels use (csrc/cpu/parallel.h).
 import torch  #
@@ -26,21 +31,29 @@ _STATUS_MESSAGES = {
     5: "a value that must be finite is NaN or infinite",
 }
 NOT_FINITE = 5
+_CUDA_ERROR = 6
 
 
 def check(op: str, status: int) -> None:
     """Raises RuntimeError for a status other than ok (csrc/core/status.h)."""
+    if status == _CUDA_ERROR:
+        raise RuntimeError(f"{op}: CUDA reports: {cuda_module().last_error_text()}")
     if status != 0:
         raise RuntimeError(f"{op}: {_STATUS_MESSAGES.get(status, f'unknown status {status}')}")
 
 
-def scratch(size: int) -> int:
-    """Address of at least `size` bytes, 64-byte aligned, for the length of one kernel call; one buffer a thread, kept.
+def scratch(size: int, like: torch.Tensor) -> int:
+    """Address of at least `size` bytes on the device of `like`, aligned to 64 bytes, for the length of one kernel call.
 
-    A fresh tensor instead costs 0.9 us and, above the allocator's threshold, page faults at every call.
+    On the CPU one buffer a thread, kept: a fresh tensor costs 0.9 us and, above the allocator's threshold, page faults
+    at every call. On CUDA a fresh one from torch's allocator, which knows what its stream still uses; it is let go at
+    the thread's next call, when the kernel has been enqueued.
     """
     if size == 0:
         return 0
+    if like.is_cuda:
+        _scratch.on_device = like.new_empty(size, dtype=torch.uint8)
+        return _scratch.on_device.data_ptr()
     try:
         held, address = _scratch.held, _scratch.address
     except AttributeError:
@@ -52,6 +65,74 @@ def scratch(size: int) -> int:
     return address
 
 
+@functools.cache
+def cuda_module() -> Any:
+    """The compiled module of the CUDA kernels, loaded by the first call.
+
+    Raises:
+        RuntimeError: it was not built, or does not load.
+    """
+    if importlib.util.find_spec("lowbit_ext._cuda") is None:
+        raise RuntimeError(
+            "lowbit_ext: this installation has no CUDA kernels, because there was no nvcc when it was built; install "
+            "again where there is one: `LOWBIT_CUDA=on pip install .` from the project's folder"
+        )
+    try:
+        return importlib.import_module("lowbit_ext._cuda")
+    except ImportError as error:
+        raise RuntimeError(f"lowbit_ext: the module of the CUDA kernels could not be loaded: {error}") from error
+
+
+class CudaKernels:
+    """The functions of _cuda on one device, called like those of _cpu: the device and its current stream are added."""
+
+    def __init__(self, module: Any, index: int, stream: Callable[[int], int]) -> None:
+        architecture = module.architecture(index)
+        if architecture < 0:
+            raise RuntimeError(f"lowbit_ext: no CUDA device {index}: {module.last_error_text()}")
+        oldest = int(module.architectures().split()[0].rstrip("af"))
+        if architecture < oldest:
+            raise RuntimeError(
+                f"lowbit_ext: cuda:{index} has compute capability {architecture / 10}, this installation was built for "
+                f"{oldest / 10} and later"
+            )
+        self.level = f"cuda:{index} sm_{architecture}"
+        for name, function in vars(module).items():
+            if not name.startswith("_") and callable(function):
+                asks = name.endswith(("_bytes", "_engine"))  # enqueues nothing
+                setattr(self, name, _with(function, index) if asks else _with_stream(function, index, stream))
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotImplementedError(f"{name}: there is no CUDA kernel for it yet; call it with tensors on the CPU")
+
+
+def _with(function: Callable[..., int], index: int) -> Callable[..., int]:
+    return lambda *arguments: function(*arguments, index)
+
+
+def _with_stream(function: Callable[..., int], index: int, stream: Callable[[int], int]) -> Callable[..., int]:
+    return lambda *arguments: function(*arguments, index, stream(index))
+
+
+@functools.cache
+def cuda_kernels(index: int) -> CudaKernels:
+    """The functions of _cuda on one device.
+
+    Raises:
+        RuntimeError: there is no module, no such device, or the device is older than what the module was built for.
+    """
+    # What torch.cuda.current_stream(index).cuda_stream returns, without the objects made on the way.
+    return CudaKernels(cuda_module(), index, torch._C._cuda_getCurrentRawStream)
+
+
+def kernels(tensor: torch.Tensor) -> Any:
+    """The compiled functions for the device of `tensor`.
+
+    Their attribute `level` says what a private copy of a weight is made for: an instruction set, or a GPU.
+    """
+    return cuda_kernels(tensor.get_device()) if tensor.is_cuda else cpu
+
+
 def available_isas() -> tuple[str, ...]:
     """The instruction-set levels this machine can run, lowest first."""
     return ISA_LEVELS[: ISA_LEVELS.index(cpu.best_isa()) + 1]
@@ -59,7 +140,7 @@ def available_isas() -> tuple[str, ...]:
 
 def active_isa() -> str:
     """The level whose kernels run now."""
-    return _active_isa
+    return cpu.level
 
 
 def select_isa(name: str) -> None:
@@ -71,13 +152,12 @@ def select_isa(name: str) -> None:
     """
     if name not in ISA_LEVELS:
         raise ValueError(f"LOWBIT_ISA: expected one of {', '.join(ISA_LEVELS)}, got {name!r}")
-    global _active_isa
     if not cpu.select_isa(ISA_LEVELS.index(name)):
         raise RuntimeError(f"LOWBIT_ISA: this machine cannot run {name}; it can run {', '.join(available_isas())}")
-    _active_isa = name
+    cpu.level = name
 
 
-_active_isa: str = cpu.active_isa()  # a copy: asking the module costs more than the whole check that needs it
+cpu.level = cpu.active_isa()  # a copy: asking the module costs more than the whole check that needs it
 
 if os.environ.get("LOWBIT_ISA"):
     select_isa(os.environ["LOWBIT_ISA"])

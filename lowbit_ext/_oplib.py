@@ -1,4 +1,4 @@
-"""Definition of torch operators in one call: schema, CPU launcher, fake.
+"""Definition of torch operators in one call: schema, launchers, fake.
 
 Operators of this library are raw: they carry no autograd rule, because an autograd.Function outside the operator,
 entered only when a gradient is needed, costs less per call. Users call the wrappers of each method's package.
@@ -24,7 +24,9 @@ def _is_eager() -> bool:
     )
 
 
-def define(schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def define(
+    schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any], cuda: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     """Registers `lowbit::<schema>` and returns the function that calls it.
 
     In plain eager execution that function runs the launcher at once: the dispatcher takes 6.5 us to carry the 17
@@ -33,20 +35,33 @@ def define(schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any]) ->
     Args:
         schema: name and signature, e.g. ``"binarize(Tensor x) -> Tensor"``.
         cpu: launcher: checks, allocates, calls the kernel.
+        cuda: the same for CUDA tensors, usually the same function; None where there is no CUDA kernel yet.
         fake: the same on tensors without data: checks, returns empty tensors of the launcher's shapes and strides.
     """
     name = schema[: schema.index("(")]
     _library.define(schema)
+    on_cuda = cuda or _no_cuda_kernel(name)
     _library.impl(name, cpu, "CPU")
+    _library.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"lowbit::{name}", fake, lib=_library)
     overload = getattr(torch.ops.lowbit, name).default
 
     def call(*arguments: Any) -> Any:
-        if _is_eager() and arguments[0].is_cpu and type(arguments[0]) in _PLAIN_TENSORS:
-            return cpu(*arguments)
+        if _is_eager() and type(arguments[0]) in _PLAIN_TENSORS:
+            if arguments[0].is_cpu:
+                return cpu(*arguments)
+            if arguments[0].is_cuda:
+                return on_cuda(*arguments)
         return overload(*arguments)
 
     return call
+
+
+def _no_cuda_kernel(name: str) -> Callable[..., Any]:
+    def refuse(*_: Any) -> Any:
+        raise NotImplementedError(f"{name}: there is no CUDA kernel for it yet; call it with tensors on the CPU")
+
+    return refuse
 
 
 def operators() -> list[str]:

@@ -24,7 +24,7 @@ def words_for(channels: int) -> int:
     return (channels + WORD_BITS - 1) // WORD_BITS
 
 
-def _unpack_cpu(words: Tensor, channels: int, low: float, high: float, dtype: torch.dtype) -> Tensor:
+def _unpack(words: Tensor, channels: int, low: float, high: float, dtype: torch.dtype) -> Tensor:
     if words.dtype != torch.int64:
         raise TypeError(f"unpack: words must be int64, got {words.dtype}")
     if dtype not in FLOAT_TYPES:
@@ -34,9 +34,11 @@ def _unpack_cpu(words: Tensor, channels: int, low: float, high: float, dtype: to
             f"unpack: {channels} channels need {words_for(channels)} words a pixel, got {words.shape[-1]}"
         )
     words = words.contiguous()
-    output = torch.empty((*words.shape[:-1], channels), dtype=dtype)
+    output = words.new_empty((*words.shape[:-1], channels), dtype=dtype)
     pixels = words.numel() // max(words.shape[-1], 1)
-    status = _native.cpu.unpack(words.data_ptr(), pixels, channels, low, high, output.data_ptr(), FLOAT_TYPES[dtype])
+    status = _native.kernels(words).unpack(
+        words.data_ptr(), pixels, channels, low, high, output.data_ptr(), FLOAT_TYPES[dtype]
+    )
     _native.check("unpack", status)
     return output
 
@@ -48,7 +50,8 @@ def _unpack_fake(words: Tensor, channels: int, low: float, high: float, dtype: t
 # [..., words] -> dense [..., channels]: bit ? high : low.
 unpack_op = _oplib.define(
     "unpack(Tensor words, SymInt channels, float low, float high, ScalarType dtype) -> Tensor",
-    cpu=_unpack_cpu,
+    cpu=_unpack,
+    cuda=_unpack,
     fake=_unpack_fake,
 )
 

@@ -1,22 +1,81 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests.
+
+A test that takes `backend` runs under every instruction set of the CPU and on a GPU where there is one; one that takes
+`device` runs under the active instruction set and on a GPU. On a GPU, tensors that the test makes are there: it is
+torch's default device, and that of the generator `rng`. LOWBIT_HOST_CUDA names the module `_cuda` built for the host
+(tests/host_cuda): then both also run the CUDA kernels, on tensors of the CPU.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
 
 import pytest
 import torch
 
 from lowbit_ext import _native
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []),
+           *(["host_cuda"] if os.environ.get("LOWBIT_HOST_CUDA") else [])]  # fmt: skip
+BACKENDS = [*_native.available_isas(), *DEVICES[1:]]
+
+
+@functools.cache
+def _host_cuda():
+    spec = importlib.util.spec_from_file_location("_cuda", os.environ["LOWBIT_HOST_CUDA"])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return _native.CudaKernels(module, 0, lambda index: 0)
+
+
+@contextlib.contextmanager
+def running_on(backend):
+    """Calls run on `backend`: an instruction set, which is proven to have run, or one of DEVICES."""
+    if backend == "cpu":
+        yield
+    elif backend == "cuda":
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False  # the references are float32 or float64
+        with torch.device("cuda"):
+            yield
+        torch.backends.cudnn.allow_tf32 = before
+    elif backend == "host_cuda":
+        host = _host_cuda()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_native, "kernels", lambda tensor: host)
+            yield
+    else:
+        before = _native.active_isa()
+        _native.select_isa(backend)
+        try:
+            yield
+            assert _native.active_isa() == backend
+        finally:
+            _native.select_isa(before)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Name of what the test runs on."""
+    with running_on(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Name of what the test runs on."""
+    with running_on(request.param):
+        yield request.param
+
 
 @pytest.fixture(params=_native.ISA_LEVELS)
 def isa(request):
-    """Runs a test under one instruction-set level and proves that it ran; skips what the machine cannot run."""
+    """Runs a test under one instruction-set level of the CPU; skips what the machine cannot run."""
     if request.param not in _native.available_isas():
         pytest.skip(f"this machine cannot run {request.param}")
-    before = _native.active_isa()
-    _native.select_isa(request.param)
-    assert _native.active_isa() == request.param
-    yield request.param
-    assert _native.active_isa() == request.param
-    _native.select_isa(before)
+    with running_on(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=[1, 2])
@@ -29,7 +88,12 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+def generator(seed):
+    """A seeded generator of the device that the test runs on."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 @pytest.fixture
 def rng():
     """A seeded generator."""
-    return torch.Generator().manual_seed(20260101)
+    return generator(20260101)

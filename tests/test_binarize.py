@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import BACKENDS, generator, running_on
 from lowbit_ext import PackedTensor, _native
 from lowbit_ext.binary import binarize, ops, unpack
 from lowbit_ext.binary.functional import DEFAULT_THRESHOLDS
@@ -40,7 +41,7 @@ def check(x, encoding, threshold=None, flip=None):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", CHANNELS)
-def test_bits_of_every_layout(isa, channels, dtype, rng):
+def test_bits_of_every_layout(backend, channels, dtype, rng):
     image = values((2, channels, 5, 7), rng, dtype)
     for x in (
         image,
@@ -71,7 +72,7 @@ def test_two_thresholds_a_channel(isa, channels, dtype, rng):
 
 
 @pytest.mark.parametrize("channels", [1, 33, 64, 130])
-def test_thresholds_and_flips(isa, channels, rng):
+def test_thresholds_and_flips(backend, channels, rng):
     x = values((2, channels, 6, 11), rng, torch.float32)
     threshold = torch.randn(channels, generator=rng)
     threshold[::3] = x[0, ::3, 0, 0].nan_to_num(0.0, 0.0, 0.0)  # exact ties
@@ -85,7 +86,7 @@ def test_thresholds_and_flips(isa, channels, rng):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_masks(isa, dtype, rng):
+def test_masks(backend, dtype, rng):
     for channels in (1, 64, 100):
         x = values((2, channels, 4, 33), rng, dtype)
         for y in (x, x.to(memory_format=torch.channels_last)):
@@ -104,21 +105,15 @@ def test_masks(isa, dtype, rng):
     seed=st.integers(0, 2**31),
 )
 def test_any_shape(sizes, encoding, channels_last, seed):
-    x = values(sizes, torch.Generator().manual_seed(seed), torch.float32)
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last)
-    for level in _native.available_isas():
-        before = _native.active_isa()
-        _native.select_isa(level)
-        try:
-            check(x, encoding)
-        finally:
-            _native.select_isa(before)
+    for backend in BACKENDS:
+        with running_on(backend):
+            x = values(sizes, generator(seed), torch.float32)
+            check(x.to(memory_format=torch.channels_last) if channels_last else x, encoding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("encoding", ["sign", "step"])
-def test_unpack_inverts_binarize(isa, encoding, dtype, rng):
+def test_unpack_inverts_binarize(backend, encoding, dtype, rng):
     for channels in CHANNELS:
         packed, expected = check(values((2, channels, 3, 5), rng, torch.float32), encoding)
         assert torch.equal(unpack(packed, dtype).double(), expected)
@@ -127,12 +122,12 @@ def test_unpack_inverts_binarize(isa, encoding, dtype, rng):
     assert torch.equal(scaled.unpack(dtype).double(), expected / 2)
 
 
-def test_threads_do_not_change_bits(isa, threads, rng):
+def test_threads_do_not_change_bits(backend, threads, rng):
     check(values((3, 70, 40, 41), rng, torch.float32), "sign")
     check(values((3, 70, 40, 41), rng, torch.float32).to(memory_format=torch.channels_last), "sign")
 
 
-def test_empty_batches(isa):
+def test_empty_batches(backend):
     for shape in [(0, 5), (0, 70, 3, 3), (2, 5, 0, 3)]:
         assert binarize(torch.zeros(shape)).shape == shape
         assert binarize(torch.zeros(shape)).unpack().shape == shape

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import BACKENDS, generator, running_on
 from lowbit_ext import PackedTensor, _native
 from lowbit_ext.binary import binarize, conv1d, conv2d, linear, pack_weight
 from reference import binary as reference
@@ -36,13 +37,13 @@ def check(rng, batch, channels, size, filters, kernel, encoding, *, stride=(1, 1
 
 @pytest.mark.parametrize("encoding", ["sign", "step"])
 @pytest.mark.parametrize("channels", CHANNELS)
-def test_channel_counts(isa, channels, encoding, rng):
+def test_channel_counts(backend, channels, encoding, rng):
     check(rng, 2, channels, (5, 6), 17, (3, 3), encoding, padding=(1, 1))
     check(rng, 1, channels, (4, 4), 65, (1, 1), encoding)
 
 
 @pytest.mark.parametrize("filters", [1, 15, 16, 17, 63, 64, 65, 128, 130, 200])
-def test_filter_counts(isa, filters, rng):
+def test_filter_counts(backend, filters, rng):
     for encoding in ("sign", "step"):
         check(rng, 2, 40, (5, 5), filters, (3, 3), encoding, padding=(1, 1))
 
@@ -50,7 +51,7 @@ def test_filter_counts(isa, filters, rng):
 @pytest.mark.parametrize(
     ("encoding", "padding_value"), [("sign", 0), ("sign", 1), ("sign", -1), ("step", 0), ("step", 1)]
 )
-def test_padding_values(isa, encoding, padding_value, rng):
+def test_padding_values(backend, encoding, padding_value, rng):
     for kernel, padding, size in [((3, 3), (1, 1), (6, 5)), ((5, 3), (2, 3), (4, 7)), ((3, 3), (3, 3), (2, 2)),
                                   ((1, 1), (2, 1), (3, 3)), ((7, 7), (6, 6), (1, 1))]:
         check(rng, 2, 70, size, 20, kernel, encoding, padding=padding, padding_value=padding_value)
@@ -58,13 +59,13 @@ def test_padding_values(isa, encoding, padding_value, rng):
 
 @pytest.mark.parametrize("groups_channels_filters", [(2, 6, 4), (3, 99, 66), (2, 128, 128), (4, 256, 8), (5, 5, 5),
                                                      (32, 32, 64), (2, 130, 130)])
-def test_groups(isa, groups_channels_filters, rng):
+def test_groups(backend, groups_channels_filters, rng):
     groups, channels, filters = groups_channels_filters
     for encoding in ("sign", "step"):
         check(rng, 2, channels, (5, 4), filters, (3, 3), encoding, groups=groups, padding=(1, 1))
 
 
-def test_strides_dilations_and_rectangles(isa, rng):
+def test_strides_dilations_and_rectangles(backend, rng):
     strides, dilations, kernels = [(1, 1), (2, 2), (3, 1)], [(1, 1), (2, 3)], [(3, 3), (1, 5), (2, 4)]
     for stride, dilation, kernel in itertools.product(strides, dilations, kernels):
         check(rng, 2, 65, (13, 17), 33, kernel, "sign", stride=stride, dilation=dilation, padding=(1, 2))
@@ -72,7 +73,7 @@ def test_strides_dilations_and_rectangles(isa, rng):
 
 
 @pytest.mark.parametrize("batch", [0, 1, 17])
-def test_batches_and_threads(isa, threads, batch, rng):
+def test_batches_and_threads(backend, threads, batch, rng):
     check(rng, batch, 128, (14, 14), 128, (3, 3), "sign", padding=(1, 1))
     check(rng, batch, 64, (7, 7), 130, (3, 3), "step", padding=(1, 1))
 
@@ -100,18 +101,14 @@ def calls(draw):
 
 
 @settings(max_examples=200, deadline=None)
-@given(call=calls(), seed=st.integers(0, 2**31), level=st.sampled_from(_native.available_isas()))
-def test_any_call(call, seed, level):
-    before = _native.active_isa()
-    _native.select_isa(level)
-    try:
-        check(torch.Generator().manual_seed(seed), **call)
-    finally:
-        _native.select_isa(before)
+@given(call=calls(), seed=st.integers(0, 2**31), backend=st.sampled_from(BACKENDS))
+def test_any_call(call, seed, backend):
+    with running_on(backend):
+        check(generator(seed), **call)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_float_epilogue(isa, dtype, rng):
+def test_float_epilogue(backend, dtype, rng):
     """Each term rounds to float32 on its own, then once to the output type: equal to torch's elementwise chain."""
     for filters in (5, 64, 100):
         x, w, expected, options = check(rng, 2, 70, (6, 5), filters, (3, 3), "sign", padding=(1, 1))
@@ -135,12 +132,12 @@ def test_float_epilogue(isa, dtype, rng):
         for arguments, value in terms:
             got = conv2d(packed, weight, **{"out_dtype": dtype, **arguments}, **options)
             assert got.is_contiguous(memory_format=torch.channels_last)
-            assert torch.equal(got, value.to(dtype)), f"{isa}: {list(arguments)}"
+            assert torch.equal(got, value.to(dtype)), f"{backend}: {list(arguments)}"
 
 
 @pytest.mark.parametrize("filters", [1, 20, 45, 64, 90, 128, 130])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_threshold_epilogue(isa, filters, rows, rng):
+def test_threshold_epilogue(backend, filters, rows, rng):
     for groups in (1, filters) if filters in (20, 45) else (1,):
         channels = 70 if groups == 1 else filters * 3
         x, w, expected, options = check(
@@ -160,7 +157,7 @@ def test_threshold_epilogue(isa, filters, rows, rng):
                 ]
                 assert isinstance(got, PackedTensor)
                 assert got.channels == rows * filters
-                assert torch.equal(got.words, reference.pack(torch.cat(bits, 1).double())), f"{isa} {groups}"
+                assert torch.equal(got.words, reference.pack(torch.cat(bits, 1).double())), f"{backend} {groups}"
         scale, residual = torch.rand(filters, generator=rng), torch.randn(expected.shape, generator=rng)
         level = torch.randn(rows, filters, generator=rng)
         got = conv2d(packed, weight, scale=scale, residual=residual, threshold=level, **options)
@@ -169,7 +166,7 @@ def test_threshold_epilogue(isa, filters, rows, rng):
         assert torch.equal(got.words, reference.pack(bits.double()))
 
 
-def test_threshold_extremes(isa, rng):
+def test_threshold_extremes(backend, rng):
     x, w, _, _ = check(rng, 1, 64, (3, 3), 4, (1, 1), "sign")
     infinity = float("inf")
     threshold = torch.tensor([infinity, -infinity, infinity, -infinity])
@@ -178,7 +175,7 @@ def test_threshold_extremes(isa, rng):
     assert torch.equal(got, torch.tensor([-1.0, 1, 1, -1]).view(1, 4, 1, 1).expand_as(got))
 
 
-def test_packed_chain_stays_packed(isa, rng):
+def test_packed_chain_stays_packed(backend, rng):
     """Words out of one layer go straight into the next."""
     x, w, expected, options = check(rng, 2, 64, (8, 8), 96, (3, 3), "sign", padding=(1, 1))
     second = torch.randn(10, 96, 3, 3, generator=rng)
@@ -189,7 +186,7 @@ def test_packed_chain_stays_packed(isa, rng):
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
-def test_named_padding(isa, padding, rng):
+def test_named_padding(backend, padding, rng):
     for kernel, dilation in [((2, 3), (1, 1)), ((4, 4), (1, 2)), ((3, 3), (2, 1))]:
         x, w, a, s = operands(rng, 2, 33, 11, 12, 6, kernel, 1, "sign")
         got = conv2d(binarize(x), w, padding=padding, dilation=dilation)
@@ -197,7 +194,7 @@ def test_named_padding(isa, padding, rng):
         assert torch.equal(got.double(), expected)
 
 
-def test_float_inputs(isa, rng):
+def test_float_inputs(backend, rng):
     """Float inputs are binarized on the fly, whatever their layout; the result has their dtype."""
     x, w, a, s = operands(rng, 2, 33, 6, 7, 9, (3, 3), 1, "sign")
     expected = torch.nn.functional.conv2d(a, s)
@@ -211,7 +208,7 @@ def test_float_inputs(isa, rng):
     assert torch.equal(conv2d(x, w, out_dtype=torch.int32).double(), expected)
 
 
-def test_conv1d(isa, rng):
+def test_conv1d(backend, rng):
     for channels, kernel, options in [
         (70, 3, {}),
         (64, 5, dict(stride=2, padding=2)),
@@ -228,7 +225,7 @@ def test_conv1d(isa, rng):
 
 
 @pytest.mark.parametrize("features", [1, 63, 64, 65, 129, 1000])
-def test_linear(isa, features, rng):
+def test_linear(backend, features, rng):
     for batch, outputs in [(0, 5), (1, 1), (1, 130), (17, 64)]:
         x, w = torch.randn(batch, features, generator=rng), torch.randn(outputs, features, generator=rng)
         for encoding, level in (("sign", 0.0), ("step", 0.5)):

@@ -42,7 +42,7 @@ def assert_as_good(got, plain, exact, what):
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
 @pytest.mark.parametrize(("encoding", "padding_value"), [("sign", 0), ("sign", -1), ("step", 1)])
-def test_kernels(isa, call, encoding, padding_value, rng):
+def test_kernels(backend, call, encoding, padding_value, rng):
     batch, channels, size, filters, kernel, stride, padding, dilation, groups = call
     x = torch.randn(batch, channels, *size, generator=rng)
     w = torch.randn(filters, channels // groups, *kernel, generator=rng)
@@ -56,7 +56,7 @@ def test_kernels(isa, call, encoding, padding_value, rng):
     shape = (filters, kernel, stride, sides, dilation, groups)
     words = binarize(x, encoding).words
     weight = ops.binary_conv2d_weight_grad(g, words, channels, *shape, encoding, padding_value)
-    assert_as_good(weight, plain[1], exact[1], f"{isa} weight")
+    assert_as_good(weight, plain[1], exact[1], f"{backend} weight")
     scale = torch.rand(filters, generator=rng)
     packed = pack_weight(w, groups)
     mask = binarize(torch.randn(x.shape, generator=rng), "step").words
@@ -68,10 +68,10 @@ def test_kernels(isa, call, encoding, padding_value, rng):
             inside = unpack_op(bits, channels, 0.0, 1.0, torch.float32).movedim(-1, 1)
             exact_input, plain_input = exact_input * inside, plain_input * inside
         got = ops.binary_conv2d_input_grad(g, packed.words, factor, bits, list(x.shape), *shape)
-        assert_as_good(got, plain_input, exact_input, f"{isa} input")
+        assert_as_good(got, plain_input, exact_input, f"{backend} input")
 
 
-def test_threads_do_not_change_gradients(isa, rng):
+def test_threads_do_not_change_gradients(backend, rng):
     g, x, w = (torch.randn(size, generator=rng) for size in [(4, 64, 14, 14), (4, 96, 14, 14), (64, 96, 3, 3)])
     shape = (64, (3, 3), (1, 1), (1,) * 4, (1, 1), 1)
     results = []
@@ -89,7 +89,7 @@ def test_threads_do_not_change_gradients(isa, rng):
 
 @pytest.mark.parametrize("surrogate", ["clip", "steep", "identity", "approx_sign", "polynomial", "swish_sign"])
 @pytest.mark.parametrize("encoding", ["sign", "step"])
-def test_straight_through(encoding, surrogate, rng):
+def test_straight_through(device, encoding, surrogate, rng):
     """Through the functions: surrogate at the input, the sign's gradient at the weight, exact for bias and scale."""
     x = torch.randn(2, 33, 6, 5, generator=rng).requires_grad_()
     w = torch.randn(7, 33, 3, 3, generator=rng).requires_grad_()
@@ -120,7 +120,7 @@ def test_straight_through(encoding, surrogate, rng):
         assert torch.allclose(w.grad.double(), weight, rtol=1e-5, atol=1e-4)
 
 
-def test_gradients_reach_one_dimension_and_linear(rng):
+def test_gradients_reach_one_dimension_and_linear(device, rng):
     x = torch.randn(3, 20, 9, generator=rng).requires_grad_()
     w, v = torch.randn(4, 20, 3, generator=rng).requires_grad_(), torch.randn(6, 9, generator=rng).requires_grad_()
     conv1d(x, w, padding=1).square().sum().backward()
@@ -137,7 +137,7 @@ def test_gradients_reach_one_dimension_and_linear(rng):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype, rng):
+def test_half_precision(device, dtype, rng):
     x = torch.randn(2, 33, 6, 5, generator=rng).to(dtype).requires_grad_()
     w = torch.randn(7, 33, 3, 3, generator=rng).to(dtype).requires_grad_()
     out = conv2d(x, w)
@@ -149,7 +149,7 @@ def test_half_precision(dtype, rng):
     assert torch.equal(w.grad, s.grad.to(dtype))
 
 
-def test_only_bits_are_saved(rng):
+def test_only_bits_are_saved(device, rng):
     """An activation bit and a mask bit an element, and the weight's bits."""
     x = torch.randn(4, 256, 14, 14, generator=rng).requires_grad_()
     w = torch.randn(256, 256, 3, 3, generator=rng).requires_grad_()

@@ -91,7 +91,7 @@ def assert_equals_emulation(layer, shape):
 @pytest.mark.parametrize("encoding", ["sign", "step"])
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("weight_scale", ["channel", "layer", None])
-def test_options_equal_emulation(encoding, surrogate, weight_scale):
+def test_options_equal_emulation(device, encoding, surrogate, weight_scale):
     options = {"encoding": encoding, "surrogate": surrogate, "weight_scale": weight_scale}
     assert_equals_emulation(BinaryConv2d(45, 33, 3, padding=1, **options), (2, 45, 7, 6))
     assert_equals_emulation(BinaryLinear(70, 33, **options), (5, 70))
@@ -112,14 +112,14 @@ def test_options_equal_emulation(encoding, surrogate, weight_scale):
         (BinaryLinear, (64, 10), {}, (64,)),
     ],
 )
-def test_geometry_equals_emulation(layer, arguments, options, shape):
+def test_geometry_equals_emulation(device, layer, arguments, options, shape):
     assert_equals_emulation(layer(*arguments, **options), shape)
 
 
 @pytest.mark.parametrize("encoding", ["sign", "step"])
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activation_equals_emulation(encoding, surrogate, dtype):
+def test_activation_equals_emulation(device, encoding, surrogate, dtype):
     x = (torch.randn(3, 45, 5, 4) + (0.5 if encoding == "step" else 0)).to(dtype)
     x[0, 0, 0] = torch.tensor([0.0, 0.5, 1.0, -1.0])
     x.requires_grad_()
@@ -133,7 +133,7 @@ def test_activation_equals_emulation(encoding, surrogate, dtype):
     torch.testing.assert_close(got.double(), want, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
 
 
-def test_packed_input_equals_float_input():
+def test_packed_input_equals_float_input(device):
     x = torch.randn(2, 70, 5, 5)
     for layer in (BinaryConv2d(70, 20, 3, padding=1), BinaryConv2d(70, 20, 3, bias=False, weight_scale=None)):
         with torch.no_grad():
@@ -143,7 +143,7 @@ def test_packed_input_equals_float_input():
         assert torch.equal(layer(binarize(x[:, :, 0, 0])), layer(x[:, :, 0, 0]))
 
 
-def test_memory_formats_give_the_same_bits():
+def test_memory_formats_give_the_same_bits(device):
     layer = BinaryConv2d(45, 30, 3, padding=1)
     x = torch.randn(2, 45, 6, 7)
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_memory_formats_give_the_same_bits():
         (BinaryActivation(), (0, 8, 3), (0, 8, 3)),
     ],
 )
-def test_empty_batch(layer, shape, out):
+def test_empty_batch(device, layer, shape, out):
     x = torch.zeros(shape, requires_grad=True)
     output = layer(x)
     output.sum().backward()
@@ -183,7 +183,7 @@ def test_empty_batch(layer, shape, out):
         (BinaryLinear, nn.Linear, (6, 4)),
     ],
 )
-def test_stands_in_for_the_torch_layer(ours, theirs, arguments):
+def test_stands_in_for_the_torch_layer(device, ours, theirs, arguments):
     torch.manual_seed(0)
     layer = ours(*arguments)
     torch.manual_seed(0)
@@ -239,7 +239,7 @@ def train_step(model, x):
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_train_alike(clone):
+def test_copies_train_alike(device, clone):
     model, x = small_network(), torch.randn(4, 3, 5, 5)
     other = clone(model)
     (loss, grads), (other_loss, other_grads) = train_step(model, x), train_step(other, x)
@@ -259,7 +259,7 @@ def test_autocast():
     assert x.grad.dtype == layer.weight.grad.dtype == torch.float32
 
 
-def test_bfloat16_network():
+def test_bfloat16_network(device):
     layer, x = BinaryConv2d(45, 16, 3).bfloat16(), torch.randn(2, 45, 6, 6).bfloat16()
     output = layer(x)
     output.sum().backward()
@@ -282,7 +282,7 @@ def saved_bytes(function, *arguments):
     return sum(storages.values())
 
 
-def test_saves_a_tenth_of_the_bytes():
+def test_saves_a_tenth_of_the_bytes(device):
     layer = BinaryConv2d(256, 256, 3, padding=1)
     x = torch.randn(4, 256, 14, 14, requires_grad=True)
 
@@ -296,7 +296,7 @@ def test_saves_a_tenth_of_the_bytes():
     assert saved_bytes(layer, x) == x.numel() // 4 + layer.weight.numel() // 8 + 256 * 4
 
 
-def test_compiles_without_graph_breaks():
+def test_compiles_without_graph_breaks(device):
     # Binary layers alone: recompiled, a float layer in front may round a value across a threshold.
     model = nn.Sequential(
         BinaryConv2d(45, 64, 3, padding=1, weight_scale=None),
@@ -312,7 +312,7 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
 
 
-def test_exports():
+def test_exports(device):
     model, x = small_network().eval(), torch.randn(4, 3, 5, 5)
     with torch.no_grad():
         program = torch.export.export(model, (x,))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from conftest import generator
 from lowbit_ext import PackedTensor, _oplib
 from lowbit_ext.binary import binarize, conv2d, linear, max_pool2d, pack_weight
 
@@ -12,7 +13,7 @@ GEOMETRY = (5, [3, 3], [1, 1], [1, 1, 1, 1], [1, 1], 1)  # filters, kernel, stri
 
 def samples(layout):
     """One call of each operator, {name: arguments}."""
-    rng = torch.Generator().manual_seed(0)
+    rng = generator(0)
     x = torch.randn(2, 70, 6, 7, generator=rng)
     if layout == "permuted":
         x = torch.randn(7, 6, 70, 2, generator=rng).permute(3, 2, 1, 0)
@@ -62,7 +63,7 @@ def samples(layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])
 @pytest.mark.parametrize("name", _oplib.operators())
-def test_opcheck(name, layout):
+def test_opcheck(device, name, layout):
     operator = getattr(torch.ops.lowbit, name.split("::")[1]).default
     for arguments in samples(layout)[name]:
         assert set(opcheck(operator, arguments).values()) == {"SUCCESS"}
@@ -81,7 +82,7 @@ def network(x, w, v):
     return conv2d(max_pool2d(bits, 2), v, scale=0.5).sum((2, 3))
 
 
-def test_compiled_forward(rng):
+def test_compiled_forward(device, rng):
     x, w, v = torch.randn(2, 40, 8, 8), torch.randn(70, 40, 3, 3), torch.randn(6, 70, 3, 3)
     expected = network(x, w, v)
     compiled = torch.compile(network, fullgraph=True)
@@ -92,7 +93,7 @@ def test_compiled_forward(rng):
     assert torch.equal(dynamic(batch, w, v), network(batch, w, v))
 
 
-def test_compiled_with_packed_arguments():
+def test_compiled_with_packed_arguments(device):
     x, weight = binarize(torch.randn(2, 40, 8, 8)), pack_weight(torch.randn(70, 40, 3, 3))
     compiled = torch.compile(lambda a, b: conv2d(a, b, threshold=1.0), fullgraph=True, backend="aot_eager")
     result = compiled(x, weight)
@@ -101,7 +102,7 @@ def test_compiled_with_packed_arguments():
 
 
 @pytest.mark.parametrize("surrogate", ["clip", "approx_sign"])
-def test_compiled_backward(surrogate):
+def test_compiled_backward(device, surrogate):
     def loss(x, w, b):
         return conv2d(x, w, bias=b, padding=1, surrogate=surrogate).square().mean()
 
@@ -127,7 +128,7 @@ class Network(torch.nn.Module):
             return linear(conv2d(x, self.w, padding=1).mean((2, 3)), self.v)
 
 
-def test_export(tmp_path):
+def test_export(device, tmp_path):
     model, x = Network(), torch.randn(2, 40, 8, 8)
     exported = torch.export.export(model, (x,))
     assert torch.equal(exported.module()(x), model(x))
@@ -135,7 +136,7 @@ def test_export(tmp_path):
     assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x), model(x))
 
 
-def test_export_with_packed_input():
+def test_export_with_packed_input(device):
     class Layer(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -149,7 +150,7 @@ def test_export_with_packed_input():
     assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
 
 
-def test_profiler_sees_the_operators():
+def test_profiler_sees_the_operators(device):
     x, weight = binarize(torch.randn(2, 40, 8, 8)), pack_weight(torch.randn(70, 40, 3, 3))
     with torch.profiler.profile() as profile:
         conv2d(x, weight)

@@ -1,6 +1,5 @@
 # The Python module _cuda: csrc/cuda/*.cu for every architecture, and its binding. Needs nvcc, neither a GPU nor a driver.
 enable_language(CUDA)
-find_package(CUDAToolkit REQUIRED)
 
 if(NOT LOWBIT_CUDA_ARCHS)
   execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-code OUTPUT_VARIABLE known OUTPUT_STRIP_TRAILING_WHITESPACE)
@@ -29,6 +28,6 @@ target_compile_options(_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CXX>:-O2 -Wall -Wextra>
   # --fmad=false: every float operation rounds on its own, as on the CPU.
   "$<$<COMPILE_LANGUAGE:CUDA>:-O3;--fmad=false;--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra;--threads=2;${gencode}>")
-set_target_properties(_cuda PROPERTIES CUDA_ARCHITECTURES OFF CUDA_STANDARD 17 CUDA_VISIBILITY_PRESET hidden)
-target_link_libraries(_cuda PRIVATE CUDA::cudart_static)
+set_target_properties(_cuda PROPERTIES
+  CUDA_ARCHITECTURES OFF CUDA_STANDARD 17 CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY Static)
 target_link_options(_cuda PRIVATE -s -Wl,--exclude-libs,ALL)

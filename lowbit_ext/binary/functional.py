@@ -108,10 +108,10 @@ class PackedWeight:
 
     Attributes:
         words: int64 (O, kh, kw, ceil(C / groups / 64)); bit 1 is +1.
-        blocked: uint8, the same bits in the order the kernels of level `isa` read.
+        blocked: uint8, the same bits in the order the kernels of `isa` read.
         shape: shape of the float weight: (O, C / groups, kh, kw), (O, C / groups, k) or (O, C).
         groups: convolution groups.
-        isa: instruction-set level that `blocked` is for.
+        isa: what `blocked` is for: an instruction-set level, or a GPU and its architecture.
     """
 
     words: Tensor
@@ -134,7 +134,7 @@ class PackedWeight:
         """Rebuilds the kernels' private copy from words, e.g. those of a loaded file."""
         shape = tuple(shape)
         blocked = ops.binary_conv2d_block_weight(words, shape[1] * groups, groups)
-        return PackedWeight(words, blocked, shape, groups, _native.active_isa())
+        return PackedWeight(words, blocked, shape, groups, _native.kernels(words).level)
 
 
 def _flatten_weight(weight: PackedWeight) -> tuple[list[Any], Any]:
@@ -510,7 +510,7 @@ def conv2d(
     if not isinstance(weight, PackedWeight):
         if not (precise and weight.dtype == torch.float64):
             _check_float("binary_conv2d", "weight", weight)
-    elif weight.groups != groups or weight.isa != _native.active_isa():
+    elif weight.groups != groups or weight.isa != _native.kernels(words).level:
         weight = PackedWeight.from_words(weight.words, weight.shape, groups)
     if len(weight.shape) != 4:
         raise ValueError(f"binary_conv2d: weight must be (O, C / groups, kh, kw), got {tuple(weight.shape)}")

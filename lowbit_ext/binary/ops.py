@@ -1,4 +1,4 @@
-"""Operators of the binary layers: schema, fake and CPU launcher of each. Raw: functional.py holds what users call.
+"""Operators of the binary layers: schema, fake and launcher of each. Raw: functional.py holds what users call.
 
 Tensors here are words (int64, channels-last, packed.py) and dense floats; geometry travels as integers.
 """
@@ -24,12 +24,13 @@ _OUTPUT_KINDS = {torch.int32: 0, torch.float32: 1, torch.bfloat16: 2, torch.floa
 _BITS_BY_INTEGER, _BITS_BY_FLOAT = 4, 5
 
 
-def _pointer(tensor: Tensor | None, name: str) -> int:
-    """Address of an argument that comes beside CPU tensors, 0 where it is absent. `name` is "op: argument"."""
+def _pointer(tensor: Tensor | None, like: Tensor, name: str) -> int:
+    """Address of an argument that must be where `like`, the input, is; 0 where it is absent. `name`: "op: argument"."""
     if tensor is None:
         return 0
-    if not tensor.is_cpu:
-        raise ValueError(f"{name} must be on the CPU like the input, got {tensor.device}")
+    if not (tensor.is_cpu and like.is_cpu) and tensor.device != like.device:
+        place = "the CPU" if like.is_cpu else like.device
+        raise ValueError(f"{name} must be on {place} like the input, got {tensor.device}")
     return tensor.data_ptr()
 
 
@@ -76,21 +77,24 @@ def _binarize(
         if not channels_last:
             x = x.contiguous()
     thresholds = _thresholds(threshold)
+    native = _native.kernels(x)
+    if thresholds == 2 and native is not _native.cpu:
+        raise NotImplementedError("binarize: there is no CUDA kernel for two thresholds a channel yet")
     size = (batch, *space, words_for(thresholds * channels))
-    words = torch.empty(size, dtype=torch.int64)
-    mask = torch.empty(size, dtype=torch.int64) if with_mask else None
+    words = x.new_empty(size, dtype=torch.int64)
+    mask = x.new_empty(size, dtype=torch.int64) if with_mask else None
     threshold = None if threshold is None else threshold.contiguous()
     flip = None if flip is None else flip.contiguous()
-    status = _native.cpu.binarize(
+    status = native.binarize(
         x.data_ptr(),
         FLOAT_TYPES[x.dtype],
         channels_last,
         batch,
         channels,
         math.prod(space),
-        _pointer(threshold, "binarize: threshold"),
+        _pointer(threshold, x, "binarize: threshold"),
         common,
-        _pointer(flip, "binarize: flip"),
+        _pointer(flip, x, "binarize: flip"),
         ENCODINGS[encoding],
         words.data_ptr(),
         0 if mask is None else mask.data_ptr(),
@@ -100,7 +104,7 @@ def _binarize(
     return words, mask
 
 
-def _binarize_cpu(x: Tensor, threshold: Tensor | None, flip: Tensor | None, common: float, encoding: str) -> Tensor:
+def _binarize_only(x: Tensor, threshold: Tensor | None, flip: Tensor | None, common: float, encoding: str) -> Tensor:
     return _binarize(x, threshold, flip, common, encoding, with_mask=False)[0]
 
 
@@ -114,12 +118,13 @@ def _binarize_fake(x: Tensor, threshold: Tensor | None, flip: Tensor | None, com
 # two bits a channel, c and C + c.
 binarize = _oplib.define(
     "binarize(Tensor x, Tensor? threshold, Tensor? flip, float common, str encoding) -> Tensor",
-    cpu=_binarize_cpu,
+    cpu=_binarize_only,
+    cuda=_binarize_only,
     fake=_binarize_fake,
 )
 
 
-def _binarize_with_mask_cpu(x: Tensor, common: float, encoding: str) -> tuple[Tensor, Tensor]:
+def _binarize_with_mask(x: Tensor, common: float, encoding: str) -> tuple[Tensor, Tensor]:
     words, mask = _binarize(x, None, None, common, encoding, with_mask=True)
     assert mask is not None
     return words, mask
@@ -133,7 +138,8 @@ def _binarize_with_mask_fake(x: Tensor, common: float, encoding: str) -> tuple[T
 # The same and, in the same pass, the clipped straight-through mask: |x| <= 1 (sign) or 0 < x < 1 (step).
 binarize_with_mask = _oplib.define(
     "binarize_with_mask(Tensor x, float common, str encoding) -> (Tensor, Tensor)",
-    cpu=_binarize_with_mask_cpu,
+    cpu=_binarize_with_mask,
+    cuda=_binarize_with_mask,
     fake=_binarize_with_mask_fake,
 )
 
@@ -227,7 +233,7 @@ def _masked_gradient_cpu(gradient: Tensor, mask: Tensor) -> Tensor:
         gradient = torch.empty_like(output).copy_(gradient)
     status = _native.cpu.masked_gradient(
         gradient.data_ptr(), FLOAT_TYPES[gradient.dtype], gradient.numel(),
-        _pointer(mask.contiguous(), "masked_gradient: mask"), output.data_ptr(),
+        _pointer(mask.contiguous(), gradient, "masked_gradient: mask"), output.data_ptr(),
     )
     _native.check("masked_gradient", status)
     return output
@@ -312,7 +318,7 @@ def _check_conv(
 def _cached_conv_plan(
     input_size: tuple[int, ...], channels: int, filters: int, kernel: tuple[int, int], stride: tuple[int, int],
     padding: tuple[int, int, int, int], dilation: tuple[int, int], groups: int, encoding: str, padding_value: int,
-    isa: str,
+    native: Any, level: str,
 ) -> _ConvPlan:
     height, width = _check_conv(
         input_size, channels, filters, kernel, stride, padding, dilation, groups, encoding, padding_value
@@ -321,19 +327,19 @@ def _cached_conv_plan(
         *input_size[:3], channels, filters, *kernel, height, width, *stride, *padding[:2], *dilation, groups
     )
     strides = (height * width * filters, 1, width * filters, filters)
-    private = weight_bytes(filters, kernel[0], kernel[1], channels, groups, isa)
+    private = weight_bytes(filters, kernel[0], kernel[1], channels, groups, native, level)
     return _ConvPlan(shape, (input_size[0], filters, height, width), strides, private)
 
 
 def _conv_plan(
-    input_size: Sequence[int], channels: int, filters: int, kernel: Sequence[int], stride: Sequence[int],
+    native: Any, input_size: Sequence[int], channels: int, filters: int, kernel: Sequence[int], stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], groups: int, encoding: str, padding_value: int,
 ) -> _ConvPlan:
     if type(kernel) is list:  # from the dispatcher; the wrappers' tuples can be looked up as they are
         kernel, stride, padding, dilation = tuple(kernel), tuple(stride), tuple(padding), tuple(dilation)
     return _cached_conv_plan(
         input_size, channels, filters, kernel, stride, padding, dilation, groups, encoding, padding_value,
-        _native.active_isa(),
+        native, native.level,
     )
 
 
@@ -343,8 +349,8 @@ def _aligned_groups(words: Tensor, channels: int, groups: int) -> Tensor:
     per_group = channels // groups
     if groups == 1 or per_group % 64 == 0:
         return words
-    output = torch.empty((*words.shape[:-1], groups, words_for(per_group)), dtype=torch.int64)
-    status = _native.cpu.align_groups(
+    output = words.new_empty((*words.shape[:-1], groups, words_for(per_group)), dtype=torch.int64)
+    status = _native.kernels(words).align_groups(
         words.data_ptr(), words.shape[:-1].numel(), groups, per_group, output.data_ptr()
     )
     _native.check("align_groups", status)
@@ -352,9 +358,11 @@ def _aligned_groups(words: Tensor, channels: int, groups: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
-def weight_bytes(filters: int, kernel_height: int, kernel_width: int, channels: int, groups: int, isa: str) -> int:
-    """Size of the private copy of a weight that the kernels of level `isa`, the active one, read."""
-    return _native.cpu.binary_conv2d_weight_bytes(_weight_shape(filters, kernel_height, kernel_width, channels, groups))
+def weight_bytes(
+    filters: int, kernel_height: int, kernel_width: int, channels: int, groups: int, native: Any, level: str
+) -> int:
+    """Size of the private copy of a weight that the kernels `native` read at `level`, the active one of them."""
+    return native.binary_conv2d_weight_bytes(_weight_shape(filters, kernel_height, kernel_width, channels, groups))
 
 
 def _weight_shape(filters: int, kernel_height: int, kernel_width: int, channels: int, groups: int) -> Any:
@@ -369,26 +377,31 @@ def _check_block_weight(words: Tensor, channels: int, groups: int) -> None:
         )
 
 
-def _block_weight_cpu(words: Tensor, channels: int, groups: int) -> Tensor:
+def _block_weight(words: Tensor, channels: int, groups: int) -> Tensor:
     _check_block_weight(words, channels, groups)
     words = words.contiguous()
     sizes = (*words.shape[:3], channels, groups)
-    blocked = torch.zeros(weight_bytes(*sizes, _native.active_isa()), dtype=torch.uint8)  # the layout has gaps
-    status = _native.cpu.binary_conv2d_block_weight(_weight_shape(*sizes), words.data_ptr(), blocked.data_ptr())
+    native = _native.kernels(words)
+    size = weight_bytes(*sizes, native, native.level)
+    blocked = words.new_zeros(size, dtype=torch.uint8)  # the layout has gaps
+    status = native.binary_conv2d_block_weight(_weight_shape(*sizes), words.data_ptr(), blocked.data_ptr())
     _native.check("binary_conv2d_block_weight", status)
     return blocked
 
 
 def _block_weight_fake(words: Tensor, channels: int, groups: int) -> Tensor:
     _check_block_weight(words, channels, groups)
-    size = weight_bytes(*(int(size) for size in words.shape[:3]), channels, groups, _native.active_isa())
+    native = _native.kernels(words)
+    sizes = (int(size) for size in words.shape[:3])
+    size = weight_bytes(*sizes, channels, groups, native, native.level)
     return words.new_empty(size, dtype=torch.uint8)
 
 
 # words (O, kh, kw, W of one group) -> the active level's private copy, opaque bytes.
 binary_conv2d_block_weight = _oplib.define(
     "binary_conv2d_block_weight(Tensor words, int channels, int groups) -> Tensor",
-    cpu=_block_weight_cpu,
+    cpu=_block_weight,
+    cuda=_block_weight,
     fake=_block_weight_fake,
 )
 
@@ -449,13 +462,14 @@ def _check_epilogue(
     return _BITS_BY_INTEGER if exact else _BITS_BY_FLOAT
 
 
-def _binary_conv2d_cpu(
+def _binary_conv2d(
     input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     threshold: Tensor | None, flip: Tensor | None, channels: int, filters: int, kernel: list[int], stride: list[int],
     padding: list[int], dilation: list[int], groups: int, encoding: str, padding_value: int, out_dtype: torch.dtype,
 ) -> Tensor:
+    native = _native.kernels(input)
     plan = _conv_plan(
-        input.shape, channels, filters, kernel, stride, padding, dilation, groups, encoding, padding_value
+        native, input.shape, channels, filters, kernel, stride, padding, dilation, groups, encoding, padding_value
     )
     if input.dtype != torch.int64:
         raise TypeError(f"binary_conv2d: input must be int64 words, got {input.dtype}")
@@ -463,30 +477,30 @@ def _binary_conv2d_cpu(
     if weight.numel() != plan.weight_bytes:
         raise ValueError(
             f"binary_conv2d: weight was not packed for {filters} filters, kernel {list(kernel)}, {channels} input "
-            f"channels, groups={groups} and the instruction set {_native.active_isa()}"
+            f"channels, groups={groups} and {native.level}"
         )
     if groups > 1 or not input.is_contiguous():
         input = _aligned_groups(input, channels, groups)
     thresholds = 0
     if threshold is None:
-        output = torch.empty_strided(plan.out_size, plan.out_strides, dtype=out_dtype)
+        output = input.new_empty_strided(plan.out_size, plan.out_strides, dtype=out_dtype)
     else:
         threshold = threshold.contiguous()
         flip = None if flip is None else flip.contiguous()
         thresholds = threshold.shape[0]
         batch, _, height, width = plan.out_size
-        output = torch.empty((batch, height, width, words_for(thresholds * filters)), dtype=torch.int64)
+        output = input.new_empty((batch, height, width, words_for(thresholds * filters)))
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     code = ENCODINGS[encoding]
-    size = _native.cpu.binary_conv2d_workspace_bytes(plan.shape, code, padding_value, kind, thresholds)
-    status = _native.cpu.binary_conv2d(
-        plan.shape, code, padding_value, kind, input.data_ptr(), _pointer(weight, "binary_conv2d: weight"),
-        _pointer(scale, "binary_conv2d: scale"), 0 if scale is None or scale.numel() == 1 else 1,
-        _pointer(bias, "binary_conv2d: bias"), _pointer(residual, "binary_conv2d: residual"),
-        0 if residual is None else FLOAT_TYPES[residual.dtype], _pointer(threshold, "binary_conv2d: threshold"),
-        _pointer(flip, "binary_conv2d: flip"), thresholds,
-        output.data_ptr(), _native.scratch(size), size,
+    size = native.binary_conv2d_workspace_bytes(plan.shape, code, padding_value, kind, thresholds)
+    status = native.binary_conv2d(
+        plan.shape, code, padding_value, kind, input.data_ptr(), _pointer(weight, input, "binary_conv2d: weight"),
+        _pointer(scale, input, "binary_conv2d: scale"), 0 if scale is None or scale.numel() == 1 else 1,
+        _pointer(bias, input, "binary_conv2d: bias"), _pointer(residual, input, "binary_conv2d: residual"),
+        0 if residual is None else FLOAT_TYPES[residual.dtype], _pointer(threshold, input, "binary_conv2d: threshold"),
+        _pointer(flip, input, "binary_conv2d: flip"), thresholds,
+        output.data_ptr(), _native.scratch(size, input), size,
     )
     _native.check("binary_conv2d", status)
     return output
@@ -517,7 +531,8 @@ def _binary_conv2d_fake(
 binary_conv2d = _oplib.define(
     "binary_conv2d(Tensor input, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, Tensor? threshold, "
     f"Tensor? flip, int channels, {_GEOMETRY}, str encoding, int padding_value, ScalarType out_dtype) -> Tensor",
-    cpu=_binary_conv2d_cpu,
+    cpu=_binary_conv2d,
+    cuda=_binary_conv2d,
     fake=_binary_conv2d_fake,
 )
 
@@ -533,14 +548,15 @@ def _check_grad_output(grad_output: Tensor, size: tuple[int, int, int, int]) -> 
         )
 
 
-def _input_grad_cpu(
+def _input_grad(
     grad_output: Tensor, weight: Tensor, scale: Tensor | None, mask: Tensor | None, input_size: list[int],
     filters: int, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:
     batch, channels, height, width = input_size
+    native = _native.kernels(grad_output)
     plan = _conv_plan(
-        (batch, height, width, words_for(channels)), channels, filters, kernel, stride, padding, dilation, groups,
-        "sign", 0,
+        native, (batch, height, width, words_for(channels)), channels, filters, kernel, stride, padding, dilation,
+        groups, "sign", 0,
     )
     _check_grad_output(grad_output, plan.out_size)
     _check_block_weight(weight, channels, groups)
@@ -552,13 +568,19 @@ def _input_grad_cpu(
     grad_output = grad_output.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous()
     mask = None if mask is None else mask.contiguous()
-    grad_input = torch.empty((batch, channels, height, width), memory_format=torch.channels_last)
-    size = _native.cpu.binary_conv2d_input_grad_workspace_bytes(plan.shape)
-    status = _native.cpu.binary_conv2d_input_grad(
-        plan.shape, grad_output.data_ptr(), _pointer(weight, "binary_conv2d_input_grad: weight"),
-        _pointer(scale, "binary_conv2d_input_grad: scale"), 0 if scale is None or scale.numel() == 1 else 1,
-        _pointer(mask, "binary_conv2d_input_grad: mask"), grad_input.data_ptr(), _native.scratch(size),
-        size,
+    grad_input = torch.empty(
+        (batch, channels, height, width),
+        dtype=torch.float32,
+        device=grad_output.device,
+        memory_format=torch.channels_last,
+    )
+    size = native.binary_conv2d_input_grad_workspace_bytes(plan.shape)
+    status = native.binary_conv2d_input_grad(
+        plan.shape, grad_output.data_ptr(), _pointer(weight, grad_output, "binary_conv2d_input_grad: weight"),
+        _pointer(scale, grad_output, "binary_conv2d_input_grad: scale"),
+        0 if scale is None or scale.numel() == 1 else 1,
+        _pointer(mask, grad_output, "binary_conv2d_input_grad: mask"), grad_input.data_ptr(),
+        _native.scratch(size, grad_output), size,
     )
     _native.check("binary_conv2d_input_grad", status)
     return grad_input
@@ -577,28 +599,34 @@ def _input_grad_fake(
 binary_conv2d_input_grad = _oplib.define(
     "binary_conv2d_input_grad(Tensor grad_output, Tensor weight, Tensor? scale, Tensor? mask, SymInt[] input_size, "
     f"{_GEOMETRY}) -> Tensor",
-    cpu=_input_grad_cpu,
+    cpu=_input_grad,
+    cuda=_input_grad,
     fake=_input_grad_fake,
 )
 
 
-def _weight_grad_cpu(
+def _weight_grad(
     grad_output: Tensor, input: Tensor, channels: int, filters: int, kernel: list[int], stride: list[int],
     padding: list[int], dilation: list[int], groups: int, encoding: str, padding_value: int,
 ) -> Tensor:
+    native = _native.kernels(grad_output)
     plan = _conv_plan(
-        input.shape, channels, filters, kernel, stride, padding, dilation, groups, encoding, padding_value
+        native, input.shape, channels, filters, kernel, stride, padding, dilation, groups, encoding, padding_value
     )
     _check_grad_output(grad_output, plan.out_size)
     grad_output = grad_output.contiguous(memory_format=torch.channels_last)
     input = _aligned_groups(input, channels, groups)
     grad_weight = torch.empty(
-        (filters, channels // groups, kernel[0], kernel[1]), memory_format=torch.channels_last
+        (filters, channels // groups, kernel[0], kernel[1]),
+        dtype=torch.float32,
+        device=grad_output.device,
+        memory_format=torch.channels_last,
     )
-    size = _native.cpu.binary_conv2d_weight_grad_workspace_bytes(plan.shape)
-    status = _native.cpu.binary_conv2d_weight_grad(
+    size = native.binary_conv2d_weight_grad_workspace_bytes(plan.shape)
+    status = native.binary_conv2d_weight_grad(
         plan.shape, ENCODINGS[encoding], padding_value, grad_output.data_ptr(),
-        _pointer(input, "binary_conv2d_weight_grad: input"), grad_weight.data_ptr(), _native.scratch(size), size,
+        _pointer(input, grad_output, "binary_conv2d_weight_grad: input"), grad_weight.data_ptr(),
+        _native.scratch(size, grad_output), size,
     )
     _native.check("binary_conv2d_weight_grad", status)
     return grad_weight
@@ -620,7 +648,8 @@ def _weight_grad_fake(
 binary_conv2d_weight_grad = _oplib.define(
     f"binary_conv2d_weight_grad(Tensor grad_output, Tensor input, int channels, {_GEOMETRY}, str encoding, "
     "int padding_value) -> Tensor",
-    cpu=_weight_grad_cpu,
+    cpu=_weight_grad,
+    cuda=_weight_grad,
     fake=_weight_grad_fake,
 )
 
@@ -689,7 +718,7 @@ def _pool_plan(
     return _cached_pool_plan(input.shape, input.dtype, channels, kernel, stride, padding, dilation, ceil_mode, op)
 
 
-def _max_pool_cpu(
+def _max_pool(
     input: Tensor, invert: Tensor | None, channels: int, kernel: list[int], stride: list[int], padding: list[int],
     dilation: list[int], ceil_mode: bool,
 ) -> Tensor:
@@ -703,9 +732,9 @@ def _max_pool_cpu(
         )
     input = input.contiguous()
     invert = None if invert is None else invert.contiguous()
-    output = torch.empty((input.shape[0], height, width, input.shape[3]), dtype=torch.int64)
-    status = _native.cpu.binary_max_pool2d(
-        shape, input.data_ptr(), _pointer(invert, "binary_max_pool2d: invert"), output.data_ptr()
+    output = input.new_empty((input.shape[0], height, width, input.shape[3]))
+    status = _native.kernels(input).binary_max_pool2d(
+        shape, input.data_ptr(), _pointer(invert, input, "binary_max_pool2d: invert"), output.data_ptr()
     )
     _native.check("binary_max_pool2d", status)
     return output
@@ -725,12 +754,13 @@ def _max_pool_fake(
 binary_max_pool2d = _oplib.define(
     "binary_max_pool2d(Tensor input, Tensor? invert, SymInt channels, int[] kernel, int[] stride, int[] padding, "
     "int[] dilation, bool ceil_mode) -> Tensor",
-    cpu=_max_pool_cpu,
+    cpu=_max_pool,
+    cuda=_max_pool,
     fake=_max_pool_fake,
 )
 
 
-def _avg_pool_cpu(
+def _avg_pool(
     input: Tensor, channels: int, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool,
     count_include_pad: bool, divisor_override: int, encoding: str,
 ) -> Tensor:
@@ -738,8 +768,13 @@ def _avg_pool_cpu(
         input, channels, kernel, stride, padding, (1, 1), ceil_mode, "binary_avg_pool2d"
     )
     input = input.contiguous()
-    output = torch.empty((input.shape[0], channels, height, width), memory_format=torch.channels_last)
-    status = _native.cpu.binary_avg_pool2d(
+    output = torch.empty(
+        (input.shape[0], channels, height, width),
+        dtype=torch.float32,
+        device=input.device,
+        memory_format=torch.channels_last,
+    )
+    status = _native.kernels(input).binary_avg_pool2d(
         shape, ENCODINGS[encoding], count_include_pad, divisor_override, input.data_ptr(), output.data_ptr()
     )
     _native.check("binary_avg_pool2d", status)
@@ -765,6 +800,7 @@ def _avg_pool_fake(
 binary_avg_pool2d = _oplib.define(
     "binary_avg_pool2d(Tensor input, SymInt channels, int[] kernel, int[] stride, int[] padding, bool ceil_mode, "
     "bool count_include_pad, int divisor_override, str encoding) -> Tensor",
-    cpu=_avg_pool_cpu,
+    cpu=_avg_pool,
+    cuda=_avg_pool,
     fake=_avg_pool_fake,
 )

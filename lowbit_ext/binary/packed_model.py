@@ -136,14 +136,14 @@ class PackedConv2d(PackedLayer):
         self.register_buffer("bias", bias)
         self.register_buffer("threshold", threshold)
         self.register_buffer("flip", flip)
-        # Private to the active instruction set: made from the words, never stored.
+        # Private to the device and its instruction set: made from the words, never stored.
         self.register_buffer("blocked", weight.blocked, persistent=False)
         self.prepare()
 
     def prepare(self) -> None:
         geometry = self.geometry
         channels = self.shape[1] * geometry.groups
-        self.isa = _native.active_isa()
+        self.isa = _native.kernels(self.words).level
         self.blocked = ops.binary_conv2d_block_weight(self.words, channels, geometry.groups)
         # Looked up once here and not in each call: nn.Module.__getattr__ takes a third of a microsecond a buffer.
         self._before_residual = (self.blocked, self.scale, self.bias)
@@ -153,7 +153,7 @@ class PackedConv2d(PackedLayer):
         )  # fmt: skip
 
     def forward(self, words: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not torch.compiler.is_compiling() and self.isa != _native.active_isa():
+        if not torch.compiler.is_compiling() and self.isa != _native.kernels(words).level:
             self.prepare()
         if residual is not None and residual.dim() < 4:
             shape = residual.shape
