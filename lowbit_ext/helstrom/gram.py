@@ -51,12 +51,17 @@ def gram(a: PackedTensor, b: PackedTensor | None = None, *, out: Tensor | None =
     _check("gram", "b", b)
     if a.channels != b.channels:
         raise ValueError(f"gram: a and b must have the same number of features, got {a.channels} and {b.channels}")
+    device = a.words.device
+    if b.words.device != device:
+        raise ValueError(f"gram: a and b must be on one device, got {device} and {b.words.device}")
+    if not isinstance(out, (Tensor, type(None))):
+        raise TypeError(f"gram: out must be a tensor or None, got {type(out).__name__}")
     symmetric = b is a or b.words is a.words
     shape = (a.shape[0], b.shape[0])
-    products = torch.empty(shape, dtype=torch.int32) if out is None else out
-    if products.dtype != torch.int32 or products.shape != shape or not products.is_cpu:
+    products = torch.empty(shape, dtype=torch.int32, device=device) if out is None else out
+    if products.dtype != torch.int32 or products.shape != shape or products.device != device:
         raise ValueError(
-            f"gram: out must be an int32 tensor {shape} on the CPU, got {products.dtype} {tuple(products.shape)} on "
+            f"gram: out must be an int32 tensor {shape} on {device}, got {products.dtype} {tuple(products.shape)} on "
             f"{products.device}"
         )
     if not products.numel() or not a.channels:
@@ -78,7 +83,7 @@ def gram(a: PackedTensor, b: PackedTensor | None = None, *, out: Tensor | None =
 
 def _ones(like: PackedTensor) -> Tensor:
     """Words (1, W) of a row of ones."""
-    words = torch.full((1, like.words.shape[1]), -1, dtype=torch.int64)
+    words = torch.full((1, like.words.shape[1]), -1, dtype=torch.int64, device=like.words.device)
     if like.channels % WORD_BITS:
         words[0, -1] = (1 << like.channels % WORD_BITS) - 1
     return words
@@ -95,7 +100,7 @@ def transpose(a: PackedTensor) -> PackedTensor:
     """
     _check("transpose", "a", a)
     count, features = a.shape
-    columns = torch.empty((features, words_for(count)), dtype=torch.int64)
+    columns = torch.empty((features, words_for(count)), dtype=torch.int64, device=a.words.device)
     step = _BLOCK  # whole words of the result
     for start in range(0, count, step):
         values = PackedTensor(a.words[start : start + step], features, "step").unpack(torch.bfloat16)
