@@ -3,7 +3,7 @@
 Every estimator gets the same number of decoder evaluations a step, the same data and the same seeds. Reported are the
 bound, the variance of the gradient while training, its variance on one and the same trained model, and the time a
 step. `python examples/discrete_vae.py` takes about four minutes on two cores; `--full` is the whole experiment. JSON
-and plots go to --out.
+and plots go to --out, after every run; runs that are there already, made with the same options, are not made again.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ COLOURS = {
     "arms_s": "#2a8f5b", "vimco": "#8a4fa3", "straight_through": "#c0504d", "double_cv": "#b8a12e",
 }  # fmt: skip
 BOUND_ESTIMATORS = ("vimco", "disarm", "arms_d", "arms_s")  # of the importance-weighted bound
-CURVE_POINTS = 40
+CURVE_POINTS, CURVE_IMAGES = 25, 1000  # evaluations along a run, of as many images
 EVALUATION_SAMPLES = 16  # of the bounds in the tables
 VARIANCE_DATA, VARIANCE_REPEATS = 50, 400  # images, and estimates of each one's gradient, on the trained model
 MOMENT_DECAY = 0.99  # of the running moments of the gradient
@@ -167,7 +167,7 @@ def train(setting: Setting, sets: tuple[Tensor, Tensor], options: argparse.Names
     result = Result(setting, [], [], [], 0.0, 0.0)
     every = max(1, options.steps // CURVE_POINTS)
     batch = options.batch
-    probe = train_images[: min(len(test_images), 2000)]
+    probe = train_images[:CURVE_IMAGES]
     elapsed = 0.0
     for step in range(1, options.steps + 1):
         rows = torch.randint(len(train_images), (batch,), generator=generator)
@@ -183,13 +183,45 @@ def train(setting: Setting, sets: tuple[Tensor, Tensor], options: argparse.Names
         if step % every == 0:
             result.steps.append(step)
             result.train_curve.append(bound(model, probe, setting, 1))
-            result.test_curve.append(bound(model, test_images[:2000], setting, 2))
+            result.test_curve.append(bound(model, test_images[:CURVE_IMAGES], setting, 2))
             progress.advance(every)
     result.train_curve[-1] = bound(model, train_images[:10000], setting, 1)
     result.test_curve[-1] = bound(model, test_images, setting, 2)
     result.running_variance = running.mean()
     result.milliseconds_per_step = elapsed / options.steps * 1e3
     return model, result
+
+
+# --- runs made before ------------------------------------------------------------------------------------------------
+
+
+class Record:
+    """The JSON document of the experiment, written after every run, and what it held before with the same options."""
+
+    _SHAPING = ("steps", "batch", "latents", "learning_rate", "prior_learning_rate")  # options that change a run
+
+    def __init__(self, path: Path, options: argparse.Namespace) -> None:
+        self.path = path
+        self.facts = {"torch": torch.__version__, "options": {key: getattr(options, key) for key in self._SHAPING}}
+        self.runs: dict[Setting, Result] = {}
+        self.variances: dict[str, dict[int, dict[str, float]]] = {}
+        if not path.is_file():
+            return
+        document = json.loads(path.read_text())
+        if {key: document.get(key) for key in self.facts} != self.facts:
+            return
+        for run in document["runs"]:
+            setting = Setting(**run.pop("setting"))
+            self.runs[setting] = Result(setting, **run)
+        for pair, table in document["variances"].items():
+            self.variances[pair] = {int(n): row for n, row in table.items()}
+
+    def write(self) -> None:
+        """Replaces the file as a whole, so that an interruption leaves the older one."""
+        runs = [dataclasses.asdict(run) for run in self.runs.values()]
+        unfinished = self.path.with_suffix(".part")
+        unfinished.write_text(json.dumps({**self.facts, "runs": runs, "variances": self.variances}, indent=1))
+        unfinished.replace(self.path)
 
 
 # --- variance on one model --------------------------------------------------------------------------------------------
@@ -394,12 +426,12 @@ def main() -> None:
     options = parse_arguments()
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
-    results: list[Result] = []
-    variances: dict[str, Any] = {}
+    record = Record(options.out / "discrete_vae.json", options)
     pairs = [(name, model) for name in options.data for model in options.model]
     runs_per_pair = len(settings_of(options, "", ""))
     counters = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     columns = (TextColumn("{task.description:44}"), BarColumn(), *counters)
+    results: list[Result] = []
     with Progress(*columns, console=console, transient=True, refresh_per_second=2) as bar:
         task = bar.add_task("", total=len(pairs) * runs_per_pair * options.steps)
         for name, model_name in pairs:
@@ -408,30 +440,29 @@ def main() -> None:
             except (ImportError, OSError, ValueError) as error:
                 sys.exit(str(error))
             sets = (train_images.flatten(1), test_images.flatten(1))
-            kept: BernoulliVAE | None = None
-            for setting in settings_of(options, name, model_name):
+            pair = f"{name}, {model_name}"
+            for index, setting in enumerate(settings_of(options, name, model_name)):
                 bar.update(task, description=f"{setting.group}: {LABELS[setting.estimator]}, seed {setting.seed}")
-                stepper = _Stepper(bar, task)
-                model, result = train(setting, sets, options, stepper)
-                results.append(result)
-                if setting.objective == "elbo" and setting.estimator == options.estimators[0] and setting.seed == 0:
-                    kept = model
-            assert kept is not None
-            bar.update(task, description=f"{name}, {model_name}: variance on one model")
-            counts = sorted({*options.samples, 8})
-            variances[f"{name}, {model_name}"] = variances_on(kept, sets[1], options.estimators, counts)
-            plot_images(options.out / f"discrete_vae_{name}_{model_name}.png", kept, sets[1], f"{name}, {model_name}")
+                shown = index == 0  # whose pictures and variances stand for the pair
+                if setting in record.runs and not (shown and pair not in record.variances):
+                    bar.advance(task, options.steps)
+                else:
+                    model, record.runs[setting] = train(setting, sets, options, _Stepper(bar, task))
+                    if shown:
+                        bar.update(task, description=f"{pair}: variance on one model")
+                        counts = sorted({*options.samples, 8})
+                        record.variances[pair] = variances_on(model, sets[1], options.estimators, counts)
+                        plot_images(options.out / f"discrete_vae_{name}_{model_name}.png", model, sets[1], pair)
+                    record.write()
+                results.append(record.runs[setting])
     groups = groups_of(results)
     for group, runs in groups.items():
         print_group(console, group, runs)
-    for pair, table in variances.items():
-        print_variances(console, pair, table)
+    for name, model_name in pairs:
+        pair = f"{name}, {model_name}"
+        print_variances(console, pair, record.variances[pair])
     plot_curves(options.out / "discrete_vae_curves.png", groups)
-    facts = {"torch": torch.__version__, "options": {k: str(v) for k, v in vars(options).items()}}
-    document = {**facts, "runs": [dataclasses.asdict(result) for result in results], "variances": variances}
-    path = options.out / "discrete_vae.json"
-    path.write_text(json.dumps(document, indent=1))
-    console.print(f"written: {path} and its plots", highlight=False)
+    console.print(f"written: {record.path} and its plots", highlight=False)
 
 
 if __name__ == "__main__":
