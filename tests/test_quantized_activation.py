@@ -1,12 +1,15 @@
 """Sign, step and ternary activations: values, straight-through gradients, layouts, what they keep."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lowbit_ext import binary, duo
 from lowbit_ext.binary import ops
@@ -120,6 +123,62 @@ def test_compiles_to_one_graph_and_autocasts():
     with torch.autocast("cpu", torch.bfloat16):
         layer = torch.nn.Sequential(torch.nn.Linear(6, 6), duo.TernaryActivation())
         assert layer(torch.randn(2, 6)).dtype == torch.bfloat16
+
+
+def coupled_step(layer, activation, x, autocast):
+    """Gradients of one step, and whether the layer's float input outlived the forward pass."""
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", enabled=autocast):
+        values = activation(x)
+        storage = StorageWeakRef(values.untyped_storage())
+        output = layer(values)
+    del values
+    kept = not storage.expired()
+    (output.float().square().sum() + output.float().sum()).backward()
+    return [x.grad, *(p.grad for p in layer.parameters())], kept
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["conv", "strided", "circular", "linear"])
+def test_coupled_layers_keep_two_bits_of_their_input(kind, dtype, autocast, rng):
+    if kind == "linear":
+        make = partial(duo.CoupledLinear, 70, 9)
+        x = torch.randn(5, 70, generator=rng)
+    else:
+        options = {"conv": {"padding": 1}, "strided": {"stride": 2, "groups": 2, "bias": False}, "circular": {
+            "padding": 1, "padding_mode": "circular"}}[kind]  # fmt: skip
+        make = partial(duo.CoupledConv2d, 70, 8, 3, **options)
+        x = torch.randn(2, 70, 9, 5, generator=rng)
+        if kind == "conv":
+            x = x.to(memory_format=torch.channels_last)
+    x = (x + 0.5).to(dtype)
+    layers = [make(save_codes=save_codes).to(dtype) for save_codes in (True, False)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    (codes, codes_kept), (values, values_kept) = (
+        coupled_step(layer, duo.TernaryActivation(), x, autocast) for layer in layers
+    )
+    assert all(map(torch.equal, codes, values))
+    if kind != "circular" and not (autocast and dtype != torch.bfloat16):  # which convert and keep a copy
+        assert (codes_kept, values_kept) == (False, True)
+
+
+def test_coupled_layers_keep_other_inputs_as_they_are(rng):
+    layer = duo.CoupledLinear(6, 3)
+    x = torch.randn(4, 6, generator=rng)
+    (gradient, *_), kept = coupled_step(layer, nn.Identity(), x, False)
+    assert kept
+    assert gradient.isfinite().all()
+    codes = duo.ternary_activation(torch.randn(4, 6, generator=rng)).requires_grad_()
+    empty = duo.ternary_activation(torch.randn(0, 6, generator=rng)).requires_grad_()
+    for inputs in (codes, empty):
+        output = layer(inputs)
+        first = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)[0]
+        first.square().sum().backward()  # twice differentiable
+    assert torch.func.grad(lambda w: torch.func.functional_call(layer, {"weight": w}, codes).sum())(
+        layer.weight.detach()
+    ).shape == (3, 6)
 
 
 @pytest.mark.parametrize("weight_scale", ["layer", "channel", None])
