@@ -133,6 +133,16 @@ def kernels(tensor: torch.Tensor) -> Any:
     return cuda_kernels(tensor.get_device()) if tensor.is_cuda else cpu
 
 
+def pointer(tensor: torch.Tensor | None, like: torch.Tensor, name: str) -> int:
+    """Address of an argument that must be where `like`, the input, is; 0 where it is absent. `name`: "op: argument"."""
+    if tensor is None:
+        return 0
+    if not (tensor.is_cpu and like.is_cpu) and tensor.device != like.device:
+        place = "the CPU" if like.is_cpu else like.device
+        raise ValueError(f"{name} must be on {place} like the input, got {tensor.device}")
+    return tensor.data_ptr()
+
+
 def available_isas() -> tuple[str, ...]:
     """The instruction-set levels this machine can run, lowest first."""
     return ISA_LEVELS[: ISA_LEVELS.index(cpu.best_isa()) + 1]

@@ -1,16 +1,17 @@
 // exp and log1p in double precision from additions, multiplications, divisions and integer operations alone, each
 // rounded on its own: every compiler, instruction set and device gives the same bits, which no mathematics library
 // promises. Branch-free, so that loops over them vectorise. Errors below 2 units in the last place (tests/cpp).
-// Internal linkage: see layout.h.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "core/inline.h"
+
 namespace lowbit {
 
 // exp(x) for |x| <= 700.
-static inline double exp_double(double x) {
+LOWBIT_INLINE double exp_double(double x) {
   constexpr double kLog2E = 0x1.71547652b82fep+0;
   constexpr double kLn2High = 0x1.62e42fefa3800p-1, kLn2Low = 0x1.ef35793c76730p-45;  // the high part times k is exact
   constexpr double kRound = 0x1.8p52;  // adding it leaves the nearest integer in the low bits
@@ -40,7 +41,7 @@ static inline double exp_double(double x) {
 }
 
 // log(1 + x) for 0 <= x <= 1, as 2 atanh(x / (2 + x)); its argument is at most 1/3, where 17 terms leave 2^-58.
-static inline double log1p_double(double x) {
+LOWBIT_INLINE double log1p_double(double x) {
   const double s = x / (2.0 + x);
   const double t = s * s;
   double sum = 1.0 / 33.0;

@@ -1,11 +1,13 @@
 // Philox4x32-10, a counter-based generator: 128 random bits are a function of a 128-bit counter and a 64-bit key.
-// Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. Internal linkage: see layout.h.
+// Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 //
 // The library's use of it: key = the seed, counter = {element index (64 bits), block, 0}. An element's draws are the
 // outputs of blocks 0, 1, ... in order, so neither the instruction set nor the number of threads changes them.
 #pragma once
 
 #include <cstdint>
+
+#include "core/inline.h"
 
 namespace lowbit {
 
@@ -17,7 +19,7 @@ constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
 // One block. Word is uint32_t or a vector of lanes that has operator^ and the static members `broadcast(uint32_t)` and
 // `multiply(uint32_t, Word, Word& high) -> low`.
 template <class Word>
-static inline void philox(Word (&counter)[kPhiloxOutputs], uint64_t seed) {
+LOWBIT_INLINE void philox(Word (&counter)[kPhiloxOutputs], uint64_t seed) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
     Word high0, high1;

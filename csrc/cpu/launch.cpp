@@ -133,11 +133,7 @@ Status masked_gradient(const MaskedGradientArgs& args) noexcept {
 }
 
 Status antithetic_sample(const AntitheticSampleArgs& args) noexcept {
-  const bool pairs = args.coupling == Coupling::antithetic_pairs;
-  const int64_t least = args.coupling == Coupling::independent ? 1 : 2;
-  if (args.samples < least || args.samples > kMostSamples || (pairs && args.samples % 2 != 0)) {
-    return Status::bad_argument;
-  }
+  if (!valid_sample_count(args)) return Status::bad_argument;
   if (!addressable(args.rows, args.dimensions, args.samples)) return Status::bad_shape;
   std::atomic<bool> finite{true};
   parallel_for(antithetic_sample_items(args), grain_for(kGrainDraws, kWordBits * args.samples),

@@ -4,6 +4,8 @@
 #pragma once
 
 #include "core/ops/align_groups.h"
+#include "core/ops/antithetic_gradient.h"
+#include "core/ops/antithetic_sample.h"
 #include "core/ops/binarize.h"
 #include "core/ops/binary_avg_pool2d.h"
 #include "core/ops/binary_max_pool2d.h"
@@ -17,6 +19,8 @@ struct Stream {
 };
 
 Status align_groups(const AlignGroupsArgs& args, Stream stream) noexcept;
+Status antithetic_gradient(const AntitheticGradientArgs& args, Stream stream) noexcept;
+Status antithetic_sample(const AntitheticSampleArgs& args, Stream stream) noexcept;
 Status binarize(const BinarizeArgs& args, Stream stream) noexcept;
 Status binary_avg_pool2d(const BinaryAvgPool2dArgs& args, Stream stream) noexcept;
 Status binary_max_pool2d(const BinaryMaxPool2dArgs& args, Stream stream) noexcept;

@@ -1,4 +1,4 @@
-"""Operators of the antithetic estimators: schema, fake and CPU launcher of each. Raw: samples.py holds what users call.
+"""Operators of the antithetic estimators: schema, fake and launcher of each. Raw: samples.py holds what users call.
 
 Logits, ratios and gradients are (rows, dimensions) float32; weights (rows, samples) float32. Bits are (rows,
 dimensions) integers, bit i of which is sample i, or words (samples, rows, words) as in packed.py.
@@ -56,7 +56,7 @@ def _check_sample(logits: Tensor, quantile: Tensor | None, samples: int, couplin
         )
 
 
-def _sample_cpu(
+def _sample(
     logits: Tensor, quantile: Tensor | None, samples: int, coupling: str, layout: str, seed: Tensor, offset: int
 ) -> tuple[Tensor, Tensor]:
     _check_sample(logits, quantile, samples, coupling, layout)
@@ -64,11 +64,11 @@ def _sample_cpu(
     logits = logits.contiguous()
     quantile = None if quantile is None else quantile.contiguous()
     size, dtype = _bits_size(rows, dimensions, samples, layout)
-    bits = torch.empty(size, dtype=dtype)
-    ratio = torch.empty((rows, dimensions))
-    status = _native.cpu.antithetic_sample(
+    bits = logits.new_empty(size, dtype=dtype)
+    ratio = logits.new_empty((rows, dimensions))
+    status = _native.kernels(logits).antithetic_sample(
         logits.data_ptr(),
-        0 if quantile is None else quantile.data_ptr(),
+        _native.pointer(quantile, logits, "antithetic_sample: quantile"),
         rows,
         dimensions,
         samples,
@@ -100,7 +100,8 @@ def _sample_fake(
 antithetic_sample = _oplib.define(
     "antithetic_sample(Tensor logits, Tensor? quantile, int samples, str coupling, str layout, Tensor seed, int offset)"
     " -> (Tensor, Tensor)",
-    cpu=_sample_cpu,
+    cpu=_sample,
+    cuda=_sample,
     fake=_sample_fake,
 )
 
@@ -130,19 +131,19 @@ def _check_gradient(
     return rows, samples
 
 
-def _gradient_cpu(bits: Tensor, weight: Tensor, ratio: Tensor | None, dimensions: int, layout: str) -> Tensor:
+def _gradient(bits: Tensor, weight: Tensor, ratio: Tensor | None, dimensions: int, layout: str) -> Tensor:
     rows, samples = _check_gradient(bits, weight, ratio, dimensions, layout)
     bits, weight = bits.contiguous(), weight.contiguous()
     ratio = None if ratio is None else ratio.contiguous()
-    gradient = torch.empty((rows, dimensions))
-    status = _native.cpu.antithetic_gradient(
-        bits.data_ptr(),
+    gradient = weight.new_empty((rows, dimensions))
+    status = _native.kernels(weight).antithetic_gradient(
+        _native.pointer(bits, weight, "antithetic_gradient: bits"),
         LAYOUTS[layout],
         rows,
         dimensions,
         samples,
         weight.data_ptr(),
-        0 if ratio is None else ratio.data_ptr(),
+        _native.pointer(ratio, weight, "antithetic_gradient: ratio"),
         gradient.data_ptr(),
     )
     _native.check("antithetic_gradient", status)
@@ -157,6 +158,7 @@ def _gradient_fake(bits: Tensor, weight: Tensor, ratio: Tensor | None, dimension
 # ratio * sum over samples of weight * bit, (rows, dimensions) float32.
 antithetic_gradient = _oplib.define(
     "antithetic_gradient(Tensor bits, Tensor weight, Tensor? ratio, SymInt dimensions, str layout) -> Tensor",
-    cpu=_gradient_cpu,
+    cpu=_gradient,
+    cuda=_gradient,
     fake=_gradient_fake,
 )

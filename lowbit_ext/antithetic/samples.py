@@ -118,7 +118,8 @@ def sample(
     device do not change them. A slice of rows [a, b) with offset = offset + a * D gives the slice of the samples.
 
     Args:
-        logits: (*batch, D) float32, bfloat16 or float16, finite.
+        logits: (*batch, D) float32, bfloat16 or float16, finite. On a GPU, whose results nobody waits for, others raise
+            no error but have a ratio, and so a gradient, of NaN.
         n: 1 to 64; 2 or more unless independent, even for antithetic_pairs.
         coupling: of the samples of one dimension. "dirichlet" (ARMS-D), "gaussian" (ARMS-N), "systematic" (evenly
             spaced, shuffled in each dimension: the lowest correlation that any coupling can have), "independent"
@@ -147,9 +148,9 @@ def sample(
     if generator is not None and seed is not None:
         raise ValueError("sample: give generator or seed, not both")
     if seed is None:
-        seed = torch.randint(2**63 - 1, (), generator=generator)
+        seed = torch.randint(2**63 - 1, (), generator=generator, device="cpu" if generator is None else generator.device)
     elif not isinstance(seed, Tensor):
-        seed = torch.tensor(seed, dtype=torch.int64)
+        seed = torch.tensor(seed, dtype=torch.int64, device="cpu")
     rows = logits.detach().float().reshape(logits.shape[:-1].numel(), logits.shape[-1])
     quantile = normal_quantile(rows) if coupling == "gaussian" else None
     bits, ratio = ops.antithetic_sample(

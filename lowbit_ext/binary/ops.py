@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit_ext import _native, _oplib
+from lowbit_ext._native import pointer as _pointer
 from lowbit_ext.packed import FLOAT_TYPES, words_for
 
 ENCODINGS = {"sign": 0, "step": 1}  # csrc/core/layout.h
@@ -22,16 +23,6 @@ ENCODINGS = {"sign": 0, "step": 1}  # csrc/core/layout.h
 # What the convolution writes (csrc/core/ops/binary_conv2d.h).
 _OUTPUT_KINDS = {torch.int32: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _BITS_BY_INTEGER, _BITS_BY_FLOAT = 4, 5
-
-
-def _pointer(tensor: Tensor | None, like: Tensor, name: str) -> int:
-    """Address of an argument that must be where `like`, the input, is; 0 where it is absent. `name`: "op: argument"."""
-    if tensor is None:
-        return 0
-    if not (tensor.is_cpu and like.is_cpu) and tensor.device != like.device:
-        place = "the CPU" if like.is_cpu else like.device
-        raise ValueError(f"{name} must be on {place} like the input, got {tensor.device}")
-    return tensor.data_ptr()
 
 
 # --- binarize ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ constexpr Test kTests[] = {
     {"device", test_device},
     {"divisor", test_divisor},
     {"align_groups", test_align_groups},
+    {"antithetic_gradient", test_antithetic_gradient},
+    {"antithetic_sample", test_antithetic_sample},
     {"binarize", test_binarize},
     {"binary_avg_pool2d", test_binary_avg_pool2d},
     {"binary_max_pool2d", test_binary_max_pool2d},

@@ -15,6 +15,8 @@ inline Alignment random_alignment(Random& random) {
 }
 
 void test_align_groups(Random& random, int cases);
+void test_antithetic_gradient(Random& random, int cases);
+void test_antithetic_sample(Random& random, int cases);
 void test_binarize(Random& random, int cases);
 void test_binary_avg_pool2d(Random& random, int cases);
 void test_binary_max_pool2d(Random& random, int cases);

@@ -4,8 +4,6 @@
 // Everything has internal linkage: each level compiles its own copy.
 #pragma once
 
-#include "core/elementary.h"
-#include "core/half.h"
 #include "core/philox.h"
 #include "cpu/antithetic_sample/antithetic_sample.h"
 
@@ -106,14 +104,8 @@ struct Block {
 // What the functions below compute for the 64 elements of a block, one loop a step so that each vectorises.
 using Doubles = double[kWordBits];
 
-// Nearest integers to x in [0, 2^32], at most 2^32 - 1.
-inline void nearest_u32(const Doubles& x, uint32_t* integers) {
-  uint64_t bits[kWordBits];
-  for (int i = 0; i < kWordBits; ++i) {
-    const double shifted = (x[i] < 4294967295.0 ? x[i] : 4294967295.0) + 0x1p52;
-    memcpy(&bits[i], &shifted, sizeof bits[i]);
-  }
-  for (int i = 0; i < kWordBits; ++i) integers[i] = static_cast<uint32_t>(bits[i]);
+inline void nearest_integers(const Doubles& x, uint32_t* integers) {
+  for (int i = 0; i < kWordBits; ++i) integers[i] = nearest_u32(x[i]);
 }
 
 // Probability of low and the draws' threshold in units of 2^-32, and the ratio, by the formulas of the contract. `e` is
@@ -122,36 +114,30 @@ inline void dirichlet(const Doubles& magnitude, const Doubles& e, const Doubles&
                       Doubles& ratio) {
   Doubles both, power;
   for (int i = 0; i < kWordBits; ++i) {
-    const double root = exp_double(-(magnitude[i] + log1p_double(e[i])) / (samples - 1));  // q^(1/(n-1))
+    const double root = dirichlet_root(magnitude[i], e[i], samples);
     threshold[i] = 1.0 - root;
-    const double excess = 2.0 - 1.0 / root;
-    both[i] = power[i] = excess > 0 ? excess : 0;
+    both[i] = power[i] = dirichlet_joint_root(root);
   }
   for (int k = 2; k < samples; ++k) {
     for (int i = 0; i < kWordBits; ++i) power[i] *= both[i];
   }
-  for (int i = 0; i < kWordBits; ++i) ratio[i] = p[i] / (1.0 - power[i]);
+  for (int i = 0; i < kWordBits; ++i) ratio[i] = dirichlet_ratio(p[i], power[i]);
 }
 
 inline void systematic(const Doubles& p, const Doubles& q, int samples, Doubles& threshold, Doubles& whole,
                        Doubles& ratio) {
   for (int i = 0; i < kWordBits; ++i) {
     const double expected = samples * q[i];
-    const double nearest = (expected + 0x1p52) - 0x1p52;
-    whole[i] = nearest - (nearest > expected ? 1.0 : 0.0);
+    whole[i] = systematic_whole(expected);
     threshold[i] = expected - whole[i];
-    const double joint = whole[i] * (2 * expected - whole[i] - 1) / (samples * (samples - 1.0));
-    ratio[i] = q[i] * p[i] / (q[i] - joint);
+    ratio[i] = systematic_ratio(p[i], q[i], expected, whole[i], samples);
   }
 }
 
 inline void prepare_block(const AntitheticSampleArgs& args, Block& block, float* ratios) {
   const int samples = static_cast<int>(args.samples);
   Doubles magnitude, e, p, q, threshold, whole, ratio;
-  for (int i = 0; i < kWordBits; ++i) {
-    const double absolute = bits_to_float(block.logits[i] & 0x7fffffffu);
-    magnitude[i] = absolute < 700 ? absolute : 700;
-  }
+  for (int i = 0; i < kWordBits; ++i) magnitude[i] = logit_magnitude(block.logits[i]);
   for (int i = 0; i < kWordBits; ++i) e[i] = exp_double(-magnitude[i]);
   for (int i = 0; i < kWordBits; ++i) {
     p[i] = 1.0 / (1.0 + e[i]);
@@ -161,10 +147,10 @@ inline void prepare_block(const AntitheticSampleArgs& args, Block& block, float*
   if (args.coupling == Coupling::dirichlet) dirichlet(magnitude, e, p, samples, threshold, ratio);
   if (args.coupling == Coupling::systematic) {
     systematic(p, q, samples, threshold, whole, ratio);
-    nearest_u32(whole, block.whole);
+    nearest_integers(whole, block.whole);
   }
   for (int i = 0; i < kWordBits; ++i) threshold[i] *= 4294967296.0;
-  nearest_u32(threshold, block.threshold);
+  nearest_integers(threshold, block.threshold);
   for (int i = 0; i < kWordBits; ++i) ratios[i] = static_cast<float>(ratio[i]);
 }
 
@@ -243,38 +229,10 @@ inline void draw(const Block& block, int lane, uint64_t seed, int count, Word* d
   }
 }
 
-// Standard normal variable by inversion of (u + 1/2) / 2^32: Wichura, "Algorithm AS 241", PPND7, in float32 operations
-// that are rounded one by one.
-inline float normal_from_bits(uint32_t u) {
-  const uint32_t tail = u < ~u ? u : ~u;
-  const float p = (static_cast<float>(static_cast<int32_t>(tail)) + 0.5f) * 0x1p-32f;  // in (0, 1/2)
-  const float central = 0.5f - p;
-  float r = 0.180625f - central * central;
-  const float inner = central * (((59.109374720f * r + 159.29113202f) * r + 50.434271938f) * r + 3.3871327179f) /
-                      (((67.187563600f * r + 78.757757664f) * r + 17.895169469f) * r + 1.0f);
-  // -log p: p = 2^k m with m in [1, 2), log m = 2 atanh((m - 1) / (m + 1)).
-  const uint32_t bits = float_to_bits(p);
-  const float exponent = static_cast<float>(static_cast<int32_t>(bits >> 23) - 127);
-  const float m = bits_to_float((bits & 0x7fffffu) | 0x3f800000u);
-  const float s = (m - 1.0f) / (m + 1.0f);
-  const float t = s * s;
-  const float atanh = s + s * t * (0.33333333f + t * (0.2f + t * (0.14285714f + t * (0.11111111f + t * 0.09090909f))));
-  const float minus_log = -(exponent * 0.69314718f + 2.0f * atanh);
-  r = __builtin_sqrtf(minus_log);
-  const float near = r - 1.6f, far = r - 5.0f;
-  const float outer = r <= 5.0f
-                          ? (((0.17023821103f * near + 1.3067284816f) * near + 2.7568153900f) * near + 1.4234372777f) /
-                                ((0.12021132975f * near + 0.73700164250f) * near + 1.0f)
-                          : (((0.017337203997f * far + 0.42868294337f) * far + 3.0812263860f) * far + 6.6579051150f) /
-                                ((0.012258202635f * far + 0.24197894225f) * far + 1.0f);
-  const float magnitude = central <= 0.425f ? inner : outer;
-  return u < 0x80000000u ? -magnitude : magnitude;
-}
-
 template <class Word, class Events>
 void gaussian_events(const AntitheticSampleArgs& args, const Block& block, int lane, Word* draws, Events& events) {
   const int samples = static_cast<int>(args.samples);
-  const float widen = __builtin_sqrtf(static_cast<float>(samples) / static_cast<float>(samples - 1));
+  const float widen = gaussian_widening(samples);
   const int64_t start = block.row * args.dimensions + block.first;
   float mean[Word::kLanes] = {}, normal[kMostSamples][Word::kLanes];
   for (int i = 0; i < samples; ++i) {
