@@ -148,7 +148,8 @@ def sample(
     if generator is not None and seed is not None:
         raise ValueError("sample: give generator or seed, not both")
     if seed is None:
-        seed = torch.randint(2**63 - 1, (), generator=generator, device="cpu" if generator is None else generator.device)
+        device = "cpu" if generator is None else generator.device
+        seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
     elif not isinstance(seed, Tensor):
         seed = torch.tensor(seed, dtype=torch.int64, device="cpu")
     rows = logits.detach().float().reshape(logits.shape[:-1].numel(), logits.shape[-1])
