@@ -7,6 +7,8 @@
 #include "core/ops/binarize.h"
 #include "core/ops/binary_avg_pool2d.h"
 #include "core/ops/binary_max_pool2d.h"
+#include "core/ops/masked_gradient.h"
+#include "core/ops/quantized_activation.h"
 #include "core/ops/unpack.h"
 
 namespace lowbit::cuda {
@@ -20,6 +22,8 @@ Status align_groups(const AlignGroupsArgs& args, Stream stream) noexcept;
 Status binarize(const BinarizeArgs& args, Stream stream) noexcept;
 Status binary_avg_pool2d(const BinaryAvgPool2dArgs& args, Stream stream) noexcept;
 Status binary_max_pool2d(const BinaryMaxPool2dArgs& args, Stream stream) noexcept;
+Status masked_gradient(const MaskedGradientArgs& args, Stream stream) noexcept;
+Status quantized_activation(const QuantizedActivationArgs& args, Stream stream) noexcept;
 Status unpack(const UnpackArgs& args, Stream stream) noexcept;
 
 // What CUDA said to this thread's last call that returned Status::cuda_error.
