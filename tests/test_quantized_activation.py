@@ -39,7 +39,7 @@ def numbers(count, dtype, rng):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("levels", ["sign", "step", "ternary"])
-def test_values_and_mask_are_exact(isa, threads, levels, dtype, rng):
+def test_values_and_mask_are_exact(backend, threads, levels, dtype, rng):
     exact = {"sign": binary_reference.sign, "step": reference.step, "ternary": reference.ternary}[levels]
     for count in (*COUNTS, 100_000):
         x = numbers(count, dtype, rng)
@@ -63,7 +63,7 @@ def test_ternary_is_the_mean_of_two_steps(dtype, rng):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("activation", [duo.ternary_activation, duo.step_activation])
-def test_gradient_is_the_surrogate(activation, surrogate, dtype, rng):
+def test_gradient_is_the_surrogate(device, activation, surrogate, dtype, rng):
     x = (torch.randn(3, 7, 5, generator=rng) + 0.5).to(dtype).requires_grad_()
     grad = torch.randn(3, 7, 5, generator=rng).to(dtype)
     (got,) = torch.autograd.grad(activation(x, surrogate), x, grad)
@@ -101,7 +101,7 @@ def test_any_shape_and_memory_order(shape, order, strided, surrogate):
 
 
 @pytest.mark.parametrize("module", [duo.TernaryActivation(), duo.StepActivation(), binary.BinaryActivation()])
-def test_one_bit_an_element_is_kept(module):
+def test_one_bit_an_element_is_kept(device, module):
     saved = []
     x = torch.randn(8, 64, 16, 16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.untyped_storage()) or t, lambda t: t):

@@ -47,5 +47,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("binarize", on_stream(binarize_args, cuda::binarize), unlocked);
   m.def("binary_avg_pool2d", on_stream(binary_avg_pool2d_args, cuda::binary_avg_pool2d), unlocked);
   m.def("binary_max_pool2d", on_stream(binary_max_pool2d_args, cuda::binary_max_pool2d), unlocked);
+  m.def("masked_gradient", on_stream(masked_gradient_args, cuda::masked_gradient), unlocked);
+  m.def("quantized_activation", on_stream(quantized_activation_args, cuda::quantized_activation), unlocked);
   m.def("unpack", on_stream(unpack_args, cuda::unpack), unlocked);
 }

@@ -17,7 +17,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <FloatType kType>
 using BitsOf = std::conditional_t<kType == FloatType::float32, uint32_t, uint16_t>;
@@ -86,14 +85,6 @@ __device__ inline uint32_t is_inside(float x, MaskInterval interval) {
 
 constexpr int kHalves = 2;  // 32-bit halves of a word
 constexpr int kHalfBits = 32;
-
-// ORs the bits of the kLanes neighbouring lanes that hold one half of a word.
-template <int kLanes>
-__device__ inline uint32_t join(uint32_t bits) {
-#pragma unroll
-  for (int lanes = 1; lanes < kLanes; lanes *= 2) bits |= __shfl_xor_sync(kAllLanes, bits, lanes);
-  return bits;
-}
 
 // A warp makes 32 neighbouring halves, one a lane, in kRounds rounds: in each, kLanes lanes load what one half takes.
 // kVector: rows and addresses allow loads of 16 bytes.

@@ -9,6 +9,8 @@
 #include "core/ops/binarize.h"
 #include "core/ops/binary_avg_pool2d.h"
 #include "core/ops/binary_max_pool2d.h"
+#include "core/ops/masked_gradient.h"
+#include "core/ops/quantized_activation.h"
 #include "core/ops/unpack.h"
 
 namespace lowbit::cuda {
@@ -24,6 +26,8 @@ Status antithetic_sample(const AntitheticSampleArgs& args, Stream stream) noexce
 Status binarize(const BinarizeArgs& args, Stream stream) noexcept;
 Status binary_avg_pool2d(const BinaryAvgPool2dArgs& args, Stream stream) noexcept;
 Status binary_max_pool2d(const BinaryMaxPool2dArgs& args, Stream stream) noexcept;
+Status masked_gradient(const MaskedGradientArgs& args, Stream stream) noexcept;
+Status quantized_activation(const QuantizedActivationArgs& args, Stream stream) noexcept;
 Status unpack(const UnpackArgs& args, Stream stream) noexcept;
 
 // What CUDA said to this thread's last call that returned Status::cuda_error.

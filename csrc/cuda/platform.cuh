@@ -20,6 +20,7 @@ Status status_of(cudaError_t error) noexcept;
 int multiprocessors(int device) noexcept;  // -1 where CUDA cannot say
 
 constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Grid {
   dim3 blocks;
@@ -118,6 +119,14 @@ struct alignas(kValues * sizeof(T)) Pack {
   static constexpr int kCount = kValues;
   T values[kValues];
 };
+
+// ORs the bits of kLanes neighbouring lanes of a warp.
+template <int kLanes>
+__device__ inline uint32_t join(uint32_t bits) {
+#pragma unroll
+  for (int lanes = 1; lanes < kLanes; lanes *= 2) bits |= __shfl_xor_sync(kAllLanes, bits, lanes);
+  return bits;
+}
 
 static inline bool is_aligned(const void* pointer, size_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;

@@ -155,8 +155,8 @@ def _activation(
     if x.stride() != output.stride():
         x = torch.empty_like(output).copy_(x)
     count = x.numel()
-    mask = torch.empty(words_for(count), dtype=torch.int64) if with_mask else None
-    status = _native.cpu.quantized_activation(
+    mask = x.new_empty(words_for(count), dtype=torch.int64) if with_mask else None
+    status = _native.kernels(x).quantized_activation(
         x.data_ptr(), FLOAT_TYPES[x.dtype], count, LEVELS[levels], low, high, closed, output.data_ptr(),
         0 if mask is None else mask.data_ptr(),
     )
@@ -164,7 +164,7 @@ def _activation(
     return output, mask
 
 
-def _activation_cpu(x: Tensor, levels: str) -> Tensor:
+def _activation_only(x: Tensor, levels: str) -> Tensor:
     return _activation(x, levels, 0.0, 1.0, False, with_mask=False)[0]
 
 
@@ -175,7 +175,10 @@ def _activation_fake(x: Tensor, levels: str) -> Tensor:
 
 # Elementwise levels in x's dtype and memory order.
 quantized_activation = _oplib.define(
-    "quantized_activation(Tensor x, str levels) -> Tensor", cpu=_activation_cpu, fake=_activation_fake
+    "quantized_activation(Tensor x, str levels) -> Tensor",
+    cpu=_activation_only,
+    cuda=_activation_only,
+    fake=_activation_fake,
 )
 
 
@@ -184,7 +187,7 @@ def _activation_vmap(info: Any, axes: tuple[int, None], x: Tensor, levels: str) 
     return torch.ops.lowbit.quantized_activation.default(x, levels), axes[0]
 
 
-def _activation_with_mask_cpu(
+def _activation_with_mask(
     x: Tensor, levels: str, low: float, high: float, closed: bool
 ) -> tuple[Tensor, Tensor]:
     output, mask = _activation(x, levels, low, high, closed, with_mask=True)
@@ -202,7 +205,8 @@ def _activation_with_mask_fake(
 # The same and, in the same pass, a bit an element in the result's memory order: low < x < high, or with the ends.
 quantized_activation_with_mask = _oplib.define(
     "quantized_activation_with_mask(Tensor x, str levels, float low, float high, bool closed) -> (Tensor, Tensor)",
-    cpu=_activation_with_mask_cpu,
+    cpu=_activation_with_mask,
+    cuda=_activation_with_mask,
     fake=_activation_with_mask_fake,
 )
 
@@ -217,14 +221,15 @@ def _check_masked_gradient(gradient: Tensor, mask: Tensor) -> None:
         )
 
 
-def _masked_gradient_cpu(gradient: Tensor, mask: Tensor) -> Tensor:
+def _masked_gradient(gradient: Tensor, mask: Tensor) -> Tensor:
     _check_masked_gradient(gradient, mask)
     output = torch.empty_like(gradient)
     if gradient.stride() != output.stride():
         gradient = torch.empty_like(output).copy_(gradient)
-    status = _native.cpu.masked_gradient(
+    mask = mask.contiguous()
+    status = _native.kernels(gradient).masked_gradient(
         gradient.data_ptr(), FLOAT_TYPES[gradient.dtype], gradient.numel(),
-        _pointer(mask.contiguous(), gradient, "masked_gradient: mask"), output.data_ptr(),
+        _pointer(mask, gradient, "masked_gradient: mask"), output.data_ptr(),
     )
     _native.check("masked_gradient", status)
     return output
@@ -237,7 +242,10 @@ def _masked_gradient_fake(gradient: Tensor, mask: Tensor) -> Tensor:
 
 # gradient where the bit of mask is 1, else 0; bits in the gradient's memory order.
 masked_gradient = _oplib.define(
-    "masked_gradient(Tensor gradient, Tensor mask) -> Tensor", cpu=_masked_gradient_cpu, fake=_masked_gradient_fake
+    "masked_gradient(Tensor gradient, Tensor mask) -> Tensor",
+    cpu=_masked_gradient,
+    cuda=_masked_gradient,
+    fake=_masked_gradient_fake,
 )
 
 

@@ -1,39 +1,21 @@
-#include <cmath>
-#include <limits>
-
-#include "common.h"
+#include "activation_values.h"
 #include "cpu/masked_gradient/masked_gradient.h"
 #include "cpu/quantized_activation/quantized_activation.h"
 
 namespace lowbit::test {
 namespace {
 
-struct Interval {
-  float low, high;
-  bool closed;
-};
-
-// A number, or one of those next to the thresholds and the interval's ends, or something special.
-float draw(Random& random) {
-  if (random.coin()) return random.normal();
-  const float point =
-      random.pick({-1.0f, -0.5f, -0.0f, 0.0f, 0.25f, 0.5f, 0.75f, 1.0f, NAN, -NAN, INFINITY, -INFINITY});
-  const float direction = random.pick({-INFINITY, INFINITY});
-  return random.coin() ? point : std::nextafter(point, direction);
-}
-
 template <class Value>
 void check(Random& random, FloatType type) {
   const int64_t count = random.pick<int64_t>({0, random.size(640), random.between(1, 3000)});
   const Levels levels = random.pick({Levels::sign, Levels::step, Levels::ternary});
-  const Interval interval =
-      random.pick<Interval>({{-1, 1, true}, {-0.5f, 0.5f, true}, {0, 1, false}, {0.25f, 0.75f, false}});
+  const Interval interval = random_interval(random);
   Buffer<Value> input(count), output(count), pieced(count), gradient(count), masked(count);
   Buffer<uint64_t> mask(words_for(count)), pieced_mask(words_for(count));
   std::vector<Value> expected, expected_masked;
   std::vector<uint64_t> expected_mask(static_cast<size_t>(words_for(count)));
   for (int64_t i = 0; i < count; ++i) {
-    input[i] = static_cast<Value>(rounded_bits(draw(random), type));
+    input[i] = static_cast<Value>(rounded_bits(activation_value(random), type));
     gradient[i] = static_cast<Value>(random.bits());
     const float x = load_float(input.data(), type, i);
     const float level = levels == Levels::sign   ? (x >= 0 ? 1.0f : -1.0f)

@@ -18,6 +18,8 @@ constexpr Test kTests[] = {
     {"binarize", test_binarize},
     {"binary_avg_pool2d", test_binary_avg_pool2d},
     {"binary_max_pool2d", test_binary_max_pool2d},
+    {"masked_gradient", test_masked_gradient},
+    {"quantized_activation", test_quantized_activation},
     {"unpack", test_unpack},
 };
 

@@ -81,4 +81,17 @@ LOWBIT_INLINE ActivationConstants<Key, Bits> activation_constants(const Quantize
   return constants;
 }
 
+template <class Key, class Bits>
+LOWBIT_INLINE Bits level_of(Key key, const ActivationConstants<Key, Bits>& constants) {
+  const bool number = key <= constants.infinity;
+  return number && key >= constants.upper   ? constants.above
+         : number && key >= constants.lower ? constants.between
+                                            : constants.below;
+}
+
+template <class Key, class Bits>
+LOWBIT_INLINE bool in_interval(Key key, const ActivationConstants<Key, Bits>& constants) {
+  return key >= constants.mask_low && key <= constants.mask_high;
+}
+
 }  // namespace lowbit

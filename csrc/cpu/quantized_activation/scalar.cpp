@@ -10,10 +10,8 @@ void activate(const QuantizedActivationArgs& args, int64_t begin, int64_t end) {
     uint64_t mask = 0;
     for (int i = 0; i < kWordBits; ++i) {
       const Key key = ordered_key(input[i]);
-      const bool number = key <= constants.infinity;
-      const bool above = number && key >= constants.upper, between = number && key >= constants.lower;
-      output[i] = above ? constants.above : between ? constants.between : constants.below;
-      mask |= static_cast<uint64_t>(key >= constants.mask_low && key <= constants.mask_high) << i;
+      output[i] = level_of(key, constants);
+      mask |= static_cast<uint64_t>(in_interval(key, constants)) << i;
     }
     return mask;
   });
