@@ -7,6 +7,8 @@ Source: Zhang, Yang, Yao, Yan, Gonzalez and Mahoney, "Improving Semi-supervised 
 Gradient Diversity of Models", IEEE BigData 2021.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from lowbit_ext.federated.augment import strong, weak
 from lowbit_ext.federated.core import (
     Partition,
@@ -25,15 +27,20 @@ from lowbit_ext.federated.rounds import Coordinator, Participant, RoundReport
 from lowbit_ext.federated.simulate import Settings, Simulation, run_round, simulate
 from lowbit_ext.federated.wire import CompressedUpdate, compress, decompress
 
+if TYPE_CHECKING:
+    from lowbit_ext.federated.flower import GroupedAveraging, client_app, server_app
+
 __all__ = [
     "CompressedUpdate",
     "Coordinator",
+    "GroupedAveraging",
     "Participant",
     "Partition",
     "RoundReport",
     "Settings",
     "Simulation",
     "assign_groups",
+    "client_app",
     "compress",
     "consistency_loss",
     "decompress",
@@ -46,7 +53,20 @@ __all__ = [
     "recompute_statistics",
     "replace_batchnorm",
     "run_round",
+    "server_app",
     "simulate",
     "strong",
     "weak",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("GroupedAveraging", "client_app", "server_app"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from lowbit_ext.federated import flower
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in ("flwr", "ray"):
+            raise
+        raise ImportError(f'lowbit_ext.federated.{name} needs Flower: pip install "lowbit-ext[federated]"') from error
+    return getattr(flower, name)

@@ -139,13 +139,19 @@ class Coordinator(Generic[User]):
         self.replies: dict[User, State] = {}
         self.report: RoundReport[User] = RoundReport(-1, [])
 
+    def meet(self, users: Iterable[User]) -> None:
+        """Takes these for all users there are; new ones start from the averaged state."""
+        self.users = list(users)
+        for user in self.users:
+            self.starts.setdefault(user, self.state)
+
     def begin(self, groups: Sequence[Sequence[User]] | None = None) -> list[User]:
         """Starts the next round; returns the users to send to. groups: instead of drawn ones."""
         number = self.report.round + 1
         if groups is None:
             rng = random.Random(f"{self.seed} {number}")
-            drawn = rng.sample(self.users, self.participants)
-            groups = assign_groups(drawn, self.groups, rng)
+            drawn = rng.sample(self.users, min(self.participants, len(self.users)))
+            groups = assign_groups(drawn, min(self.groups, len(drawn)), rng)
         self.report = RoundReport(number, [list(group) for group in groups])
         self.replies = {}
         return [user for group in self.report.groups for user in group]
