@@ -12,9 +12,10 @@ from harness import DTYPE_NAMES, Config, Row, column, measure, percent_of_rate, 
 from lowbit_ext import binary
 
 CAPTION = (
-    "x >= 0, one bit an element; two: x >= 1/4 and x >= 3/4, two bits, as decoupled networks take them. torch: comparison and packing in plain eager torch. Limits are measured on the same "
-    "tensor in the same blocks: bytes read and written by ours a second, against those of a copy between two tensors, "
-    "and against those of a sum, which only reads."
+    "x >= 0, one bit an element; two: x >= 1/4 and x >= 3/4, two bits, as decoupled networks take them. torch: "
+    "comparison and packing in plain eager torch. Limits are measured on the same tensor in the same blocks: bytes "
+    "read and written by ours a second, against those of a copy between two tensors, and against those of a sum, "
+    "which only reads."
 )
 
 @dataclasses.dataclass(frozen=True)
