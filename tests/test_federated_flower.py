@@ -30,7 +30,7 @@ def training(context):
             if fault == "error":
                 raise OSError("battery empty")
             if fault == "late":
-                time.sleep(20)
+                time.sleep(45)
         # "p" tells the test which partition a node has.
         return {"w": state["w"] + 0.5 * (p - state["w"]), "p": torch.full_like(state["p"], p)}
     return run
@@ -54,7 +54,7 @@ def end(strategy):
     found["bytes"] = [[r.bytes_down, r.bytes_up] for r in strategy.reports]
 
 def strategy(context):
-    timeout = 12 if fault == "late" else 120
+    timeout = 30 if fault == "late" else 120
     return Watched(first, server, minimum=4, groups=2, bits=bits, timeout=timeout)
 
 run_simulation(
