@@ -46,6 +46,21 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("antithetic_sample", on_stream(antithetic_sample_args, cuda::antithetic_sample), unlocked);
   m.def("binarize", on_stream(binarize_args, cuda::binarize), unlocked);
   m.def("binary_avg_pool2d", on_stream(binary_avg_pool2d_args, cuda::binary_avg_pool2d), unlocked);
+  m.def("binary_conv2d", on_stream(binary_conv2d_args, cuda::binary_conv2d), unlocked);
+  m.def(
+      "binary_conv2d_block_weight",
+      [](const ConvShape& shape, uintptr_t words, uintptr_t blocked, int device, uintptr_t stream) {
+        return code(cuda::binary_conv2d_block_weight(shape, as<const uint64_t>(words), as<void>(blocked),
+                                                     {device, as<void>(stream)}));
+      },
+      unlocked);
+  m.def("binary_conv2d_weight_bytes",
+        [](const ConvShape& shape, int /*device*/) { return cuda::binary_conv2d_weight_bytes(shape); });
+  m.def("binary_conv2d_workspace_bytes", [](const ConvShape& shape, int encoding, int padding_value, int output_kind,
+                                            int64_t thresholds, int /*device*/) {
+    return cuda::binary_conv2d_workspace_bytes(
+        binary_conv2d_plan_args(shape, encoding, padding_value, output_kind, thresholds));
+  });
   m.def("binary_max_pool2d", on_stream(binary_max_pool2d_args, cuda::binary_max_pool2d), unlocked);
   m.def("masked_gradient", on_stream(masked_gradient_args, cuda::masked_gradient), unlocked);
   m.def("quantized_activation", on_stream(quantized_activation_args, cuda::quantized_activation), unlocked);

@@ -8,6 +8,7 @@
 #include "core/ops/antithetic_sample.h"
 #include "core/ops/binarize.h"
 #include "core/ops/binary_avg_pool2d.h"
+#include "core/ops/binary_conv2d.h"
 #include "core/ops/binary_max_pool2d.h"
 #include "core/ops/masked_gradient.h"
 #include "core/ops/quantized_activation.h"
@@ -25,6 +26,11 @@ Status antithetic_gradient(const AntitheticGradientArgs& args, Stream stream) no
 Status antithetic_sample(const AntitheticSampleArgs& args, Stream stream) noexcept;
 Status binarize(const BinarizeArgs& args, Stream stream) noexcept;
 Status binary_avg_pool2d(const BinaryAvgPool2dArgs& args, Stream stream) noexcept;
+Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, Stream stream) noexcept;
+// Writes the private weight copy from words [filters, kernel_height, kernel_width, words_per_group], tail bits 0.
+Status binary_conv2d_block_weight(const ConvShape& shape, const uint64_t* words, void* blocked, Stream stream) noexcept;
+int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept;  // of that copy, the same for every device
+int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept;
 Status binary_max_pool2d(const BinaryMaxPool2dArgs& args, Stream stream) noexcept;
 Status masked_gradient(const MaskedGradientArgs& args, Stream stream) noexcept;
 Status quantized_activation(const QuantizedActivationArgs& args, Stream stream) noexcept;

@@ -17,6 +17,7 @@ constexpr Test kTests[] = {
     {"antithetic_sample", test_antithetic_sample},
     {"binarize", test_binarize},
     {"binary_avg_pool2d", test_binary_avg_pool2d},
+    {"binary_conv2d", test_binary_conv2d},
     {"binary_max_pool2d", test_binary_max_pool2d},
     {"masked_gradient", test_masked_gradient},
     {"quantized_activation", test_quantized_activation},
