@@ -54,6 +54,7 @@ PYBIND11_MODULE(_cuda, m) {
                                                      {device, as<void>(stream)}));
       },
       unlocked);
+  m.def("binary_conv2d_engine", [](int device) { return std::string(cuda::binary_conv2d_engine(device)); });
   m.def("binary_conv2d_weight_bytes",
         [](const ConvShape& shape, int /*device*/) { return cuda::binary_conv2d_weight_bytes(shape); });
   m.def("binary_conv2d_workspace_bytes", [](const ConvShape& shape, int encoding, int padding_value, int output_kind,

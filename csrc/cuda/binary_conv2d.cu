@@ -318,8 +318,10 @@ bool shares_words(const BinaryConv2dArgs& args) {
   return bits && (unaligned_groups || unaligned_second);
 }
 
+bool has_bit_matrices(int architecture) { return architecture >= 80 && architecture <= 90; }
+
 template <class Engine>
-Status launch_engine(ConvKernelArgs& args, Stream stream) {
+Status launch_blocks(ConvKernelArgs& args, Stream stream) {
   const int64_t filter_blocks = ceil_div(args.filters, Engine::kFilters);
   args.by_filter_blocks = make_divisor(filter_blocks);
   const int64_t blocks = ceil_div(args.pixels, Engine::kPixels) * args.op.shape.groups * filter_blocks;
@@ -327,7 +329,18 @@ Status launch_engine(ConvKernelArgs& args, Stream stream) {
                 stream, args);
 }
 
+Status launch_engine(ConvKernelArgs& args, Stream stream) {
+  const int device_architecture = architecture(stream.device);
+  if (device_architecture < 0) return Status::cuda_error;
+  return has_bit_matrices(device_architecture) ? launch_blocks<TensorEngine>(args, stream)
+                                               : launch_blocks<PopcountEngine>(args, stream);
+}
+
 }  // namespace
+
+const char* binary_conv2d_engine(int device) noexcept {
+  return has_bit_matrices(architecture(device)) ? "mma.sync m16n8k256 and.popc" : "xor and popc";
+}
 
 int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept { return WeightLayout(shape).bytes; }
 
@@ -380,10 +393,10 @@ Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, Stre
   kernel_args.by_out_height = make_divisor(s.out_height);
   kernel_args.by_words = make_divisor(kernel_args.words);
   kernel_args.by_kernel_width = make_divisor(s.kernel_width);
-  if (!shares_words(args)) return launch_engine<PopcountEngine>(kernel_args, stream);
+  if (!shares_words(args)) return launch_engine(kernel_args, stream);
   kernel_args.op.output_kind = ConvOutput::int32;
   kernel_args.op.output = args.workspace;
-  const Status status = launch_engine<PopcountEngine>(kernel_args, stream);
+  const Status status = launch_engine(kernel_args, stream);
   if (status != Status::ok) return status;
   const int64_t row_halves = words_for(args.thresholds * s.filters) * 2;
   const PackKernelArgs pack_args{args, static_cast<const int32_t*>(args.workspace), out_pixels(s) * row_halves,

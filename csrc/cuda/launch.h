@@ -29,6 +29,7 @@ Status binary_avg_pool2d(const BinaryAvgPool2dArgs& args, Stream stream) noexcep
 Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, Stream stream) noexcept;
 // Writes the private weight copy from words [filters, kernel_height, kernel_width, words_per_group], tail bits 0.
 Status binary_conv2d_block_weight(const ConvShape& shape, const uint64_t* words, void* blocked, Stream stream) noexcept;
+const char* binary_conv2d_engine(int device) noexcept;                // what the inner products are made with
 int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept;  // of that copy, the same for every device
 int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept;
 Status binary_max_pool2d(const BinaryMaxPool2dArgs& args, Stream stream) noexcept;
