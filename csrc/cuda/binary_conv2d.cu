@@ -318,8 +318,6 @@ bool shares_words(const BinaryConv2dArgs& args) {
   return bits && (unaligned_groups || unaligned_second);
 }
 
-bool has_bit_matrices(int architecture) { return architecture >= 80 && architecture <= 90; }
-
 template <class Engine>
 Status launch_blocks(ConvKernelArgs& args, Stream stream) {
   const int64_t filter_blocks = ceil_div(args.filters, Engine::kFilters);

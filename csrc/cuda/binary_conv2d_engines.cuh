@@ -84,11 +84,7 @@ struct PopcountEngine {
 struct TensorEngine {
   static constexpr int kPixels = 128, kFilters = 128, kStages = 4;
   static constexpr bool kDisagreements = false;
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1000)
-  static constexpr bool kCompiled = false;
-#else
-  static constexpr bool kCompiled = true;
-#endif
+  static constexpr bool kCompiled = kBitMatrices;
   static constexpr int kRows = 16, kColumns = 8, kWords = 4;  // of one instruction; words of 64 bits
   static constexpr int kDown = 2, kAcross = 8;                // instructions of a warp
   static constexpr int kWarpsAcross = kFilters / (kAcross * kColumns);

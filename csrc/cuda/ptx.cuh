@@ -6,6 +6,14 @@
 
 namespace lowbit::cuda {
 
+// Architectures with one instruction for multiply_bits; newer ones emulate it with eight others.
+static inline bool has_bit_matrices(int architecture) { return architecture >= 80 && architecture <= 90; }
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1000)
+constexpr bool kBitMatrices = false;  // of the architecture that is compiled for
+#else
+constexpr bool kBitMatrices = true;
+#endif
+
 // mma m16n8k256 on bits, the fragments of one lane; with row = lane / 4 and word = lane % 4:
 //   A, 16 rows of 8 words of 32 bits   [0] row, word   [1] row + 8, word   [2] row, word + 4   [3] row + 8, word + 4
 //   B, the same of 8 columns           [0] row, word   [1] row, word + 4
@@ -103,7 +111,7 @@ __device__ inline FragmentA load_matrices(const void* row) {
   return fragment;
 }
 
-// sums += popc(a & b). Architectures from 8.0 to 9.0 have the instruction; newer ones emulate it with eight others.
+// sums += popc(a & b).
 __device__ inline void multiply_bits(FragmentSums& sums, const FragmentA& a, const FragmentB& b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile(
