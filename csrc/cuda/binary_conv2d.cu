@@ -137,6 +137,7 @@ __device__ inline void load_words(const ConvKernelArgs& args, const ConvBlock& b
                                   ConvStage<Engine>& stage, int64_t k, int column) {
   constexpr int kRowThreads = kStageWords / 2;
   constexpr int kRows = kThreads / kRowThreads;  // that are copied at a time
+  static_assert(Engine::kPixels % kRows == 0 && Engine::kFilters % kRows == 0);
   const ConvShape& s = args.op.shape;
   const Division tap = divide_with_remainder(k, args.by_words);
   const Division window = divide_with_remainder(tap.quotient, args.by_kernel_width);
@@ -146,13 +147,15 @@ __device__ inline void load_words(const ConvKernelArgs& args, const ConvBlock& b
   const int tap_row = static_cast<int>(window.quotient), tap_column = static_cast<int>(window.remainder);
   const int first = static_cast<int>(threadIdx.x) / kRowThreads;
 #pragma unroll
-  for (int i = first; i < Engine::kPixels; i += kRows) {
+  for (int row = 0; row < Engine::kPixels; row += kRows) {
+    const int i = row + first;
     const bool valid = k < args.depth && pixels[i].contains(tap_row, tap_column);
     copy_async<kWords * 8>(&stage.pixels[i][column], valid ? pixels[i].origin + offset : args.op.input, valid);
   }
   const uint64_t* weight = static_cast<const uint64_t*>(args.op.weight);
 #pragma unroll
-  for (int i = first; i < Engine::kFilters; i += kRows) {
+  for (int row = 0; row < Engine::kFilters; row += kRows) {
+    const int i = row + first;
     const bool valid = k < args.row_words && block.filter + i < args.filters;
     const int64_t filter = block.group * args.filters + block.filter + i;
     copy_async<kWords * 8>(&stage.filters[i][column], valid ? weight + filter * args.row_words + k : weight, valid);
@@ -258,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 2) binary_conv2d_kernel(ConvKernelAr
     }
     __syncthreads();
     constexpr int kAhead = Engine::kStages - 1;
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kAhead; ++i) {
       if (i * kStageWords < args.depth) load_stage(args, block, shared.pixels, shared.stages[i], i * kStageWords);
       commit_copies();
