@@ -12,9 +12,10 @@ from harness import DTYPE_NAMES, Config, Row, column, measure, percent_of_rate, 
 from lowbit_ext import binary
 
 CAPTION = (
-    "x >= 0, one bit an element. torch: comparison and packing in plain eager torch. Limits are measured on the same "
-    "tensor in the same blocks: bytes read and written by ours a second, against those of a copy between two tensors, "
-    "and against those of a sum, which only reads."
+    "x >= 0, one bit an element; two: x >= 1/4 and x >= 3/4, two bits, as decoupled networks take them. torch: "
+    "comparison and packing in plain eager torch. Limits are measured on the same tensor in the same blocks: bytes "
+    "read and written by ours a second, against those of a copy between two tensors, and against those of a sum, "
+    "which only reads."
 )
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +27,12 @@ class Case:
     size: int
     dtype: torch.dtype
     channels_last: bool
+    two: bool = False  # thresholds
 
     def __str__(self) -> str:
         layout = "NHWC" if self.channels_last else "NCHW"
-        return f"{self.channels}@{self.size} N={self.batch} {DTYPE_NAMES[self.dtype]} {layout}"
+        two = " two" if self.two else ""
+        return f"{self.channels}@{self.size} N={self.batch} {DTYPE_NAMES[self.dtype]} {layout}{two}"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -50,6 +53,7 @@ def cases(quick: bool) -> list[Case]:
     tensors = [(1, 256, 14), (32, 256, 14), (32, 64, 56)]
     dtypes = [torch.float32, torch.bfloat16]
     all_cases = [Case(*tensor, dtype, last) for tensor in tensors for dtype in dtypes for last in (False, True)]
+    all_cases += [Case(32, 64, 56, torch.float32, last, two=True) for last in (False, True)]
     return [case for case in all_cases if not quick or case.dtype == torch.float32 or case.size == 56]
 
 
@@ -59,12 +63,21 @@ def _row(case: Case, config: Config) -> BinarizeRow:
     x = torch.randn(case.batch, case.channels, case.size, case.size).to(case.dtype)
     x = x.contiguous(memory_format=torch.channels_last if case.channels_last else torch.contiguous_format)
     destination = torch.empty_like(x)
-    words = binary.binarize(x).words
-    require_equal(f"binarize {case}", words, peers.torch_pack(x))
+    thresholds = torch.tensor([[0.25], [0.75]]).expand(2, case.channels).contiguous()
+
+    def ours() -> torch.Tensor:
+        packed = binary.binarize(x, "step", threshold=thresholds) if case.two else binary.binarize(x)
+        return packed.words
+
+    def plain() -> torch.Tensor:
+        return peers.torch_pack(torch.cat([x - 0.25, x - 0.75], 1) if case.two else x)
+
+    words = ours()
+    require_equal(f"binarize {case}", words, plain())
     timings = measure(
         {
-            "ours": lambda: binary.binarize(x),
-            "torch": (lambda: peers.torch_pack(x)) if config.peers else None,
+            "ours": ours,
+            "torch": plain if config.peers else None,
             "copy": lambda: destination.copy_(x),
             "read": reading(x),
         },

@@ -128,6 +128,15 @@ __device__ inline uint32_t join(uint32_t bits) {
   return bits;
 }
 
+// One store of 16 bytes. The compiler takes an assigned Pack apart where other stores of its values are near.
+template <class T>
+__device__ inline void store_pack(T* address, const Pack<T>& pack) {
+  static_assert(sizeof pack == sizeof(uint4));
+  uint4 bytes;
+  memcpy(&bytes, &pack, sizeof bytes);
+  __stwb(reinterpret_cast<uint4*>(address), bytes);
+}
+
 static inline bool is_aligned(const void* pointer, size_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }

@@ -31,35 +31,38 @@ __global__ void __launch_bounds__(kThreads) quantized_activation_kernel(Activati
   constexpr int kRounds = kLanes;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t warp_first = int64_t{blockIdx.x} * kBlockElements + threadIdx.x / kWarp * kWarpElements;
+  const int64_t left = args.count - warp_first;
+  const int count = static_cast<int>(left < kWarpElements ? (left > 0 ? left : 0) : kWarpElements);  // of this warp
+  const Bits* input = args.input + warp_first;
+  Bits* output = args.output + warp_first;
   Values values[kRounds];
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
-    const int64_t first = warp_first + (round * kWarp + lane) * Values::kCount;
-    if (args.vector && first + Values::kCount <= args.count) {
-      values[round] = *reinterpret_cast<const Values*>(args.input + first);
+    const int first = (round * kWarp + lane) * Values::kCount;
+    if (args.vector && first + Values::kCount <= count) {
+      values[round] = *reinterpret_cast<const Values*>(input + first);
     } else {
 #pragma unroll
-      for (int i = 0; i < Values::kCount; ++i)
-        values[round].values[i] = first + i < args.count ? args.input[first + i] : 0;
+      for (int i = 0; i < Values::kCount; ++i) values[round].values[i] = first + i < count ? input[first + i] : 0;
     }
   }
   uint32_t mask = 0;
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
-    const int64_t first = warp_first + (round * kWarp + lane) * Values::kCount;
+    const int first = (round * kWarp + lane) * Values::kCount;
     uint32_t inside = 0;
 #pragma unroll
     for (int i = 0; i < Values::kCount; ++i) {
       const Key key = ordered_key(values[round].values[i]);
       values[round].values[i] = level_of(key, args.constants);
-      if (in_interval(key, args.constants) && first + i < args.count) inside |= 1u << i;
+      if (in_interval(key, args.constants) && first + i < count) inside |= 1u << i;
     }
-    if (args.vector && first + Values::kCount <= args.count) {
-      *reinterpret_cast<Values*>(args.output + first) = values[round];
+    if (args.vector && first + Values::kCount <= count) {
+      store_pack(output + first, values[round]);
     } else {
 #pragma unroll
       for (int i = 0; i < Values::kCount; ++i) {
-        if (first + i < args.count) args.output[first + i] = values[round].values[i];
+        if (first + i < count) output[first + i] = values[round].values[i];
       }
     }
     if (args.mask) {

@@ -248,6 +248,10 @@ template <class T>
 void __stcs(T* address, T value) {
   *address = value;
 }
+template <class T>
+void __stwb(T* address, T value) {
+  *address = value;
+}
 
 static inline void __threadfence() {}
 static inline void __threadfence_block() {}

@@ -1,0 +1,492 @@
+"""Federated learning: partition, losses, averages, measures, wire, rounds, faults, simulation."""
+
+import dataclasses
+import itertools
+import math
+import random
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lowbit_ext import federated
+from lowbit_ext.federated import Coordinator, Participant, Settings, run_round, simulate
+
+
+def scalar_state(value):
+    return {"w": torch.tensor([float(value)], dtype=torch.float64)}
+
+
+def random_state(seed, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(seed)
+    return {
+        "conv.weight": torch.randn(5, 3, 3, 3, generator=rng).to(dtype),
+        "bn.running_mean": torch.randn(5, generator=rng).to(dtype),
+        "bn.num_batches_tracked": torch.tensor(seed),
+        "fc.bias": torch.randn(7, generator=rng).to(dtype),
+    }
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_non_iid_level_of_known_cases():
+    assert federated.non_iid_level(torch.full((4, 10), 7)) == 0
+    assert federated.non_iid_level(torch.eye(10, dtype=torch.int64) * 13) == 1
+    # Two pairs of users: within a pair distance 0, across 1/2.
+    counts = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [2, 0, 2, 0]])
+    assert federated.non_iid_level(counts) == pytest.approx(4 / 6 * 0.5)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(("users", "factor"), [(10, 1.0), (20, 0.947), (30, 0.931)])
+def test_partition_reaches_its_level(target, users, factor):
+    labels = torch.arange(10).repeat(1200)[torch.randperm(12_000, generator=torch.Generator().manual_seed(1))]
+    split = federated.partition(labels, users, target, labelled=200, generator=torch.Generator().manual_seed(0))
+    counts = split.counts(labels)
+    assert federated.non_iid_level(counts) == pytest.approx(target * factor, abs=0.01)
+    assert torch.bincount(labels[split.server]).tolist() == [20] * 10
+    indices = torch.cat([split.server, *split.users])
+    assert len(indices.unique()) == len(indices)
+    assert len({len(user) for user in split.users}) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(users=st.integers(1, 12), target=st.floats(0, 1), classes=st.integers(1, 6), seed=st.integers(0, 99))
+def test_partition_of_any_size(users, target, classes, seed):
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.cat([torch.arange(classes).repeat(40), torch.randint(classes, (300,), generator=rng)])
+    split = federated.partition(labels, users, target, labelled=2 * classes, generator=rng)
+    indices = torch.cat([split.server, *split.users])
+    assert len(indices.unique()) == len(indices)
+    assert min(len(user) for user in split.users) >= 1
+
+
+# --- loss -------------------------------------------------------------------------------------------------------------
+
+
+def test_consistency_loss():
+    rng = torch.Generator().manual_seed(0)
+    weak = torch.randn(40, 5, generator=rng, dtype=torch.float64).mul(2).requires_grad_()
+    strong = torch.randn(40, 5, generator=rng, dtype=torch.float64, requires_grad=True)
+    none = federated.consistency_loss(weak, strong, 1.1)
+    none.backward()
+    assert none == 0
+    assert not strong.grad.any()
+    assert weak.grad is None
+    every = federated.consistency_loss(weak, strong, 0.0)
+    assert torch.allclose(every, F.cross_entropy(strong, weak.argmax(1)))
+    some = federated.consistency_loss(weak, strong, 0.7)
+    total = sum(
+        -torch.log_softmax(strong[i], 0)[weak[i].argmax()]
+        for i in range(40) if torch.softmax(weak[i], 0).max() >= 0.7
+    )  # fmt: skip
+    assert torch.allclose(some, total / 40)  # of the whole batch
+    assert federated.consistency_loss(torch.zeros(0, 3), torch.zeros(0, 3)) == 0
+
+
+# --- averages ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_group_is_fedavg_with_server_bit_for_bit():
+    server, users = random_state(0), {k: random_state(k + 1) for k in range(3)}
+    average, (group,) = federated.group_average(server, users, [[0, 1, 2]])
+    for key in ("conv.weight", "fc.bias", "bn.running_mean"):
+        total = server[key].double() + users[0][key].double() + users[1][key].double() + users[2][key].double()
+        assert torch.equal(average[key], (total / 4).float())
+        assert torch.equal(group[key], average[key])
+    assert average["bn.num_batches_tracked"] == 0  # an integer: the server's
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_coefficients(sizes):
+    """A basis vector for each participant: its coordinate of the average is its coefficient."""
+    total, groups_count = sum(sizes), len(sizes)
+    basis = torch.eye(total + 1, dtype=torch.float64)
+    ends = list(itertools.accumulate(sizes))
+    groups = [list(range(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
+    average, _ = federated.group_average({"w": basis[total]}, {k: {"w": basis[k]} for k in range(total)}, groups)
+    for group in groups:
+        for user in group:
+            assert average["w"][user] == pytest.approx(1 / (groups_count * (len(group) + 1)), abs=1e-15)
+    server = sum(1 / (groups_count * (size + 1)) for size in sizes)
+    assert average["w"][total] == pytest.approx(server, abs=1e-15)
+    assert float(average["w"].sum()) == pytest.approx(1, abs=1e-14)
+
+
+def test_groups_of_one_meet_only_the_server_and_equal_models_stay():
+    server, users = scalar_state(8), {k: scalar_state(k) for k in range(4)}
+    _, means = federated.group_average(server, users, [[k] for k in range(4)])
+    assert [float(mean["w"]) for mean in means] == [(8 + k) / 2 for k in range(4)]
+    state = random_state(3)
+    average, means = federated.group_average(state, dict.fromkeys("abc", state), [["a"], ["b", "c"]])
+    for result in (average, *means):
+        assert all(torch.equal(result[key], state[key]) for key in state)
+
+
+def test_batch_norm_statistics_policies():
+    server, users = random_state(0), {0: random_state(1)}
+    average, _ = federated.group_average(server, users, [[0]], "average")
+    assert torch.allclose(average["bn.running_mean"], (server["bn.running_mean"] + users[0]["bn.running_mean"]) / 2)
+    local, _ = federated.group_average(server, users, [[0]], "local")
+    assert torch.equal(local["bn.running_mean"], server["bn.running_mean"])
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3))
+    batches = torch.randn(6, 1, 8, 8).split(3)
+    federated.recompute_statistics(model, batches)
+    outputs = torch.stack([model[0](batch).mean((0, 2, 3)) for batch in batches])
+    assert torch.allclose(model[1].running_mean, outputs.mean(0), atol=1e-6)
+    assert model[1].momentum == 0.1
+
+
+def test_assign_groups():
+    groups = federated.assign_groups(list(range(11)), 3, random.Random(0))
+    assert sorted(user for group in groups for user in group) == list(range(11))
+    assert sorted(map(len, groups)) == [3, 4, 4]
+    assert groups != federated.assign_groups(list(range(11)), 3, random.Random(1))
+    assert [federated.default_groups(n) for n in (1, 10, 47, 100)] == [1, 1, 5, 10]
+
+
+# --- measures ---------------------------------------------------------------------------------------------------------
+
+
+def test_gradient_diversity():
+    same = [{"w": torch.ones(5)}] * 4
+    assert federated.gradient_diversity(same) == pytest.approx(1 / 4)
+    assert federated.gradient_diversity(same, "figures") == pytest.approx(1)
+    orthogonal = [{"w": 3 * row} for row in torch.eye(4)]
+    assert federated.gradient_diversity(orthogonal) == pytest.approx(1)
+    assert federated.gradient_diversity(orthogonal, "figures") == pytest.approx(4)
+    assert federated.gradient_diversity([{"w": torch.ones(1)}, {"w": -torch.ones(1)}]) == math.inf
+    with_norm = [{"w": torch.ones(2), "n": torch.tensor([float(i)])} for i in range(3)]
+    assert federated.gradient_diversity(with_norm, skip={"n"}) == pytest.approx(1 / 3)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Sequential(nn.GroupNorm(1, 2)))
+    assert federated.norm_parameters(model) == {
+        "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked", "2.0.weight", "2.0.bias"
+    }  # fmt: skip
+
+
+def test_replace_batchnorm():
+    model = nn.Sequential(nn.Conv2d(3, 48, 3), nn.BatchNorm2d(48, eps=1e-3), nn.Sequential(nn.BatchNorm2d(48)))
+    nn.init.uniform_(model[1].weight)
+    replaced = federated.replace_batchnorm(model)
+    assert isinstance(replaced[1], nn.GroupNorm)
+    assert (replaced[1].num_groups, replaced[1].eps) == (24, 1e-3)  # 32 does not divide 48
+    assert torch.equal(replaced[1].weight, model[1].weight)
+    assert isinstance(replaced[2][0], nn.GroupNorm)
+    assert isinstance(model[1], nn.BatchNorm2d)  # the model given is left alone
+    assert replaced(torch.randn(2, 3, 8, 8)).shape == (2, 48, 6, 6)
+    assert isinstance(federated.replace_batchnorm(nn.BatchNorm2d(5)), nn.GroupNorm)
+
+
+# --- augmentation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("augment", [federated.weak, federated.strong])
+def test_augmentations_are_reproducible_and_keep_range(augment):
+    images = torch.rand(64, 3, 28, 20, generator=torch.Generator().manual_seed(0))
+    first = augment(images, torch.Generator().manual_seed(1))
+    assert torch.equal(first, augment(images, torch.Generator().manual_seed(1)))
+    assert not torch.equal(first, augment(images, torch.Generator().manual_seed(2)))
+    assert first.shape == images.shape
+    assert (float(first.min()), float(first.max())) >= (0.0, 0.0)
+    assert float(first.max()) <= 1 + 1e-6
+    assert augment(images[:0]).shape == (0, 3, 28, 20)
+    assert augment(images[:3].bfloat16()).dtype == torch.bfloat16
+
+
+def test_weak_shifts_and_flips():
+    images = torch.arange(16.0 * 16).reshape(1, 1, 16, 16).expand(500, -1, -1, -1) / 256
+    result = federated.weak(images, torch.Generator().manual_seed(0))
+    rising = result[:, 0, 8, 8] < result[:, 0, 8, 9]
+    assert 0.4 < float(rising.float().mean()) < 0.6  # half are mirrored
+    plain = federated.weak(images, torch.Generator().manual_seed(0), flip=False)
+    shifts = ((plain[:, 0, 8, 8] - images[:, 0, 8, 8]) * 256).round().long()
+    assert set(shifts.tolist()) == {16 * dy + dx for dy in range(-2, 3) for dx in range(-2, 3)}
+
+
+# --- wire -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("count", [64, 255, 256, 257, 1001])
+@pytest.mark.parametrize("bits", [4, 1])
+def test_wire_round_trip(bits, count, dtype):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(dtype)
+    packed, residual = federated.compress({"w": values, "n": torch.tensor(3)}, bits)
+    update = federated.decompress(packed)
+    assert update["w"].dtype == dtype
+    assert update["n"] == 3
+    assert torch.allclose(update["w"] + residual["w"], values, atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    for group, sent in zip(values.double().split(256), update["w"].double().split(256), strict=True):
+        if bits == 4:
+            step = group.abs().max() / 7
+            assert (group - sent).abs().max() <= step * 0.52 + 7 * step * 2**-7  # half a step, the scale's rounding
+        else:
+            assert torch.equal(sent >= 0, group >= 0)
+            assert sent.abs().mean() == pytest.approx(float(group.abs().mean()), rel=2**-7)
+    assert packed.codes["w"].numel() == -(-count * bits // 8)
+    zero, _ = federated.compress({"w": torch.zeros(300)}, bits)
+    assert not federated.decompress(zero)["w"].any()
+
+
+def test_wire_bytes():
+    state = {"w": torch.randn(100_000), "bias": torch.randn(10)}
+    assert federated.compress(state, 4)[0].nbytes <= 400_040 / 7.5
+    assert federated.compress(state, 1)[0].nbytes <= 400_040 / 28
+    assert federated.compress(state, 32)[0].nbytes == 400_040
+
+
+def test_error_feedback_sends_everything_in_the_end():
+    """The same update each time: what arrives, averaged, tends to it with feedback and stays wrong without."""
+    wanted = {"w": torch.randn(512, generator=torch.Generator().manual_seed(0))}
+    errors = {}
+    for feedback in (True, False):
+        residual, arrived = None, torch.zeros(512)
+        for _ in range(1000):
+            packed, residual = federated.compress(wanted, 1, feedback, residual)
+            arrived += federated.decompress(packed)["w"]
+        errors[feedback] = float((arrived / 1000 - wanted["w"]).norm() / wanted["w"].norm())
+    assert errors[True] < 0.05
+    assert errors[False] > 0.5  # the signs alone, sqrt(1 - 2/pi) for normal values
+
+
+# --- rounds -----------------------------------------------------------------------------------------------------------
+
+GROUPS = [[0, 1], [2, 3]]
+
+
+def towards(target):
+    return lambda state, number: {"w": state["w"] + 0.5 * (target - state["w"])}
+
+
+def plain_loop(rounds):
+    """The five rounds of the check in plain arithmetic."""
+    server, users = 0.0, [0.0] * 4
+    for _ in range(rounds):
+        moved = server + 0.5 * (10 - server)
+        trained = [value + 0.5 * (p - value) for p, value in enumerate(users)]
+        means = [(moved + sum(trained[k] for k in group)) / (len(group) + 1) for group in GROUPS]
+        for mean, group in zip(means, GROUPS, strict=True):
+            for k in group:
+                users[k] = mean
+        server = sum(means) / len(means)
+    return server
+
+
+def drive(rounds, users=None, groups=GROUPS, **options):
+    coordinator = Coordinator(scalar_state(0), range(4), groups=2, **options)
+    participants = {k: Participant() for k in range(4)}
+    trainings = {k: towards(k) for k in range(4)} | (users or {})
+    reports = [
+        run_round(coordinator, participants, towards(10), trainings, groups=groups, deadline=0.5)
+        for _ in range(rounds)
+    ]
+    return coordinator, reports
+
+
+def test_driver_equals_a_plain_loop():
+    coordinator, reports = drive(5)
+    assert float(coordinator.state["w"]) == pytest.approx(plain_loop(5), abs=1e-12)
+    assert [report.round for report in reports] == list(range(5))
+    assert all(report.bytes_up == report.bytes_down == 4 * 8 for report in reports)
+    # The first round by hand: v = 5 of the server, p/2 of the users.
+    for_group = [(25 + 0 + 0.25) / 5.5**2, (25 + 1 + 2.25) / 7.5**2]
+    assert reports[0].diversity == pytest.approx(sum(for_group) / 2)
+    assert reports[0].normalised_diversity == pytest.approx(3 * sum(for_group) / 2)
+
+
+def slow(state, number):
+    time.sleep(0.6)
+    return state
+
+
+def broken(state, number):
+    raise OSError("battery empty")
+
+
+FAULTS = {
+    "never answers": (lambda state, number: None, "no answer"),
+    "late": (slow, "later than 0.5 s"),
+    "NaN": (lambda state, number: {"w": state["w"] * math.nan}, "user 1: w has a NaN or an infinity"),
+    "shape": (lambda state, number: {"w": torch.zeros(2, dtype=torch.float64)},
+              "user 1: w must be torch.float64 (1,), got torch.float64 (2,)"),
+    "names": (lambda state, number: {"v": state["w"]},
+              "user 1 has other tensors than the server's model: v, w"),
+    "exception": (broken, "OSError: battery empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_lost_user_does_not_harm_the_round(fault):
+    training, reason = FAULTS[fault]
+    coordinator, (report,) = drive(1, {1: training})
+    assert report.lost == {1: reason}
+    means = [(5 + 0) / 2, (5 + 1 + 1.5) / 3]  # as if user 1 had not been drawn
+    assert float(coordinator.state["w"]) == pytest.approx(sum(means) / 2, abs=1e-14)
+    assert float(coordinator.starts[1]["w"]) == means[0]
+    run_round(coordinator, {k: Participant() for k in range(4)}, towards(10), {k: towards(k) for k in range(4)})
+
+
+def test_a_group_of_which_nobody_arrives():
+    silent = FAULTS["never answers"][0]
+    coordinator, (report,) = drive(1, {0: silent, 1: silent})
+    assert set(report.lost) == {0, 1}
+    assert float(coordinator.state["w"]) == pytest.approx((5 + 1 + 1.5) / 3)
+    assert torch.equal(coordinator.starts[0]["w"], coordinator.state["w"])
+
+
+def test_no_reply_at_all_raises_and_keeps_the_state():
+    coordinator = Coordinator(scalar_state(0), range(2), groups=1)
+    silent = dict.fromkeys(range(2), FAULTS["never answers"][0])
+    with pytest.raises(RuntimeError, match=r"round 0: no user's update could be used \(0: no answer; 1: no answer\)"):
+        run_round(coordinator, {k: Participant() for k in range(2)}, towards(10), silent)
+    assert float(coordinator.state["w"]) == 0
+
+
+@pytest.mark.parametrize("bits", [4, 1])
+def test_packed_differences_stay_together(bits):
+    """Users that do not train: both ends of the wire hold the same, which tends to the server's model."""
+    rng = torch.Generator().manual_seed(0)
+    target = {"w": torch.randn(600, generator=rng)}
+    coordinator = Coordinator({"w": torch.zeros(600)}, range(2), groups=1, bits=bits)
+    participants = {k: Participant(bits) for k in range(2)}
+    for _ in range(100):
+        run_round(coordinator, participants, lambda state, number: target, {k: lambda s, n: s for k in range(2)})
+        for k in range(2):
+            assert torch.equal(participants[k].received["w"], coordinator.held[k]["w"])
+    start = float(target["w"].norm())
+    assert float((coordinator.state["w"] - target["w"]).norm()) < 0.1 * start
+
+
+def test_partial_participation_and_draws():
+    coordinator = Coordinator(scalar_state(0), range(10), groups=2, participants=4, seed=5)
+    drawn = [sorted(coordinator.begin()) for _ in range(1)]
+    again = Coordinator(scalar_state(0), range(10), groups=2, participants=4, seed=5)
+    assert sorted(again.begin()) == drawn[0]
+    assert len(drawn[0]) == 4
+    assert [len(group) for group in again.report.groups] == [2, 2]
+
+
+# --- simulation -------------------------------------------------------------------------------------------------------
+
+
+def small_problem(norm=True):
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
+    labels = torch.from_numpy(digits.target).long()
+    split = federated.partition(labels, 4, 0.4, labelled=100, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3, padding=1), *([nn.BatchNorm2d(8)] if norm else []), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(512, 10))
+    users = [images[user] for user in split.users]
+    return model, (images[split.server], labels[split.server]), users, [labels[user] for user in split.users]
+
+
+BASE = Settings(rounds=3, steps=2, groups=2, batch=16, flip=False, threshold=0.5, seed=1)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"statistics": "local"}, {"statistics": "recompute"}, {"bits": 4}, {"bits": 1, "groups": 1},
+    {"objective": "self_training", "warm_up": 5, "participants": 3}, {"alternate": 2}, {"alternate": 2, "groups": 1},
+    {"drop": 0.3},
+], ids=str)  # fmt: skip
+def test_simulation_is_deterministic_and_resumes(changes, tmp_path):
+    model, server, users, labels = small_problem()
+    chosen = dataclasses.replace(BASE, **changes)
+    whole = simulate(model, server, users, chosen, user_labels=labels, test=server)
+    assert len(whole.history) == 3
+    assert all(torch.isfinite(tensor).all() for tensor in whole.state.values())
+    path = tmp_path / "run.pt"
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(report):
+        if report.round == 1:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        simulate(model, server, users, chosen, user_labels=labels, test=server, checkpoint=path, on_round=stop)
+    resumed = simulate(model, server, users, chosen, user_labels=labels, test=server, checkpoint=path)
+    assert all(torch.equal(resumed.state[key], whole.state[key]) for key in whole.state)
+    assert resumed.history == whole.history
+    assert 0 <= whole.history[-1].measures["accuracy"] <= 1
+    with pytest.raises(ValueError, match="holds a run of other settings"):
+        simulate(model, server, users, dataclasses.replace(chosen, seed=9), checkpoint=path)
+
+
+def test_training_learns_digits():
+    model, server, users, labels = small_problem(norm=False)
+    test = (torch.cat(users), torch.cat(labels))
+    chosen = dataclasses.replace(BASE, rounds=10, steps=8, warm_up=300, batch=32, threshold=0.8, learning_rate=0.2)
+    result = simulate(model, server, users, chosen, user_labels=labels, test=test, test_every=5)
+    assert [i for i, report in enumerate(result.history) if "accuracy" in report.measures] == [4, 9]
+    assert result.history[-1].measures["accuracy"] > 0.8
+    assert result.history[-1].measures["label_accuracy"] > 0.8
+    assert result.history[-1].normalised_diversity >= 1
+
+
+# --- wrong calls ------------------------------------------------------------------------------------------------------
+
+LABELS = torch.arange(4).repeat(10)
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [
+    (lambda: federated.partition([1, 2], 2, 0.5, labelled=0), TypeError,
+     "partition: labels must be an int64 tensor (N,) with at least one sample"),
+    (lambda: federated.partition(LABELS, 2, 1.5, labelled=0), ValueError,
+     "partition: non_iid must be between 0 and 1, got 1.5"),
+    (lambda: federated.partition(LABELS, 2, 0.5, labelled=3), ValueError,
+     "partition: labelled must be a multiple of the 4 classes, got 3"),
+    (lambda: federated.partition(LABELS, 2, 0.0, labelled=4, per_user=50), ValueError,
+     "partition: 40 samples allow at most 14 a user beside 4 of the server, got per_user 50"),
+    (lambda: federated.non_iid_level(torch.ones(1, 3)), ValueError,
+     "non_iid_level: counts must be (users, classes) of at least 2 users, got (1, 3)"),
+    (lambda: federated.non_iid_level(torch.tensor([[0, 0], [1, 1]])), ValueError,
+     "non_iid_level: every user must have samples, and no count may be negative"),
+    (lambda: federated.consistency_loss(torch.zeros(2, 3), torch.zeros(3, 3)), ValueError,
+     "consistency_loss: both logits must be (N, classes), got (2, 3) and (3, 3)"),
+    (lambda: federated.assign_groups([1, 2], 3, random.Random()), ValueError,
+     "assign_groups: groups must be 1 to 2, the number of users, got 3"),
+    (lambda: federated.group_average(scalar_state(0), {1: scalar_state(0)}, [[1], [1]]), ValueError,
+     "group_average: groups must hold every user exactly once and no group may be empty"),
+    (lambda: federated.group_average(scalar_state(0), {1: {"w": torch.zeros(1)}}, [[1]]), ValueError,
+     "group_average: user 1: w must be torch.float64 (1,), got torch.float32 (1,)"),
+    (lambda: federated.group_average(scalar_state(0), {1: scalar_state(0)}, [[1]], "mean"), ValueError,
+     "group_average: statistics must be one of average, local, recompute, got 'mean'"),
+    (lambda: federated.gradient_diversity([]), ValueError, "gradient_diversity: at least one update is needed"),
+    (lambda: federated.gradient_diversity([{}], "l2"), ValueError,
+     "gradient_diversity: norm must be 'paper' or 'figures', got 'l2'"),
+    (lambda: federated.replace_batchnorm(nn.ReLU(), 0), ValueError,
+     "replace_batchnorm: groups must be at least 1, got 0"),
+    (lambda: federated.weak(torch.zeros(3, 3)), TypeError,
+     "weak: images must be a floating point tensor (N, C, H, W)"),
+    (lambda: federated.strong(torch.zeros(1, 1, 4, 4), magnitude=31), ValueError,
+     "strong: magnitude must be 0 to 30, got 31"),
+    (lambda: federated.compress({}, 2), ValueError, "compress: bits must be one of 1, 4, 32, got 2"),
+    (lambda: federated.compress({"w": torch.full((70,), math.nan)}), ValueError,
+     "compress: w has a NaN or an infinity"),
+    (lambda: federated.decompress(dataclasses.replace(
+        federated.compress({"w": torch.ones(70)})[0], shapes={"w": (80,)})), ValueError,
+     "decompress: w of 80 elements has 35 bytes and 1 scales"),
+    (lambda: Coordinator(scalar_state(0), [1, 2], participants=3), ValueError,
+     "Coordinator: participants must be 1 to 2, the number of users, got 3"),
+    (lambda: Coordinator(scalar_state(0), [1, 2], groups=3), ValueError,
+     "Coordinator: groups must be 1 to 2 participants, got 3"),
+    (lambda: Coordinator(scalar_state(0), [1], statistics="recompute"), ValueError,
+     'Coordinator: recompute must be given for statistics "recompute" and for no other'),
+    (lambda: Settings(rounds=1, objective="mixup"), ValueError,
+     "Settings: objective must be one of consistency, self_training, got 'mixup'"),
+    (lambda: Settings(rounds=-1), ValueError, "Settings: rounds must not be negative, got -1"),
+    (lambda: simulate(nn.ReLU(), (torch.zeros(1), torch.zeros(1)), [], Settings(1)), ValueError,
+     "simulate: there must be users, and each must have images"),
+])  # fmt: skip
+def test_wrong_calls(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message
