@@ -20,7 +20,8 @@ def _cuda_device(index: int) -> str:
     """Name of a device and what its kernels are chosen by."""
     name = torch.cuda.get_device_name(index)
     try:
-        return f"{name} ({_native.cuda_kernels(index).level})"
+        kernels = _native.cuda_kernels(index)
+        return f"{name} ({kernels.level}, convolution by {kernels.binary_conv2d_engine()})"
     except RuntimeError as error:
         return f"{name} ({error})"
 

@@ -58,7 +58,7 @@ def test_bits_of_every_layout(backend, channels, dtype, rng):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", CHANNELS)
-def test_two_thresholds_a_channel(isa, channels, dtype, rng):
+def test_two_thresholds_a_channel(backend, channels, dtype, rng):
     threshold = torch.randn(2, channels, generator=rng)
     flip = torch.rand(2, channels, generator=rng) < 0.3
     image = values((2, channels, 5, 13), rng, dtype)

@@ -16,6 +16,7 @@
 #include "core/ops/binary_conv2d_weight_grad.h"
 #include "core/ops/binary_max_pool2d.h"
 #include "core/ops/masked_gradient.h"
+#include "core/ops/popcount_peak.h"
 #include "core/ops/quantized_activation.h"
 #include "core/ops/unpack.h"
 
@@ -170,6 +171,10 @@ inline BinaryConv2dWeightGradArgs binary_conv2d_weight_grad_args(const ConvShape
           as<const uint64_t>(input),
           as<float>(grad_weight),
           as<void>(workspace)};
+}
+
+inline PopcountPeakArgs popcount_peak_args(int64_t iterations, uintptr_t counts) {
+  return {iterations, as<uint32_t>(counts)};
 }
 
 }  // namespace lowbit::bind

@@ -54,6 +54,7 @@ PYBIND11_MODULE(_cuda, m) {
                                                      {device, as<void>(stream)}));
       },
       unlocked);
+  m.def("binary_conv2d_engine", [](int device) { return std::string(cuda::binary_conv2d_engine(device)); });
   m.def("binary_conv2d_weight_bytes",
         [](const ConvShape& shape, int /*device*/) { return cuda::binary_conv2d_weight_bytes(shape); });
   m.def("binary_conv2d_workspace_bytes", [](const ConvShape& shape, int encoding, int padding_value, int output_kind,
@@ -63,6 +64,9 @@ PYBIND11_MODULE(_cuda, m) {
   });
   m.def("binary_max_pool2d", on_stream(binary_max_pool2d_args, cuda::binary_max_pool2d), unlocked);
   m.def("masked_gradient", on_stream(masked_gradient_args, cuda::masked_gradient), unlocked);
+  m.def("popcount_peak", on_stream(popcount_peak_args, cuda::popcount_peak), unlocked);
+  m.def("popcount_peak_bytes", &cuda::popcount_peak_bytes);
+  m.def("popcount_peak_operations", &cuda::popcount_peak_operations);
   m.def("quantized_activation", on_stream(quantized_activation_args, cuda::quantized_activation), unlocked);
   m.def("unpack", on_stream(unpack_args, cuda::unpack), unlocked);
 }

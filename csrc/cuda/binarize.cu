@@ -24,6 +24,7 @@ using BitsOf = std::conditional_t<kType == FloatType::float32, uint32_t, uint16_
 struct BinarizeKernelArgs {
   BinarizeArgs op;
   MaskInterval mask_interval;
+  int64_t bits;  // of a pixel: two thresholds give two a channel
   int64_t row_words;
   int64_t count;        // channels-last: halves of words; planar: pixels
   Divisor by_row;       // channels-last: halves of a row
@@ -43,22 +44,26 @@ __device__ inline Threshold make_threshold(float value, bool flip) {
   return {bits_to_float(float_to_bits(value) ^ sign), sign};
 }
 
-__device__ inline Threshold channel_threshold(const BinarizeArgs& args, int64_t channel) {
-  return make_threshold(threshold_of(args, channel), args.flip && args.flip[channel]);
+__device__ inline Threshold bit_threshold(const BinarizeArgs& args, int64_t bit) {
+  return make_threshold(threshold_of(args, bit), args.flip && args.flip[bit]);
 }
 
-// Those of kCount neighbouring channels, of which `valid` exist; kVector: all do, at addresses for 16-byte loads.
+__device__ inline int64_t channel_of(const BinarizeArgs& args, int64_t bit) {
+  return bit < args.channels ? bit : bit - args.channels;
+}
+
+// Those of kCount neighbouring bits, of which `valid` exist; kVector: all do, at addresses for 16-byte loads.
 template <int kCount, bool kVector>
-__device__ inline void channel_thresholds(const BinarizeArgs& args, int64_t channel, int64_t valid,
-                                          Threshold (&thresholds)[kCount]) {
+__device__ inline void bit_thresholds(const BinarizeArgs& args, int64_t bit, int64_t valid,
+                                      Threshold (&thresholds)[kCount]) {
   if constexpr (kVector) {
     Pack<float> values[kCount / 4];
     Pack<uint8_t, kCount> flips{};
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) {
-      if (args.threshold) values[i] = reinterpret_cast<const Pack<float>*>(args.threshold + channel)[i];
+      if (args.threshold) values[i] = reinterpret_cast<const Pack<float>*>(args.threshold + bit)[i];
     }
-    if (args.flip) flips = *reinterpret_cast<const Pack<uint8_t, kCount>*>(args.flip + channel);
+    if (args.flip) flips = *reinterpret_cast<const Pack<uint8_t, kCount>*>(args.flip + bit);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const float value = args.threshold ? values[i / 4].values[i % 4] : args.common_threshold;
@@ -67,7 +72,7 @@ __device__ inline void channel_thresholds(const BinarizeArgs& args, int64_t chan
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (i < valid) thresholds[i] = channel_threshold(args, channel + i);
+      if (i < valid) thresholds[i] = bit_threshold(args, bit + i);
     }
   }
 }
@@ -99,20 +104,22 @@ __global__ void __launch_bounds__(kThreads) binarize_channels_last_kernel(Binari
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t warp_first = (int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp) * kWarp;
   Loaded values[kRounds];
-  int64_t channels[kRounds];  // of each round's first value; past the end where there is none
+  int64_t first_bits[kRounds];  // of each round; past the end where there is none
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
     const int64_t half = warp_first + round * kHalvesPerRound + lane / kLanes;
     const Division place = divide_with_remainder(half, args.by_row);
-    const int64_t channel = place.remainder * kHalfBits + lane % kLanes * Loaded::kCount;
-    channels[round] = half < args.count ? channel : args.op.channels;
-    const Bits* from = input + place.quotient * args.op.channels + channel;
+    const int64_t bit = place.remainder * kHalfBits + lane % kLanes * Loaded::kCount;
+    first_bits[round] = half < args.count ? bit : args.bits;
+    const Bits* from = input + place.quotient * args.op.channels;
     if constexpr (kVector) {
-      if (channels[round] < args.op.channels) values[round] = *reinterpret_cast<const Loaded*>(from);
+      if (first_bits[round] < args.bits) {
+        values[round] = *reinterpret_cast<const Loaded*>(from + channel_of(args.op, bit));
+      }
     } else {
 #pragma unroll
       for (int i = 0; i < Loaded::kCount; ++i) {
-        if (channels[round] + i < args.op.channels) values[round].values[i] = from[i];
+        if (first_bits[round] + i < args.bits) values[round].values[i] = from[channel_of(args.op, bit + i)];
       }
     }
   }
@@ -124,9 +131,9 @@ __global__ void __launch_bounds__(kThreads) binarize_channels_last_kernel(Binari
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
     uint32_t bits = 0, inside = 0;
-    const int64_t valid = args.op.channels - channels[round];
+    const int64_t valid = args.bits - first_bits[round];
     if (valid > 0) {
-      if (!common) channel_thresholds<Loaded::kCount, kVector>(args.op, channels[round], valid, thresholds);
+      if (!common) bit_thresholds<Loaded::kCount, kVector>(args.op, first_bits[round], valid, thresholds);
 #pragma unroll
       for (int i = 0; i < Loaded::kCount; ++i) {
         if (!kVector && i >= valid) continue;
@@ -160,7 +167,7 @@ struct Planar {
   static constexpr int kPixels = kVector ? Pack<Bits>::kCount : 2;  // of a thread
   static constexpr int kTile = kWarp * kPixels;
   static constexpr int kPitch = kTile + 2;
-  // Channels whose loads are under way at the same time.
+  // Bits whose loads are under way at the same time.
   static constexpr int kBatch = kVector ? 8 : 16;
   struct Shared {
     uint64_t words[kWarps][kPitch];  // [tile, word][pixel]
@@ -183,38 +190,38 @@ __global__ void __launch_bounds__(kThreads) binarize_planar_kernel(BinarizeKerne
   const int64_t block_pixel = int64_t{blockIdx.x} / args.word_blocks * block_pixels;
   const int64_t block_word = int64_t{blockIdx.x} % args.word_blocks * args.words_per_block;
   const int64_t warp_pixel = block_pixel + warp / args.words_per_block * Tile::kTile;
-  const int64_t first_channel = (block_word + warp % args.words_per_block) * kWordBits;
-  const int64_t channels_left = args.op.channels - first_channel;
-  const int channels = static_cast<int>(channels_left < kWordBits ? channels_left : kWordBits);  // may be negative
+  const int64_t first_bit = (block_word + warp % args.words_per_block) * kWordBits;
+  const int64_t bits_left = args.bits - first_bit;
+  const int count = static_cast<int>(bits_left < kWordBits ? bits_left : kWordBits);  // may be negative
 
   const auto tile_pixel = [&](int i) { return kVector ? lane * kPixels + i : i * kWarp + lane; };
-  const Bits* from[kLoads];  // the first channel of a load's pixels; null past the last pixel
+  const Bits* from[kLoads];  // channel 0 of a load's pixels; null past the last pixel
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
     const int64_t pixel = warp_pixel + tile_pixel(i);
     const Division place = divide_with_remainder(pixel, args.by_spatial);
-    from[i] = pixel < args.count
-                  ? input + (place.quotient * args.op.channels + first_channel) * args.op.spatial + place.remainder
-                  : nullptr;
+    from[i] =
+        pixel < args.count ? input + place.quotient * args.op.channels * args.op.spatial + place.remainder : nullptr;
   }
   uint64_t bits[kPixels] = {}, inside[kPixels] = {};
   const bool common = !args.op.threshold && !args.op.flip;
-  for (int begin = 0; begin < channels; begin += kBatch) {
+  for (int begin = 0; begin < count; begin += kBatch) {
     Loaded values[kBatch][kLoads];
 #pragma unroll
     for (int c = 0; c < kBatch; ++c) {
+      const int64_t channel = channel_of(args.op, first_bit + begin + c);
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        if (begin + c < channels && from[i]) {
-          values[c][i] = *reinterpret_cast<const Loaded*>(from[i] + (begin + c) * args.op.spatial);
+        if (begin + c < count && from[i]) {
+          values[c][i] = *reinterpret_cast<const Loaded*>(from[i] + channel * args.op.spatial);
         }
       }
     }
 #pragma unroll
     for (int c = 0; c < kBatch; ++c) {
-      if (begin + c >= channels) break;
+      if (begin + c >= count) break;
       const Threshold threshold =
-          common ? Threshold{args.op.common_threshold, 0} : channel_threshold(args.op, first_channel + begin + c);
+          common ? Threshold{args.op.common_threshold, 0} : bit_threshold(args.op, first_bit + begin + c);
 #pragma unroll
       for (int i = 0; i < kPixels; ++i) {
         if (!from[i / Loaded::kCount]) continue;
@@ -250,10 +257,11 @@ __global__ void __launch_bounds__(kThreads) binarize_planar_kernel(BinarizeKerne
 template <FloatType kType>
 Status binarize_type(const BinarizeArgs& args, Stream stream) {
   using Bits = BitsOf<kType>;
-  const int64_t row_words = words_for(args.channels);
+  const int64_t row_words = words_for(bits_per_pixel(args));
   BinarizeKernelArgs kernel_args{};
   kernel_args.op = args;
   kernel_args.mask_interval = mask_interval(args.encoding);
+  kernel_args.bits = bits_per_pixel(args);
   kernel_args.row_words = row_words;
   const bool aligned = is_aligned(args.input, kPackBytes);
   if (args.channels_last) {
@@ -284,8 +292,9 @@ Status binarize_type(const BinarizeArgs& args, Stream stream) {
 }  // namespace
 
 Status binarize(const BinarizeArgs& args, Stream stream) noexcept {
-  if (args.thresholds != 1) return Status::bad_argument;  // two thresholds a channel: on the CPU only
-  if (!addressable(args.outer, args.channels, args.spatial)) return Status::bad_shape;
+  if (args.thresholds != 1 && args.thresholds != 2) return Status::bad_argument;
+  if (args.thresholds == 2 && (!args.threshold || args.mask)) return Status::bad_argument;
+  if (!addressable(args.outer, args.thresholds, args.channels, args.spatial)) return Status::bad_shape;
   if (args.outer == 0 || args.channels == 0 || args.spatial == 0) return Status::ok;
   switch (args.input_type) {
     case FloatType::float32:

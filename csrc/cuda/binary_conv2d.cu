@@ -137,6 +137,7 @@ __device__ inline void load_words(const ConvKernelArgs& args, const ConvBlock& b
                                   ConvStage<Engine>& stage, int64_t k, int column) {
   constexpr int kRowThreads = kStageWords / 2;
   constexpr int kRows = kThreads / kRowThreads;  // that are copied at a time
+  static_assert(Engine::kPixels % kRows == 0 && Engine::kFilters % kRows == 0);
   const ConvShape& s = args.op.shape;
   const Division tap = divide_with_remainder(k, args.by_words);
   const Division window = divide_with_remainder(tap.quotient, args.by_kernel_width);
@@ -146,13 +147,15 @@ __device__ inline void load_words(const ConvKernelArgs& args, const ConvBlock& b
   const int tap_row = static_cast<int>(window.quotient), tap_column = static_cast<int>(window.remainder);
   const int first = static_cast<int>(threadIdx.x) / kRowThreads;
 #pragma unroll
-  for (int i = first; i < Engine::kPixels; i += kRows) {
+  for (int row = 0; row < Engine::kPixels; row += kRows) {
+    const int i = row + first;
     const bool valid = k < args.depth && pixels[i].contains(tap_row, tap_column);
     copy_async<kWords * 8>(&stage.pixels[i][column], valid ? pixels[i].origin + offset : args.op.input, valid);
   }
   const uint64_t* weight = static_cast<const uint64_t*>(args.op.weight);
 #pragma unroll
-  for (int i = first; i < Engine::kFilters; i += kRows) {
+  for (int row = 0; row < Engine::kFilters; row += kRows) {
+    const int i = row + first;
     const bool valid = k < args.row_words && block.filter + i < args.filters;
     const int64_t filter = block.group * args.filters + block.filter + i;
     copy_async<kWords * 8>(&stage.filters[i][column], valid ? weight + filter * args.row_words + k : weight, valid);
@@ -258,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 2) binary_conv2d_kernel(ConvKernelAr
     }
     __syncthreads();
     constexpr int kAhead = Engine::kStages - 1;
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kAhead; ++i) {
       if (i * kStageWords < args.depth) load_stage(args, block, shared.pixels, shared.stages[i], i * kStageWords);
       commit_copies();
@@ -319,7 +322,7 @@ bool shares_words(const BinaryConv2dArgs& args) {
 }
 
 template <class Engine>
-Status launch_engine(ConvKernelArgs& args, Stream stream) {
+Status launch_blocks(ConvKernelArgs& args, Stream stream) {
   const int64_t filter_blocks = ceil_div(args.filters, Engine::kFilters);
   args.by_filter_blocks = make_divisor(filter_blocks);
   const int64_t blocks = ceil_div(args.pixels, Engine::kPixels) * args.op.shape.groups * filter_blocks;
@@ -327,7 +330,18 @@ Status launch_engine(ConvKernelArgs& args, Stream stream) {
                 stream, args);
 }
 
+Status launch_engine(ConvKernelArgs& args, Stream stream) {
+  const int device_architecture = architecture(stream.device);
+  if (device_architecture < 0) return Status::cuda_error;
+  return has_bit_matrices(device_architecture) ? launch_blocks<TensorEngine>(args, stream)
+                                               : launch_blocks<PopcountEngine>(args, stream);
+}
+
 }  // namespace
+
+const char* binary_conv2d_engine(int device) noexcept {
+  return has_bit_matrices(architecture(device)) ? "mma.sync m16n8k256 and.popc" : "xor and popc";
+}
 
 int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept { return WeightLayout(shape).bytes; }
 
@@ -380,10 +394,10 @@ Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, Stre
   kernel_args.by_out_height = make_divisor(s.out_height);
   kernel_args.by_words = make_divisor(kernel_args.words);
   kernel_args.by_kernel_width = make_divisor(s.kernel_width);
-  if (!shares_words(args)) return launch_engine<PopcountEngine>(kernel_args, stream);
+  if (!shares_words(args)) return launch_engine(kernel_args, stream);
   kernel_args.op.output_kind = ConvOutput::int32;
   kernel_args.op.output = args.workspace;
-  const Status status = launch_engine<PopcountEngine>(kernel_args, stream);
+  const Status status = launch_engine(kernel_args, stream);
   if (status != Status::ok) return status;
   const int64_t row_halves = words_for(args.thresholds * s.filters) * 2;
   const PackKernelArgs pack_args{args, static_cast<const int32_t*>(args.workspace), out_pixels(s) * row_halves,

@@ -11,6 +11,7 @@
 #include "core/ops/binary_conv2d.h"
 #include "core/ops/binary_max_pool2d.h"
 #include "core/ops/masked_gradient.h"
+#include "core/ops/popcount_peak.h"
 #include "core/ops/quantized_activation.h"
 #include "core/ops/unpack.h"
 
@@ -29,10 +30,15 @@ Status binary_avg_pool2d(const BinaryAvgPool2dArgs& args, Stream stream) noexcep
 Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, Stream stream) noexcept;
 // Writes the private weight copy from words [filters, kernel_height, kernel_width, words_per_group], tail bits 0.
 Status binary_conv2d_block_weight(const ConvShape& shape, const uint64_t* words, void* blocked, Stream stream) noexcept;
+const char* binary_conv2d_engine(int device) noexcept;                // what the inner products are made with
 int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept;  // of that copy, the same for every device
 int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept;
 Status binary_max_pool2d(const BinaryMaxPool2dArgs& args, Stream stream) noexcept;
 Status masked_gradient(const MaskedGradientArgs& args, Stream stream) noexcept;
+// Status::unsupported_isa where the device has no instruction for bit matrices.
+Status popcount_peak(const PopcountPeakArgs& args, Stream stream) noexcept;
+int64_t popcount_peak_bytes(int device) noexcept;                           // of its counts
+int64_t popcount_peak_operations(int64_t iterations, int device) noexcept;  // 2 for each multiply-add of two bits
 Status quantized_activation(const QuantizedActivationArgs& args, Stream stream) noexcept;
 Status unpack(const UnpackArgs& args, Stream stream) noexcept;
 

@@ -68,15 +68,12 @@ def _binarize(
         if not channels_last:
             x = x.contiguous()
     thresholds = _thresholds(threshold)
-    native = _native.kernels(x)
-    if thresholds == 2 and native is not _native.cpu:
-        raise NotImplementedError("binarize: there is no CUDA kernel for two thresholds a channel yet")
     size = (batch, *space, words_for(thresholds * channels))
     words = x.new_empty(size, dtype=torch.int64)
     mask = x.new_empty(size, dtype=torch.int64) if with_mask else None
     threshold = None if threshold is None else threshold.contiguous()
     flip = None if flip is None else flip.contiguous()
-    status = native.binarize(
+    status = _native.kernels(x).binarize(
         x.data_ptr(),
         FLOAT_TYPES[x.dtype],
         channels_last,

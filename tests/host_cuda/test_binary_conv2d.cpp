@@ -11,7 +11,8 @@ namespace {
 constexpr int64_t kMostProducts = 400000;
 
 template <class Output>
-void check_output(BinaryConv2dArgs args, const void* scalar_weight, const void* weight, Random& random) {
+void check_output(BinaryConv2dArgs args, const void* scalar_weight, const void* weight, Random& random,
+                  std::initializer_list<int> architectures) {
   const ConvShape& s = args.shape;
   const bool bits = args.thresholds > 0;
   const int64_t row = bits ? words_for(args.thresholds * s.filters) : s.filters;
@@ -21,7 +22,7 @@ void check_output(BinaryConv2dArgs args, const void* scalar_weight, const void* 
   Workspace workspace(scalar::binary_conv2d_workspace_bytes(args));
   scalar::binary_conv2d(args, 0, scalar::binary_conv2d_items(args), workspace.data());
 
-  for (const int architecture : {75, 90}) {
+  for (const int architecture : architectures) {
     host_cuda::set_architecture(architecture);
     const std::string what = "sm_" + std::to_string(architecture) + ": " + describe(s) + ", encoding " +
                              std::to_string(static_cast<int>(args.encoding)) + ", padding " +
@@ -88,27 +89,28 @@ void check(Random& random) {
   }
   args.flip = random.coin() ? flip.data() : nullptr;
 
+  // An architecture of each engine.
   args.output_kind = ConvOutput::int32;
-  check_output<uint32_t>(args, scalar_weight.data(), weight.data(), random);
+  check_output<uint32_t>(args, scalar_weight.data(), weight.data(), random, {75, 90});
   args.output_kind = ConvOutput::float32;
-  check_output<uint32_t>(args, scalar_weight.data(), weight.data(), random);
+  check_output<uint32_t>(args, scalar_weight.data(), weight.data(), random, {random.pick({75, 90})});
   args.output_kind = random.pick({ConvOutput::bfloat16, ConvOutput::float16});
-  check_output<uint16_t>(args, scalar_weight.data(), weight.data(), random);
+  check_output<uint16_t>(args, scalar_weight.data(), weight.data(), random, {random.pick({75, 90})});
   for (int64_t thresholds = 1; thresholds <= 2; ++thresholds) {
     args.thresholds = thresholds;
     args.output_kind = ConvOutput::bits_by_integer;
     args.threshold = integer_threshold.data();
-    check_output<uint64_t>(args, scalar_weight.data(), weight.data(), random);
+    check_output<uint64_t>(args, scalar_weight.data(), weight.data(), random, {random.pick({75, 90})});
     args.output_kind = ConvOutput::bits_by_float;
     args.threshold = float_threshold.data();
-    check_output<uint64_t>(args, scalar_weight.data(), weight.data(), random);
+    check_output<uint64_t>(args, scalar_weight.data(), weight.data(), random, {random.pick({75, 90})});
   }
 }
 
 }  // namespace
 
 void test_binary_conv2d(Random& random, int cases) {
-  for (int i = 0; i < cases; ++i) check(random);
+  for (int i = 0; i < cases; i += 2) check(random);  // slow: half the cases
 }
 
 }  // namespace lowbit::test

@@ -1,0 +1,57 @@
+#include "core/ops/popcount_peak.h"
+
+#include "cuda/ptx.cuh"
+
+namespace lowbit::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBlocksPerMultiprocessor = 2;  // 4 warps a scheduler
+// Sums that do not wait for one another: as many as a warp of the convolution has, for 2 x 8 pairs of fragments.
+constexpr int kRows = 2, kColumns = 8;
+constexpr int64_t kOperations = 2 * 16 * 8 * 256;  // of one instruction
+
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) popcount_peak_kernel(PopcountPeakArgs args) {
+  if constexpr (kBitMatrices) {
+    // A quarter of the bits meets: 64 of 256.
+    const FragmentA a{{0xaaaaaaaau, 0xaaaaaaaau, 0xaaaaaaaau, 0xaaaaaaaau}};
+    const FragmentB b{{0xccccccccu, 0xccccccccu}};
+    FragmentSums sums[kRows][kColumns] = {};
+    for (int64_t k = 0; k < args.iterations; ++k) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) multiply_bits(sums[i][j], a, b);
+      }
+    }
+    uint32_t count = 0;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+        for (const uint32_t sum : sums[i][j].values) count += sum;
+      }
+    }
+    args.counts[int64_t{blockIdx.x} * kThreads + threadIdx.x] = count;
+  }
+}
+
+int64_t threads_of(int device) { return int64_t{kBlocksPerMultiprocessor} * kThreads * multiprocessors(device); }
+
+}  // namespace
+
+int64_t popcount_peak_bytes(int device) noexcept { return threads_of(device) * static_cast<int64_t>(sizeof(uint32_t)); }
+
+int64_t popcount_peak_operations(int64_t iterations, int device) noexcept {
+  return iterations * threads_of(device) / kWarp * kRows * kColumns * kOperations;
+}
+
+Status popcount_peak(const PopcountPeakArgs& args, Stream stream) noexcept {
+  const int device_architecture = architecture(stream.device);
+  if (device_architecture < 0) return Status::cuda_error;
+  if (!has_bit_matrices(device_architecture)) return Status::unsupported_isa;
+  return launch(popcount_peak_kernel, {blocks_for(threads_of(stream.device), kThreads), dim3(kThreads)}, stream, args);
+}
+
+}  // namespace lowbit::cuda
