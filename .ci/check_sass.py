@@ -1,9 +1,9 @@
 """Gate over the machine code of the CUDA module: python .ci/check_sass.py MODULE NVCC [--write]
 
 For each of the architectures below: no kernel keeps anything in local memory, the kernels that stream memory load or
-store 16 bytes at a time, and registers are those of the table beside this file, which --write brings up to date; of
-another compiler than the table's they are not compared. Needs cuobjdump and nvdisasm (nvidia-cuda-cuobjdump,
-nvidia-cuda-nvdisasm) and c++filt.
+store 16 bytes at a time, the convolution is made of the tensor cores' instruction for bits, and registers are those of
+the table beside this file, which --write brings up to date; of another compiler than the table's they are not compared.
+Needs cuobjdump and nvdisasm (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm) and c++filt.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ LOCAL_MEMORY = re.compile(r"\b(LDL|STL)\b")
 REQUIRED = [
     (r"binarize_channels_last_kernel<.*, true>", r"LDG\.E\.128"),
     (r"binarize_planar_kernel<.*, true>", r"LDG\.E\.128"),
+    (r"binary_conv2d_kernel<TensorEngine>", r"LDGSTS\.E\.BYPASS\.128"),
+    (r"binary_conv2d_kernel<TensorEngine>", r"BMMA\.168256\.AND\.POPC"),
+    (r"popcount_peak_kernel", r"BMMA\.168256\.AND\.POPC"),
     (r"unpack_kernel<.*, [48]>", r"STG\.E\.128"),
     (r"quantized_activation_kernel", r"LDG\.E\.128"),
     (r"quantized_activation_kernel", r"STG\.E\.128"),
@@ -106,7 +109,7 @@ def main() -> None:
         faults.append("registers differ from .ci/sass_registers.txt (--write replaces it): " + "; ".join(differing[:6]))
     if faults:
         sys.exit("\n".join(faults))
-    print(f"{len(lines) - 1} kernels of {', '.join(ARCHITECTURES)}: no local memory, wide loads and stores")
+    print(f"{len(lines) - 1} kernels of {', '.join(ARCHITECTURES)}: no local memory, wide loads and stores, matrices of bits")
 
 
 if __name__ == "__main__":

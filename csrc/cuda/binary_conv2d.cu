@@ -314,13 +314,6 @@ __global__ void __launch_bounds__(kThreads) pack_accumulators_kernel(PackKernelA
   if (lane == 0) static_cast<uint32_t*>(args.op.output)[half] = bits;
 }
 
-bool shares_words(const BinaryConv2dArgs& args) {
-  const bool bits = args.output_kind == ConvOutput::bits_by_integer || args.output_kind == ConvOutput::bits_by_float;
-  const bool unaligned_groups = args.shape.groups > 1 && filters_per_group(args.shape) % kWordBits != 0;
-  const bool unaligned_second = args.thresholds == 2 && args.shape.filters % kWordBits != 0;
-  return bits && (unaligned_groups || unaligned_second);
-}
-
 template <class Engine>
 Status launch_blocks(ConvKernelArgs& args, Stream stream) {
   const int64_t filter_blocks = ceil_div(args.filters, Engine::kFilters);
@@ -367,7 +360,9 @@ Status binary_conv2d_block_weight(const ConvShape& shape, const uint64_t* words,
 }
 
 int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept {
-  return shares_words(args) ? out_pixels(args.shape) * args.shape.filters * static_cast<int64_t>(sizeof(int32_t)) : 0;
+  return conv_blocks_share_words(args)
+             ? out_pixels(args.shape) * args.shape.filters * static_cast<int64_t>(sizeof(int32_t))
+             : 0;
 }
 
 Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, Stream stream) noexcept {
@@ -394,7 +389,7 @@ Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, Stre
   kernel_args.by_out_height = make_divisor(s.out_height);
   kernel_args.by_words = make_divisor(kernel_args.words);
   kernel_args.by_kernel_width = make_divisor(s.kernel_width);
-  if (!shares_words(args)) return launch_engine(kernel_args, stream);
+  if (!conv_blocks_share_words(args)) return launch_engine(kernel_args, stream);
   kernel_args.op.output_kind = ConvOutput::int32;
   kernel_args.op.output = args.workspace;
   const Status status = launch_engine(kernel_args, stream);

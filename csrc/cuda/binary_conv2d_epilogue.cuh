@@ -10,10 +10,6 @@ namespace {
 
 constexpr int kMostThresholds = 2;
 
-__device__ inline bool is_bits(ConvOutput kind) {
-  return kind == ConvOutput::bits_by_integer || kind == ConvOutput::bits_by_float;
-}
-
 // What the epilogue reads for one filter.
 struct FilterTerms {
   float scale, bias;

@@ -28,8 +28,6 @@ std::vector<int32_t> accumulators(const ConvShape& s, const std::vector<int8_t>&
   return acc;
 }
 
-bool is_bits(ConvOutput kind) { return kind == ConvOutput::bits_by_integer || kind == ConvOutput::bits_by_float; }
-
 FloatType float_type(ConvOutput kind) {
   if (kind == ConvOutput::bfloat16) return FloatType::bfloat16;
   return kind == ConvOutput::float16 ? FloatType::float16 : FloatType::float32;

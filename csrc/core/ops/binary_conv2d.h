@@ -42,4 +42,15 @@ struct BinaryConv2dArgs {
   void* workspace;        // threads * binary_conv2d_workspace_bytes, 64-byte aligned
 };
 
+LOWBIT_INLINE bool is_bits(ConvOutput kind) {
+  return kind == ConvOutput::bits_by_integer || kind == ConvOutput::bits_by_float;
+}
+
+// Output channels of neighbouring blocks of 64 filters share a word, so that their work may not be cut between them.
+LOWBIT_INLINE bool conv_blocks_share_words(const BinaryConv2dArgs& args) {
+  const bool unaligned_groups = args.shape.groups > 1 && filters_per_group(args.shape) % kWordBits != 0;
+  const bool unaligned_second = args.thresholds == 2 && args.shape.filters % kWordBits != 0;
+  return is_bits(args.output_kind) && (unaligned_groups || unaligned_second);
+}
+
 }  // namespace lowbit

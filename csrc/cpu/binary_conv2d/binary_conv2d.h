@@ -4,18 +4,6 @@
 #include "core/ops/binary_conv2d.h"
 #include "cpu/isa.h"
 
-namespace lowbit {
-
-// Output channels of neighbouring filter blocks share a word, so that a range may not be cut between blocks.
-static inline bool conv_blocks_share_words(const BinaryConv2dArgs& args) {
-  const bool bits = args.output_kind == ConvOutput::bits_by_integer || args.output_kind == ConvOutput::bits_by_float;
-  const bool unaligned_groups = args.shape.groups > 1 && filters_per_group(args.shape) % kWordBits != 0;
-  const bool unaligned_second = args.thresholds == 2 && args.shape.filters % kWordBits != 0;
-  return bits && (unaligned_groups || unaligned_second);
-}
-
-}  // namespace lowbit
-
 // Bytes of the private weight copy.
 LOWBIT_DECLARE_FOR_EACH_ISA(int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept)
 // Writes it from words [filters, kernel_height, kernel_width, words_per_group], bit 1 = +1, tail bits 0.
