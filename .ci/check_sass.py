@@ -109,7 +109,7 @@ def main() -> None:
         faults.append("registers differ from .ci/sass_registers.txt (--write replaces it): " + "; ".join(differing[:6]))
     if faults:
         sys.exit("\n".join(faults))
-    print(f"{len(lines) - 1} kernels of {', '.join(ARCHITECTURES)}: no local memory, wide loads and stores, matrices of bits")
+    print(f"{len(lines) - 1} kernels of {', '.join(ARCHITECTURES)}: no local memory, wide moves, bit matrices")
 
 
 if __name__ == "__main__":
