@@ -240,3 +240,22 @@ def test_coupled_model_compiles(name):
     torch.testing.assert_close(got, expected)
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[key], msg=key, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("depth", "convolutions"), [(20, 19 + 2), (56, 55 + 2), (164, 163 + 3)])
+def test_preact_resnet_has_the_papers_layers(depth, convolutions):
+    # Weighted layers on the main path are `depth`; shortcuts that change width, and fc among the depth, apart.
+    network = models.preact_resnet(depth, in_channels=1, widths=(4, 8, 8) if depth < 164 else (4, 8, 16))
+    found = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    shortcuts = [m for name, m in network.named_modules() if name.endswith("shortcut")]
+    assert len(found) - len(shortcuts) == depth - 1
+    assert len(found) == convolutions
+    assert network(torch.randn(2, 1, 16, 16)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(depth=21), "depth must be 6n"), (dict(depth=165), "depth must be 6n"), (dict(widths=(16, 32)), "3 positive"),
+])  # fmt: skip
+def test_preact_resnet_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        models.preact_resnet(**arguments)
