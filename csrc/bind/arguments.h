@@ -9,12 +9,17 @@
 #include "core/ops/align_groups.h"
 #include "core/ops/antithetic_gradient.h"
 #include "core/ops/antithetic_sample.h"
+#include "core/ops/batch_norm_relu_backward.h"
+#include "core/ops/batch_norm_relu_quantize.h"
 #include "core/ops/binarize.h"
 #include "core/ops/binary_avg_pool2d.h"
 #include "core/ops/binary_conv2d.h"
 #include "core/ops/binary_conv2d_input_grad.h"
 #include "core/ops/binary_conv2d_weight_grad.h"
 #include "core/ops/binary_max_pool2d.h"
+#include "core/ops/channel_dequantize.h"
+#include "core/ops/group_dequantize.h"
+#include "core/ops/group_quantize.h"
 #include "core/ops/masked_gradient.h"
 #include "core/ops/popcount_peak.h"
 #include "core/ops/quantized_activation.h"
@@ -70,6 +75,77 @@ inline QuantizedActivationArgs quantized_activation_args(uintptr_t input, int ty
 inline MaskedGradientArgs masked_gradient_args(uintptr_t gradient, int type, int64_t count, uintptr_t mask,
                                                uintptr_t output) {
   return {as<const void>(gradient), static_cast<FloatType>(type), count, as<const uint64_t>(mask), as<void>(output)};
+}
+
+inline BatchNormReluQuantizeArgs batch_norm_relu_quantize_args(uintptr_t input, int type, int64_t outer,
+                                                               int64_t channels, int64_t spatial, bool channels_last,
+                                                               uintptr_t mean, uintptr_t invstd, uintptr_t gamma,
+                                                               uintptr_t beta, int bits, float span, bool relu,
+                                                               uintptr_t output, uintptr_t codes, uintptr_t grid) {
+  return {as<const void>(input),
+          static_cast<FloatType>(type),
+          {outer, channels, spatial, channels_last},
+          as<const float>(mean),
+          as<const float>(invstd),
+          as<const float>(gamma),
+          as<const float>(beta),
+          bits,
+          span,
+          relu,
+          as<void>(output),
+          as<uint8_t>(codes),
+          as<float>(grid)};
+}
+
+inline ChannelDequantizeArgs channel_dequantize_args(uintptr_t codes, int64_t outer, int64_t channels, int64_t spatial,
+                                                     bool channels_last, uintptr_t gamma, uintptr_t beta, int bits,
+                                                     float span, bool relu, uintptr_t output, int type,
+                                                     uintptr_t grid) {
+  return {as<const uint8_t>(codes),
+          {outer, channels, spatial, channels_last},
+          as<const float>(gamma),
+          as<const float>(beta),
+          bits,
+          span,
+          relu,
+          as<void>(output),
+          static_cast<FloatType>(type),
+          as<float>(grid)};
+}
+
+inline BatchNormReluBackwardArgs batch_norm_relu_backward_args(
+    uintptr_t grad_output, int type, int64_t outer, int64_t channels, int64_t spatial, bool channels_last,
+    uintptr_t codes, uintptr_t gamma, uintptr_t beta, uintptr_t invstd, int bits, float span, bool relu, bool training,
+    uintptr_t grad_input, uintptr_t grad_gamma, uintptr_t grad_beta, uintptr_t sums, uintptr_t grid) {
+  return {as<const void>(grad_output),
+          static_cast<FloatType>(type),
+          {outer, channels, spatial, channels_last},
+          as<const uint8_t>(codes),
+          as<const float>(gamma),
+          as<const float>(beta),
+          as<const float>(invstd),
+          bits,
+          span,
+          relu,
+          training,
+          as<void>(grad_input),
+          as<float>(grad_gamma),
+          as<float>(grad_beta),
+          as<double>(sums),
+          as<float>(grid)};
+}
+
+inline GroupQuantizeArgs group_quantize_args(uintptr_t input, int type, int64_t count, int bits, bool positive,
+                                             bool stochastic, uint64_t seed, uint64_t offset, uintptr_t codes,
+                                             uintptr_t scale_minimum) {
+  return {as<const void>(input), static_cast<FloatType>(type), count, bits, positive, stochastic, seed, offset,
+          as<uint8_t>(codes),    as<uint16_t>(scale_minimum)};
+}
+
+inline GroupDequantizeArgs group_dequantize_args(uintptr_t codes, uintptr_t scale_minimum, int64_t count, int bits,
+                                                 uintptr_t output, int type) {
+  return {as<const uint8_t>(codes), as<const uint16_t>(scale_minimum), count, bits,
+          as<void>(output),         static_cast<FloatType>(type)};
 }
 
 inline AntitheticSampleArgs antithetic_sample_args(uintptr_t logits, uintptr_t quantile, int64_t rows,

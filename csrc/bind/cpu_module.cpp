@@ -59,6 +59,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("align_groups", on_threads(align_groups_args, launch::align_groups), unlocked);
   m.def("antithetic_gradient", on_threads(antithetic_gradient_args, launch::antithetic_gradient), unlocked);
   m.def("antithetic_sample", on_threads(antithetic_sample_args, launch::antithetic_sample), unlocked);
+  m.def("batch_norm_relu_backward", on_threads(batch_norm_relu_backward_args, launch::batch_norm_relu_backward),
+        unlocked);
+  m.def("batch_norm_relu_quantize", on_threads(batch_norm_relu_quantize_args, launch::batch_norm_relu_quantize),
+        unlocked);
   m.def("binarize", on_threads(binarize_args, launch::binarize), unlocked);
   m.def("binary_avg_pool2d", on_threads(binary_avg_pool2d_args, launch::binary_avg_pool2d), unlocked);
   m.def("binary_conv2d", on_threads(binary_conv2d_args, launch::binary_conv2d), unlocked);
@@ -92,6 +96,9 @@ PYBIND11_MODULE(_cpu, m) {
               binary_conv2d_plan_args(shape, encoding, padding_value, output_kind, thresholds));
         });
   m.def("binary_max_pool2d", on_threads(binary_max_pool2d_args, launch::binary_max_pool2d), unlocked);
+  m.def("channel_dequantize", on_threads(channel_dequantize_args, launch::channel_dequantize), unlocked);
+  m.def("group_dequantize", on_threads(group_dequantize_args, launch::group_dequantize), unlocked);
+  m.def("group_quantize", on_threads(group_quantize_args, launch::group_quantize), unlocked);
   m.def("masked_gradient", on_threads(masked_gradient_args, launch::masked_gradient), unlocked);
   m.def("quantized_activation", on_threads(quantized_activation_args, launch::quantized_activation), unlocked);
   m.def("unpack", on_threads(unpack_args, launch::unpack), unlocked);

@@ -4,12 +4,17 @@
 #include "cpu/align_groups/align_groups.h"
 #include "cpu/antithetic_gradient/antithetic_gradient.h"
 #include "cpu/antithetic_sample/antithetic_sample.h"
+#include "cpu/batch_norm_relu_backward/batch_norm_relu_backward.h"
+#include "cpu/batch_norm_relu_quantize/batch_norm_relu_quantize.h"
 #include "cpu/binarize/binarize.h"
 #include "cpu/binary_avg_pool2d/binary_avg_pool2d.h"
 #include "cpu/binary_conv2d/binary_conv2d.h"
 #include "cpu/binary_conv2d_input_grad/binary_conv2d_input_grad.h"
 #include "cpu/binary_conv2d_weight_grad/binary_conv2d_weight_grad.h"
 #include "cpu/binary_max_pool2d/binary_max_pool2d.h"
+#include "cpu/channel_dequantize/channel_dequantize.h"
+#include "cpu/group_dequantize/group_dequantize.h"
+#include "cpu/group_quantize/group_quantize.h"
 #include "cpu/isa.h"
 #include "cpu/masked_gradient/masked_gradient.h"
 #include "cpu/popcount_peak/popcount_peak.h"
@@ -40,6 +45,12 @@
   ROW(antithetic_gradient,                            scalar, avx2,   avx512, avx512) \
   ROW(quantized_activation,                           scalar, avx2,   avx512, avx512) \
   ROW(masked_gradient,                                scalar, avx2,   avx512, avx512) \
+  ROW(batch_norm_relu_quantize,                       scalar, avx2,   avx512, avx512) \
+  ROW(batch_norm_relu_sums,                           scalar, avx2,   avx512, avx512) \
+  ROW(batch_norm_relu_backward,                       scalar, avx2,   avx512, avx512) \
+  ROW(channel_dequantize,                             scalar, avx2,   avx512, avx512) \
+  ROW(group_quantize,                                 scalar, avx2,   avx512, avx512) \
+  ROW(group_dequantize,                               scalar, avx2,   avx512, avx512) \
   ROW(popcount_peak,                                  scalar, avx2,   avx512, amx)
 // clang-format on
 

@@ -24,6 +24,11 @@ int64_t macs(const ConvShape& shape) {
   return out_pixels(shape) * shape.filters * taps(shape) * channels_per_group(shape);
 }
 
+bool valid(const ChannelShape& shape) {
+  return shape.outer >= 0 && shape.channels >= 0 && shape.spatial >= 0 &&
+         addressable(shape.outer, shape.channels, shape.spatial);
+}
+
 template <class Args, class Kernel>
 Status run_with_workspace(const Args& args, int64_t items, int64_t grain, int64_t per_thread, int64_t workspace_bytes,
                           Kernel kernel) {
@@ -129,6 +134,56 @@ Status masked_gradient(const MaskedGradientArgs& args) noexcept {
   if (!addressable(args.count)) return Status::bad_shape;
   parallel_for(words_for(args.count), grain_for(kGrainBytes, 4 * kWordBits),
                [&](int64_t begin, int64_t end, int) { kernels().masked_gradient(args, begin, end); });
+  return Status::ok;
+}
+
+Status batch_norm_relu_quantize(const BatchNormReluQuantizeArgs& args) noexcept {
+  if (!valid_bits(args.bits) || !(args.span > 0)) return Status::bad_argument;
+  if (!valid(args.shape)) return Status::bad_shape;
+  for (int64_t column = 0; column < grid_width(args.shape); ++column) fill_grid(args, column);
+  parallel_for(row_count(args.shape), grain_for(kGrainBytes, 8 * row_length(args.shape)),
+               [&](int64_t begin, int64_t end, int) { kernels().batch_norm_relu_quantize(args, begin, end); });
+  return Status::ok;
+}
+
+Status channel_dequantize(const ChannelDequantizeArgs& args) noexcept {
+  if (!valid_bits(args.bits) || !(args.span > 0)) return Status::bad_argument;
+  if (!valid(args.shape)) return Status::bad_shape;
+  for (int64_t column = 0; column < grid_width(args.shape); ++column) fill_grid(args, column);
+  parallel_for(row_count(args.shape), grain_for(kGrainBytes, 4 * row_length(args.shape)),
+               [&](int64_t begin, int64_t end, int) { kernels().channel_dequantize(args, begin, end); });
+  return Status::ok;
+}
+
+Status batch_norm_relu_backward(const BatchNormReluBackwardArgs& args) noexcept {
+  if (!valid_bits(args.bits) || !(args.span > 0)) return Status::bad_argument;
+  if (!valid(args.shape)) return Status::bad_shape;
+  const ChannelShape& shape = args.shape;
+  for (int64_t column = 0; column < grid_width(shape); ++column) fill_grid(args, column);
+  const int64_t pixels = shape.channels_last ? kChunkPixels : shape.spatial;
+  parallel_for(chunks(shape), grain_for(kGrainBytes, 4 * pixels * shape.channels),
+               [&](int64_t begin, int64_t end, int) { kernels().batch_norm_relu_sums(args, begin, end); });
+  parallel_for(shape.channels, grain_for(kGrainBytes, 16 * chunks(shape)), [&](int64_t begin, int64_t end, int) {
+    for (int64_t channel = begin; channel < end; ++channel) finish_sums(args, channel);
+  });
+  parallel_for(row_count(shape), grain_for(kGrainBytes, 8 * row_length(shape)),
+               [&](int64_t begin, int64_t end, int) { kernels().batch_norm_relu_backward(args, begin, end); });
+  return Status::ok;
+}
+
+Status group_quantize(const GroupQuantizeArgs& args) noexcept {
+  if (!valid_bits(args.bits)) return Status::bad_argument;
+  if (!addressable(args.count)) return Status::bad_shape;
+  parallel_for(ceil_div(args.count, kGroup), grain_for(kGrainBytes, 4 * kGroup),
+               [&](int64_t begin, int64_t end, int) { kernels().group_quantize(args, begin, end); });
+  return Status::ok;
+}
+
+Status group_dequantize(const GroupDequantizeArgs& args) noexcept {
+  if (!valid_bits(args.bits)) return Status::bad_argument;
+  if (!addressable(args.count)) return Status::bad_shape;
+  parallel_for(ceil_div(args.count, kGroup), grain_for(kGrainBytes, 4 * kGroup),
+               [&](int64_t begin, int64_t end, int) { kernels().group_dequantize(args, begin, end); });
   return Status::ok;
 }
 

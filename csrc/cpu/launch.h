@@ -26,6 +26,11 @@ Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t
 Status quantized_activation(const QuantizedActivationArgs& args) noexcept;
 Status masked_gradient(const MaskedGradientArgs& args) noexcept;
 
+Status batch_norm_relu_quantize(const BatchNormReluQuantizeArgs& args) noexcept;
+Status channel_dequantize(const ChannelDequantizeArgs& args) noexcept;
+Status batch_norm_relu_backward(const BatchNormReluBackwardArgs& args) noexcept;
+Status group_quantize(const GroupQuantizeArgs& args) noexcept;
+Status group_dequantize(const GroupDequantizeArgs& args) noexcept;
 Status antithetic_sample(const AntitheticSampleArgs& args) noexcept;
 Status antithetic_gradient(const AntitheticGradientArgs& args) noexcept;
 

@@ -1,37 +1,7 @@
-// Sixteen elements a vector, comparisons straight to mask registers.
-#include <immintrin.h>
-
 #include "cpu/antithetic_sample/sampler.h"
+#include "cpu/word/word_avx512.h"
 
 namespace lowbit::avx512 {
-namespace {
-
-struct Word {
-  static constexpr int kLanes = 16;
-  __m512i lanes;
-
-  static Word load(const uint32_t* values) { return {_mm512_loadu_si512(values)}; }
-  static Word broadcast(uint32_t value) { return {_mm512_set1_epi32(static_cast<int>(value))}; }
-  static Word min(Word a, Word b) { return {_mm512_min_epu32(a.lanes, b.lanes)}; }
-  static Word max(Word a, Word b) { return {_mm512_max_epu32(a.lanes, b.lanes)}; }
-  static Word multiply(uint32_t a, Word b, Word& high) {
-    const __m512i factor = broadcast(a).lanes;
-    const __m512i even_u64x8 = _mm512_mul_epu32(b.lanes, factor);
-    const __m512i odd_u64x8 = _mm512_mul_epu32(_mm512_srli_epi64(b.lanes, 32), factor);
-    constexpr __mmask16 kOdd = 0xaaaa;
-    high.lanes = _mm512_mask_blend_epi32(kOdd, _mm512_srli_epi64(even_u64x8, 32), odd_u64x8);
-    return {_mm512_mask_blend_epi32(kOdd, even_u64x8, _mm512_slli_epi64(odd_u64x8, 32))};
-  }
-  static Word greater(Word a, Word b, uint32_t bit) {
-    return {_mm512_maskz_mov_epi32(_mm512_cmpgt_epu32_mask(a.lanes, b.lanes), broadcast(bit).lanes)};
-  }
-  static uint32_t greater(Word a, Word b) { return _mm512_cmpgt_epu32_mask(a.lanes, b.lanes); }
-  friend Word operator^(Word a, Word b) { return {_mm512_xor_si512(a.lanes, b.lanes)}; }
-  friend Word operator+(Word a, Word b) { return {_mm512_add_epi32(a.lanes, b.lanes)}; }
-  friend Word operator-(Word a, Word b) { return {_mm512_sub_epi32(a.lanes, b.lanes)}; }
-};
-
-}  // namespace
 
 bool antithetic_sample(const AntitheticSampleArgs& args, int64_t begin, int64_t end) noexcept {
   return antithetic_sample_range<Word>(args, begin, end);

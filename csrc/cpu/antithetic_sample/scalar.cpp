@@ -1,54 +1,7 @@
 #include "cpu/antithetic_sample/sampler.h"
+#include "cpu/word/word_scalar.h"
 
 namespace lowbit::scalar {
-namespace {
-
-struct Word {
-  static constexpr int kLanes = 8;  // short loops that the compiler may turn into baseline vectors
-  uint32_t lanes[kLanes];
-
-  template <class Value>
-  static Word each(Value value) {
-    Word result;
-    for (int i = 0; i < kLanes; ++i) result.lanes[i] = value(i);
-    return result;
-  }
-  static Word load(const uint32_t* values) {
-    return each([&](int i) { return values[i]; });
-  }
-  static Word broadcast(uint32_t value) {
-    return each([&](int) { return value; });
-  }
-  static Word min(Word a, Word b) {
-    return each([&](int i) { return a.lanes[i] < b.lanes[i] ? a.lanes[i] : b.lanes[i]; });
-  }
-  static Word max(Word a, Word b) {
-    return each([&](int i) { return a.lanes[i] < b.lanes[i] ? b.lanes[i] : a.lanes[i]; });
-  }
-  static Word multiply(uint32_t a, Word b, Word& high) {
-    high = each([&](int i) { return static_cast<uint32_t>(uint64_t{a} * b.lanes[i] >> 32); });
-    return each([&](int i) { return a * b.lanes[i]; });
-  }
-  static Word greater(Word a, Word b, uint32_t bit) {
-    return each([&](int i) { return a.lanes[i] > b.lanes[i] ? bit : 0u; });
-  }
-  static uint32_t greater(Word a, Word b) {
-    uint32_t bits = 0;
-    for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a.lanes[i] > b.lanes[i]) << i;
-    return bits;
-  }
-  friend Word operator^(Word a, Word b) {
-    return each([&](int i) { return a.lanes[i] ^ b.lanes[i]; });
-  }
-  friend Word operator+(Word a, Word b) {
-    return each([&](int i) { return a.lanes[i] + b.lanes[i]; });
-  }
-  friend Word operator-(Word a, Word b) {
-    return each([&](int i) { return a.lanes[i] - b.lanes[i]; });
-  }
-};
-
-}  // namespace
 
 bool antithetic_sample(const AntitheticSampleArgs& args, int64_t begin, int64_t end) noexcept {
   return antithetic_sample_range<Word>(args, begin, end);

@@ -1,0 +1,86 @@
+// A group at a time: its extremes, then its codes, from the first-level cache. `Level` has both for whole groups:
+//   extremes(x): of those elements that are not NaN; low > high where there is none.
+//   encode(x, coding, thresholds, codes): codes, one a byte; thresholds: of each element, null for 1/2.
+// `Word` is its vector of 32-bit lanes (cpu/word).
+#pragma once
+
+#include "cpu/codes/codes.h"
+#include "cpu/group_quantize/group_quantize.h"
+
+namespace lowbit {
+namespace {
+
+struct Extremes {
+  float low, high;
+};
+
+struct GroupCoding {
+  float minimum, inverse, last;
+  bool positive;
+};
+
+// Thresholds of a group, core/codes.h.
+template <class Word>
+inline void rounding_thresholds(uint64_t seed, uint64_t first_block, float* thresholds) {
+  alignas(64) uint32_t words[kPhiloxOutputs][kRoundingBlocks];
+  for (int i = 0; i < kRoundingBlocks; ++i) {
+    const uint64_t block = first_block + static_cast<uint64_t>(i);
+    words[0][i] = static_cast<uint32_t>(block);
+    words[1][i] = static_cast<uint32_t>(block >> 32);
+  }
+  for (int i = 0; i < kRoundingBlocks; i += Word::kLanes) {
+    Word counter[kPhiloxOutputs] = {Word::load(words[0] + i), Word::load(words[1] + i), Word::broadcast(0),
+                                    Word::broadcast(0)};
+    philox(counter, seed);
+    for (int word = 0; word < kPhiloxOutputs; ++word) counter[word].store(words[word] + i);
+  }
+  for (int word = 0; word < kPhiloxOutputs; ++word) {
+    const auto fill = [&](auto turn) {
+      const int slot = 4 * word + static_cast<int>(turn);
+      for (int i = 0; i < kRoundingBlocks; ++i) {
+        thresholds[slot * kRoundingBlocks + i] = rounding_threshold(rounding_bits(words[word][i], turn));
+      }
+    };
+    fill(Known<0>{});
+    fill(Known<1>{});
+    fill(Known<2>{});
+    fill(Known<3>{});
+  }
+}
+
+template <class Level, class Word, class Type>
+inline void quantize_groups(const GroupQuantizeArgs& args, int64_t begin, int64_t end, Type type) {
+  alignas(64) float buffer[kGroup], thresholds[kGroup];
+  alignas(64) uint8_t codes[kGroup];
+  const float last = static_cast<float>((1 << args.bits) - 1);
+  for (int64_t group = begin; group < end; ++group) {
+    const auto* input = static_cast<const typename Type::type*>(args.input) + group * kGroup;
+    const int64_t left = args.count - group * kGroup, count = left < kGroup ? left : kGroup;
+    const float* x = load_block(input, count, buffer, type);
+    if (count < kGroup) {  // made whole by what counts for nothing
+      for (int64_t i = 0; i < count; ++i) buffer[i] = x[i];
+      for (int64_t i = count; i < kGroup; ++i) buffer[i] = __builtin_nanf("");
+      x = buffer;
+    }
+    const Extremes found = Level::extremes(x);
+    const GroupScale scale = group_scale(found.low, found.high, last, args.positive);
+    args.scale_minimum[2 * group] = scale.scale;
+    args.scale_minimum[2 * group + 1] = scale.minimum;
+    const GroupCoding coding{bfloat16_to_float(scale.minimum), scale.inverse, last, args.positive};
+    if (args.stochastic) {
+      rounding_thresholds<Word>(args.seed, args.offset + static_cast<uint64_t>(group * kRoundingBlocks), thresholds);
+      Level::encode(x, coding, thresholds, codes);
+    } else {
+      Level::encode(x, coding, nullptr, codes);
+    }
+    pack_block(codes, count, args.bits, args.codes + group * kGroup * args.bits / 8);
+  }
+}
+
+template <class Level, class Word>
+inline void run_group_quantize(const GroupQuantizeArgs& args, int64_t begin, int64_t end) {
+  for_type(args.type, [&](auto type) { quantize_groups<Level, Word>(args, begin, end, type); });
+}
+
+}  // namespace
+}  // namespace lowbit

@@ -1,0 +1,20 @@
+"""Back-propagation with approximate activations: an exact forward pass that keeps a few bits an element.
+
+`convert` rewrites the batch norms, ReLUs, convolutions and linear layers of a model; `saved_tensors` works on any
+module; `ledger` shows what is kept, `gradient_audit` what it costs in accuracy of gradients.
+
+Source: Chakrabarti and Moseley, "Backprop with approximate activations for memory-efficient network training", NeurIPS
+2019.
+"""
+
+from lowbit_ext.lowmem.audit import LayerError, gradient_audit
+from lowbit_ext.lowmem.blocks import LowMemBlock
+from lowbit_ext.lowmem.codes import Codes, dequantize, dequantize4, quantize, quantize4
+from lowbit_ext.lowmem.convert import Conversion, convert, report
+from lowbit_ext.lowmem.hooks import saved_tensors
+from lowbit_ext.lowmem.ledger import Ledger, ledger
+
+__all__ = [
+    "Codes", "Conversion", "LayerError", "Ledger", "LowMemBlock", "convert", "dequantize", "dequantize4",
+    "gradient_audit", "ledger", "quantize", "quantize4", "report", "saved_tensors",
+]  # fmt: skip

@@ -1,0 +1,552 @@
+"""Layers whose backward pass reads codes of a few bits: batch norm, ReLU, pooling, convolution and linear layers.
+
+A batch norm, with the ReLU behind it, gives its exact result and the codes of it. Convolutions and linear layers that
+read the result, through pooling or not, keep no input: the gradient of their weight reads the same codes. Everything that
+passes backward between layers is exact but for the variance term of the batch norm: errors do not build up with depth.
+
+Source: Chakrabarti and Moseley, "Backprop with approximate activations for memory-efficient network training", NeurIPS
+2019, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowbit_ext.lowmem import ledger, ops
+
+BITS = ops.BITS
+
+# Standard deviations that a channel's codes span. The paper has 6; on ResNets 8 and 9 have smaller gradient errors.
+RANGES = {2: 6.0, 4: 8.0, 8: 9.0}
+
+
+class Pool(NamedTuple):
+    """Arguments of a two-dimensional pooling. `divisor` None and `count_pad` matter to averages only."""
+
+    kind: str  # "max" or "average"
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    ceil_mode: bool = False
+    count_pad: bool = True
+    divisor: int | None = None
+
+
+class Stored(NamedTuple):
+    """An activation as codes, and how a backward pass reads it.
+
+    Attributes:
+        tensors: codes, gamma and beta of a batch norm; codes and groups' scale and minimum of a ReLU.
+        kind: "channel" or "group".
+        bits, span: of the codes; span in standard deviations, for "channel".
+        relu: whether negative elements read as 0, for "channel".
+        shape, channels_last, dtype: of the activation that the codes stand for.
+        version: how often it had been written in place: one that is written afterwards is no longer what they say.
+        pools: what happened to it between there and the reader.
+    """
+
+    tensors: tuple[Tensor, ...]
+    kind: str
+    bits: int
+    span: float
+    relu: bool
+    shape: tuple[int, ...]
+    channels_last: bool
+    dtype: torch.dtype
+    version: int
+    pools: tuple[Pool, ...] = ()
+
+
+def _refuse_second_order(name: str) -> None:
+    # Grad mode is on within a backward pass for create_graph=True alone.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"lowmem: {name} has no second derivative: its backward pass reads rounded activations. Call backward() "
+            "without create_graph=True, or differentiate the model that was not converted"
+        )
+
+
+def _version(x: Tensor) -> int:
+    """How often x was written in place. torch.compile does not tell; there convert() has looked for writes in the graph."""
+    return 0 if torch.compiler.is_compiling() else x._version
+
+
+def _apply_pool(pool: Pool, x: Tensor) -> Tensor:
+    if pool.kind == "max":
+        return F.max_pool2d(x, pool.kernel, pool.stride, pool.padding, 1, pool.ceil_mode)
+    return F.avg_pool2d(x, pool.kernel, pool.stride, pool.padding, pool.ceil_mode, pool.count_pad, pool.divisor)
+
+
+def _read(meta: Stored, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """The activation from its codes, pooled as it was."""
+    if meta.kind == "group":
+        codes, scale_minimum = tensors
+        value = ops.group_dequantize(codes, scale_minimum, meta.shape, meta.channels_last, dtype, meta.bits)
+    else:
+        codes, gamma, beta = tensors
+        value = ops.channel_dequantize(
+            codes, gamma, beta, meta.shape, meta.channels_last, dtype, meta.bits, meta.span, meta.relu
+        )
+    for pool in meta.pools:
+        value = _apply_pool(pool, value)
+    return value
+
+
+# --- batch norm and ReLU ----------------------------------------------------------------------------------------------
+
+
+class _BatchNorm(torch.autograd.Function):
+    """(relu(batch_norm(x)) or batch_norm(x), codes)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, variance: Tensor | None,
+        training: bool, momentum: float, eps: float, relu: bool, bits: int, span: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        # torch's own batch norm: its statistics to the bit, whichever backend it takes, and the buffer of the result.
+        y, batch_mean, invstd, _, _ = torch._batch_norm_impl_index(
+            x, gamma, beta, mean, variance, training, momentum, eps, torch.backends.cudnn.enabled
+        )
+        if not training:
+            assert mean is not None
+            assert variance is not None
+            batch_mean, invstd = mean, (variance.float() + eps).rsqrt()
+        ones = torch.ones_like(invstd) if gamma is None else gamma.detach()
+        zeros = torch.zeros_like(invstd) if beta is None else beta.detach()
+        codes = ops.batch_norm_relu_quantize(
+            x, batch_mean, invstd, ones, zeros, bits, span, y if relu else None
+        )
+        ledger.stands_for(codes, (2 if relu else 1) * x.nbytes)  # torch keeps the input, and the ReLU's result
+        ctx.save_for_backward(codes, invstd, ones, zeros)
+        ctx.settings = bits, span, relu, training
+        ctx.mark_non_differentiable(codes, ones, zeros)
+        return y, codes, ones, zeros
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+        _refuse_second_order("batch norm")
+        codes, invstd, gamma, beta = ctx.saved_tensors
+        grad_input, grad_gamma, grad_beta = ops.batch_norm_relu_backward(
+            grad, codes, gamma, beta, invstd, *ctx.settings
+        )
+        need = ctx.needs_input_grad
+        return (
+            grad_input if need[0] else None,
+            grad_gamma if need[1] else None,
+            grad_beta if need[2] else None,
+            *(None,) * 8,
+        )
+
+
+class _ReLU(torch.autograd.Function):
+    """(relu(x), codes and groups): code 0 is exactly where the result is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+        out = x.relu()
+        codes, scale_minimum = ops.group_quantize(out, bits, True, None, 0)
+        ledger.stands_for(codes, out.nbytes)
+        ctx.save_for_backward(codes, scale_minimum)
+        ctx.settings = tuple(x.shape), ops.is_channels_last(out), bits
+        ctx.mark_non_differentiable(codes, scale_minimum)
+        return out, codes, scale_minimum
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+        _refuse_second_order("ReLU")
+        shape, channels_last, bits = ctx.settings
+        value = ops.group_dequantize(*ctx.saved_tensors, shape, channels_last, grad.dtype, bits)
+        return torch.ops.aten.threshold_backward(grad, value, 0), None
+
+
+def relu(x: Tensor, bits: int) -> tuple[Tensor, Stored | None]:
+    """ReLU and its codes in groups of 256; no codes where no gradient is recorded."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return F.relu(x), None
+    out, *tensors = _ReLU.apply(x, bits)
+    shape, channels_last = tuple(x.shape), ops.is_channels_last(out)
+    return out, Stored(tuple(tensors), "group", bits, 0.0, True, shape, channels_last, out.dtype, _version(out))
+
+
+class _BatchNormCodes(nn.modules.batchnorm._BatchNorm):
+    """What the batch norms below share: forward(x, relu) -> (result, codes or None), or `alone` the result."""
+
+    bits: int
+    span: float
+    alone: bool
+
+    @classmethod
+    def like(cls, module: nn.Module, bits: int, span: float, alone: bool = False) -> _BatchNormCodes:
+        """The same layer with codes: the same parameters, buffers and hooks."""
+        made = cls.__new__(cls)
+        made.__dict__.update(_shared(module))
+        made.bits, made.span, made.alone = bits, span, alone
+        return made
+
+    def forward(self, x: Tensor, relu: bool = False) -> Any:
+        """The exact result, and its codes where a gradient is recorded."""
+        both = self._forward(x, relu)
+        return both[0] if self.alone else both
+
+    def _forward(self, x: Tensor, relu: bool) -> tuple[Tensor, Stored | None]:
+        needed = x.requires_grad or (self.affine and (self.weight.requires_grad or self.bias.requires_grad))
+        if not (torch.is_grad_enabled() and needed):
+            y = super().forward(x)
+            return F.relu(y) if relu else y, None
+        self._check_input_dim(x)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        if training and x.numel() == x.shape[1]:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+        tracked = not self.training or self.track_running_stats
+        out, *tensors = _BatchNorm.apply(
+            x, self.weight, self.bias, self.running_mean if tracked else None, self.running_var if tracked else None,
+            training, momentum, self.eps, relu, self.bits, self.span,
+        )  # fmt: skip
+        shape, channels_last = tuple(x.shape), ops.is_channels_last(out)
+        return out, Stored(
+            tuple(tensors), "channel", self.bits, self.span, relu, shape, channels_last, out.dtype, _version(out)
+        )
+
+
+class BatchNorm1d(_BatchNormCodes, nn.BatchNorm1d):
+    """nn.BatchNorm1d with codes."""
+
+
+class BatchNorm2d(_BatchNormCodes, nn.BatchNorm2d):
+    """nn.BatchNorm2d with codes."""
+
+
+class BatchNorm3d(_BatchNormCodes, nn.BatchNorm3d):
+    """nn.BatchNorm3d with codes."""
+
+
+# --- pooling ----------------------------------------------------------------------------------------------------------
+
+
+class _MaxPool(torch.autograd.Function):
+    """F.max_pool2d that keeps, for every result, its place within the window in one byte."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pool: Pool) -> Tensor:
+        out, indices = torch.ops.aten.max_pool2d_with_indices(
+            x, pool.kernel, pool.stride, pool.padding, (1, 1), pool.ceil_mode
+        )
+        ctx.pool, ctx.shape, ctx.channels_last = pool, tuple(x.shape), ops.is_channels_last(x)
+        step = indices - _corners(pool, x.shape[-1], out)
+        row = torch.div(step, x.shape[-1], rounding_mode="floor")
+        ctx.save_for_backward((row * pool.kernel[1] + step - row * x.shape[-1]).to(torch.uint8))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        _refuse_second_order("max-pooling")
+        (place,) = ctx.saved_tensors
+        pool, width = ctx.pool, ctx.shape[-1]
+        place = place.to(torch.int64)
+        row = torch.div(place, pool.kernel[1], rounding_mode="floor")
+        indices = _corners(pool, width, grad) + row * width + place - row * pool.kernel[1]
+        # Only shape and layout of the input matter to the derivative.
+        layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
+        like = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+        return torch.ops.aten.max_pool2d_with_indices_backward(
+            grad, like, pool.kernel, pool.stride, pool.padding, (1, 1), pool.ceil_mode,
+            indices.contiguous(memory_format=layout),
+        ), None  # fmt: skip
+
+
+def _corners(pool: Pool, width: int, out: Tensor) -> Tensor:
+    """Index within the input's plane of each window's first element, which may lie in the padding."""
+    rows = torch.arange(out.shape[-2], device=out.device) * pool.stride[0] - pool.padding[0]
+    columns = torch.arange(out.shape[-1], device=out.device) * pool.stride[1] - pool.padding[1]
+    return rows[:, None] * width + columns
+
+
+class _AvgPool(torch.autograd.Function):
+    """F.avg_pool2d that keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pool: Pool) -> Tensor:
+        ctx.pool, ctx.shape, ctx.channels_last = pool, tuple(x.shape), ops.is_channels_last(x)
+        return _apply_pool(pool, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        _refuse_second_order("average pooling")
+        pool = ctx.pool
+        layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
+        like = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+        return torch.ops.aten.avg_pool2d_backward(
+            grad, like, pool.kernel, pool.stride, pool.padding, pool.ceil_mode, pool.count_pad, pool.divisor
+        ), None
+
+
+def pool(x: Tensor, stored: Stored | None, spec: Pool) -> tuple[Tensor, Stored | None]:
+    """Pooling of an activation and of its codes: a reader of the codes pools what they say."""
+    if stored is None or not (torch.is_grad_enabled() and x.requires_grad):
+        return _apply_pool(spec, x), None
+    out = (_MaxPool if spec.kind == "max" else _AvgPool).apply(x, spec)
+    if _version(x) != stored.version:
+        return out, None
+    return out, stored._replace(version=_version(out), pools=(*stored.pools, spec))
+
+
+# --- convolution and linear layers ------------------------------------------------------------------------------------
+
+
+class _Conv(torch.autograd.Function):
+    """A convolution whose weight gradient reads codes; the gradient of its input is exact."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Callable[..., Tensor],
+        geometry: tuple[Any, ...], meta: Stored, *tensors: Tensor,
+    ) -> Tensor:  # fmt: skip
+        stride, padding, dilation, groups = geometry
+        out = call(x, weight, bias, stride, padding, dilation, groups)
+        ctx.save_for_backward(weight, *tensors)
+        ctx.geometry, ctx.meta, ctx.dtype = geometry, meta, x.dtype
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        _refuse_second_order("convolution")
+        weight, *tensors = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        need = list(ctx.needs_input_grad[:3])
+        x = _read(ctx.meta, tuple(tensors), grad.dtype)
+        grads = torch.ops.aten.convolution_backward(
+            grad, x, weight.to(grad.dtype), ctx.bias_sizes, stride, padding, dilation, False,
+            [0] * len(stride), groups, need,
+        )  # fmt: skip
+        dtypes = (ctx.dtype, weight.dtype, ctx.bias_dtype)
+        found = (g.to(dtype) if wanted else None for g, dtype, wanted in zip(grads, dtypes, need, strict=True))
+        return (*found, None, None, None, *(None for _ in tensors))
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer whose weight gradient reads codes; the gradient of its input is exact."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, meta: Stored, *tensors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(weight, *tensors)
+        ctx.meta, ctx.dtype, ctx.bias_dtype = meta, x.dtype, None if bias is None else bias.dtype
+        ctx.features = x.shape[-1]
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        _refuse_second_order("linear layer")
+        weight, *tensors = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        need = ctx.needs_input_grad
+        grad_input = (grad @ weight.to(grad.dtype)).to(ctx.dtype) if need[0] else None
+        grad_weight = None
+        if need[1]:
+            # Codes of an image stand for the flattened one; contiguous, so that its order is the flattened order.
+            x = _read(ctx.meta, tuple(tensors), grad.dtype).contiguous().reshape(-1, ctx.features)
+            grad_weight = (rows.t() @ x).to(weight.dtype)
+        grad_bias = rows.sum(0).to(ctx.bias_dtype) if need[2] else None
+        return grad_input, grad_weight, grad_bias, None, *(None for _ in tensors)
+
+
+def _readable(layer: nn.Module, x: Tensor, stored: Stored) -> bool:
+    """Whether a gradient of the layer is recorded that codes can give."""
+    needed = layer.weight.requires_grad or x.requires_grad
+    return torch.is_grad_enabled() and bool(needed) and _version(x) == stored.version
+
+
+class _ConvCodes(nn.modules.conv._ConvNd):
+    """What the convolutions below share: forward(x, codes)."""
+
+    _call: Callable[..., Tensor]
+
+    @classmethod
+    def like(cls, module: nn.Module) -> _ConvCodes:
+        """The same layer that reads codes: the same parameters and hooks."""
+        made = cls.__new__(cls)
+        made.__dict__.update(_shared(module))
+        return made
+
+    def forward(self, x: Tensor, stored: Stored | None = None) -> Tensor:
+        """The exact result; codes None: the plain layer."""
+        batched = x.dim() == self.weight.dim()
+        if stored is None or not batched or not _readable(self, x, stored):
+            return super().forward(x)
+        geometry = (self.stride, _padding(self), self.dilation, self.groups)
+        meta = stored._replace(tensors=())
+        return _Conv.apply(x, self.weight, self.bias, type(self)._call, geometry, meta, *stored.tensors)
+
+
+class Conv1d(_ConvCodes, nn.Conv1d):
+    """nn.Conv1d that reads codes."""
+
+    _call = staticmethod(F.conv1d)
+
+
+class Conv2d(_ConvCodes, nn.Conv2d):
+    """nn.Conv2d that reads codes."""
+
+    _call = staticmethod(F.conv2d)
+
+
+class Conv3d(_ConvCodes, nn.Conv3d):
+    """nn.Conv3d that reads codes."""
+
+    _call = staticmethod(F.conv3d)
+
+
+class Linear(nn.Linear):
+    """nn.Linear that reads codes."""
+
+    @classmethod
+    def like(cls, module: nn.Module) -> Linear:
+        """The same layer that reads codes: the same parameters and hooks."""
+        made = cls.__new__(cls)
+        made.__dict__.update(_shared(module))
+        return made
+
+    def forward(self, x: Tensor, stored: Stored | None = None) -> Tensor:
+        """The exact result; codes None: the plain layer."""
+        if stored is None or not _readable(self, x, stored):
+            return super().forward(x)
+        return _Linear.apply(x, self.weight, self.bias, stored._replace(tensors=()), *stored.tensors)
+
+
+BATCH_NORMS: dict[type[nn.Module], Any] = {
+    nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d,
+}  # fmt: skip
+READERS: dict[type[nn.Module], Any] = {
+    nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d, nn.Linear: Linear,
+}  # fmt: skip
+
+
+def _shared(module: nn.Module) -> dict[str, Any]:
+    """Attributes of a module for a second one with the same parameters and buffers: its registries are copies."""
+    return {name: value.copy() if isinstance(value, dict) else value for name, value in vars(module).items()}
+
+
+def _padding(conv: nn.modules.conv._ConvNd) -> tuple[int, ...]:
+    """Padding in numbers; "same" is symmetric here, see unreadable()."""
+    if conv.padding == "valid":
+        return (0,) * len(conv.kernel_size)
+    if conv.padding == "same":
+        return tuple(step * (size - 1) // 2 for size, step in zip(conv.kernel_size, conv.dilation, strict=True))
+    return tuple(conv.padding)  # type: ignore[arg-type]
+
+
+def unreadable(layer: nn.Module) -> str | None:
+    """Why a convolution or linear layer cannot read codes, or None."""
+    if type(layer) not in READERS:
+        return f"{type(layer).__name__} keeps its input"
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        if layer.padding_mode != "zeros":
+            return f"padding_mode {layer.padding_mode!r} keeps the padded input"
+        if layer.padding == "same" and any(
+            step * (size - 1) % 2 for size, step in zip(layer.kernel_size, layer.dilation, strict=True)
+        ):
+            return "padding 'same' of an even kernel is not symmetric"
+    return None
+
+
+def check_settings(name: str, bits: int, range: float | None) -> float:
+    """The span for these settings, or an error."""
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(f"{name}: bits must be an int, got {type(bits).__name__}")
+    if bits not in BITS:
+        raise ValueError(f"{name}: bits must be 2, 4 or 8, got {bits}")
+    if range is None:
+        return RANGES[bits]
+    if isinstance(range, bool) or not isinstance(range, int | float):
+        raise TypeError(f"{name}: range must be a number or None, got {type(range).__name__}")
+    if not 0 < range < float("inf"):
+        raise ValueError(f"{name}: range must be a positive number of standard deviations, got {range}")
+    return float(range)
+
+
+class LowMemBlock(nn.Module):
+    """Batch norm, ReLU, pooling or none, and a convolution or linear layer, as one module that keeps codes alone.
+
+    The forward pass is exact. Kept for the backward pass are `bits` bits an element of the batch norm's result and five
+    numbers a channel, in place of two float tensors.
+
+    Args:
+        norm: nn.BatchNorm1d, 2d or 3d.
+        layer: nn.Conv1d, 2d, 3d or nn.Linear, which reads the result.
+        pool: nn.MaxPool2d or nn.AvgPool2d in between.
+        bits: 2, 4 or 8.
+        range: standard deviations that the codes span; None: 8 for 4 bits, 9 for 8, 6 for 2.
+
+    Shape:
+        those of `norm`'s input to `layer`'s output.
+
+    Gradient:
+        of the input: exact but for the batch norm's variance term; of weight and gamma: from the codes; of biases:
+        exact. There is no second derivative.
+
+    Raises:
+        TypeError, ValueError: another kind of layer, bits or range.
+
+    Source:
+        Chakrabarti and Moseley, NeurIPS 2019, section 3.
+    """
+
+    def __init__(
+        self, norm: nn.Module, layer: nn.Module, pool: nn.Module | None = None, *, bits: int = 4,
+        range: float | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        span = check_settings("LowMemBlock", bits, range)
+        if type(norm) not in BATCH_NORMS:
+            raise TypeError(f"LowMemBlock: norm must be an nn.BatchNorm1d, 2d or 3d, got {type(norm).__name__}")
+        reason = unreadable(layer)
+        if reason is not None:
+            raise TypeError(f"LowMemBlock: layer must be an nn.Conv1d, 2d, 3d or nn.Linear: {reason}")
+        self.norm = BATCH_NORMS[type(norm)].like(norm, bits, span)
+        self.layer = READERS[type(layer)].like(layer)
+        self.pool = None if pool is None else pool_spec(pool)
+        if pool is not None and self.pool is None:
+            raise TypeError(f"LowMemBlock: pool must be an nn.MaxPool2d or nn.AvgPool2d, got {pool!r}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """layer(pool(relu(norm(x))))."""
+        out, stored = self.norm(x, True)
+        if self.pool is not None:
+            out, stored = pool(out, stored, self.pool)
+        if isinstance(self.layer, nn.Linear):
+            out = out.flatten(1)
+        return self.layer(out, stored)
+
+
+def pool_spec(module: nn.Module) -> Pool | None:
+    """A pooling module's arguments, or None where its derivative needs more than codes."""
+
+    def pair(value: Any) -> tuple[int, int]:
+        return (value, value) if isinstance(value, int) else tuple(value)
+
+    if type(module) is nn.MaxPool2d:
+        if pair(module.dilation) != (1, 1) or module.return_indices:
+            return None
+        kernel = pair(module.kernel_size)
+        if kernel[0] * kernel[1] > 256:
+            return None
+        return Pool("max", kernel, pair(module.stride), pair(module.padding), bool(module.ceil_mode))
+    if type(module) is nn.AvgPool2d:
+        return Pool(
+            "average", pair(module.kernel_size), pair(module.stride), pair(module.padding), bool(module.ceil_mode),
+            bool(module.count_include_pad), module.divisor_override,
+        )  # fmt: skip
+    return None

@@ -1,0 +1,491 @@
+"""convert(): a model whose batch norms, ReLUs, convolutions and linear layers keep codes of a few bits."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from lowbit_ext.lowmem import blocks
+
+__all__ = ["Conversion", "convert", "report"]
+
+_RELU_CALLS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+_POOL_CALLS = (F.max_pool2d, torch.max_pool2d, F.avg_pool2d)
+_IN_PLACE_CALLS = (
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, F.relu_, torch.relu_,
+)  # fmt: skip
+# Results in memory of their own; those of other calls may be views of an argument.
+_FRESH_CALLS = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.cat, "add", "mul", "sub")
+_FRESH_LAYERS = (
+    nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, *_POOLS,
+)  # fmt: skip
+# Results that may be views of the first argument.
+_VIEW_CALLS = frozenset((
+    "view", "view_as", "reshape", "flatten", "unflatten", "t", "transpose", "permute", "movedim", "squeeze",
+    "unsqueeze", "expand", "expand_as", "narrow", "select", "chunk", "split", "unbind", "getitem", "detach", "to",
+    "float", "contiguous", "dropout",
+))  # fmt: skip
+_VIEW_LAYERS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+_CURVED = "its derivative needs the value of its input: rounded, errors would build up with depth"
+_LEFT = {
+    nn.SyncBatchNorm: "its statistics are those of all processes",
+    nn.GroupNorm: "only batch norms have codes by channel",
+    nn.LayerNorm: "only batch norms have codes by channel",
+    **dict.fromkeys((nn.GELU, nn.SiLU, nn.ELU, nn.Mish, nn.Softplus, nn.Hardswish, nn.Tanh, nn.Sigmoid), _CURVED),
+}
+_REPORT = "lowmem_report"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What became of one layer.
+
+    Attributes:
+        name: within the model; of a function, that of its node in the graph.
+        kind: name of the original class, or of the function.
+        converted: whether it keeps codes, or reads codes and keeps nothing.
+        how: what it keeps now, or why it was left.
+    """
+
+    name: str
+    kind: str
+    converted: bool
+    how: str
+
+
+def convert(model: nn.Module, bits: int = 4, range: float | None = None) -> nn.Module:
+    """The same model, exact in its forward pass, that keeps codes of `bits` bits for its backward pass.
+
+    Batch norms keep codes of their result, with the ReLU behind them where there is one; ReLUs elsewhere keep codes in
+    groups of 256; convolutions and linear layers that read one of these, also through pooling or flattening, read its
+    codes and keep nothing. Everything else, and what torch.fx cannot trace, stays as it is. `report` lists both.
+
+    Args:
+        model: any module: ResNets of both orders, VGG, perceptrons. It is not modified, but the result shares its
+            parameters and buffers: optimizers and state_dicts of the one serve the other. Where torch.fx can trace the
+            model the result is a torch.fx.GraphModule with the same names of layers, otherwise its class stays and
+            its children are converted one by one. Hooks stay, and a model within that has hooks is converted on its
+            own; hooks of a batch norm, ReLU or pooling, whose result is no longer there to be seen, and those that
+            may change the input of a convolution or linear layer are a reason to leave that layer.
+        bits: 2, 4 or 8.
+        range: standard deviations that a channel's codes span; None: 8 for 4 bits, 9 for 8, 6 (the paper's) for 2.
+
+    Returns:
+        The converted model, in the mode (training or evaluation) of each of the model's layers. It can be copied,
+        pickled and compiled. A model that was converted before comes back as it is, in a copy.
+
+    Gradient:
+        see LowMemBlock; ReLU's mask is exact everywhere. There is no second derivative.
+
+    Raises:
+        TypeError, ValueError: not a module, or bits or range out of range.
+
+    Source:
+        Chakrabarti and Moseley, "Backprop with approximate activations for memory-efficient network training", NeurIPS
+        2019, section 3; groups: Chen et al., "ActNN", ICML 2021.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
+    span = blocks.check_settings("convert", bits, range)
+    found: list[Conversion] = []
+    result = _convert(model, "", bits, span, found)
+    vars(result)[_REPORT] = tuple(found)
+    return result
+
+
+def report(model: nn.Module) -> tuple[Conversion, ...]:
+    """What `convert` did to each layer of a converted model, and why it left the others.
+
+    Args:
+        model: of `convert`, or a copy of one.
+
+    Returns:
+        One Conversion for each layer, functional ReLU and functional pooling; several for a layer that is called
+        several times with different outcomes.
+
+    Raises:
+        ValueError: `convert` did not make the model.
+    """
+    if _REPORT not in vars(model):
+        raise ValueError(f"report: {type(model).__name__} was not made by convert")
+    return vars(model)[_REPORT]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name, None) for name in _HOOKS)
+
+
+def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Second modules of the same classes, all the way down, on the same parameters and buffers."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return module
+    if module not in copies:
+        made = copies[module] = object.__new__(type(module))
+        made.__dict__ = blocks._shared(module)
+        for name, child in module._modules.items():
+            made._modules[name] = None if child is None else _copied(child, copies)
+    return copies[module]
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def _convert(model: nn.Module, prefix: str, bits: int, span: float, found: list[Conversion]) -> nn.Module:
+    """The converted module; its children one by one where the whole cannot be traced."""
+    if _is_converted(model):
+        entries = vars(model).get(_REPORT, (Conversion("", type(model).__name__, True, "converted before"),))
+        found.extend(dataclasses.replace(entry, name=_join(prefix, entry.name)) for entry in entries)
+        return _copied(model, {})
+    if not any(True for _ in model.children()):
+        return _convert_alone(model, prefix, bits, span, found)
+    copies: dict[nn.Module, nn.Module] = {}
+    made = _copied(model, copies)
+    try:
+        graph = _trace(made)
+    except Exception as error:  # tracing runs the user's forward, which may raise anything
+        graph, reason = None, (str(error).splitlines() or [type(error).__name__])[0]
+    for original, copied in copies.items():
+        copied.training = original.training
+    if graph is not None:
+        return _Converter(made, graph, prefix, bits, span, found).result
+    children = {child: _convert(child, _join(prefix, name), bits, span, found) for name, child in made.named_children()}
+    made._modules.update({name: children[child] for name, child in made._modules.items() if child is not None})
+    how = f"children one by one, torch.fx cannot trace it: {reason}"
+    found.append(Conversion(prefix, type(model).__name__, False, how))
+    return made
+
+
+def _convert_alone(model: nn.Module, prefix: str, bits: int, span: float, found: list[Conversion]) -> nn.Module:
+    """A layer whose neighbours are unknown: a batch norm keeps codes all the same, for its own gradient."""
+    if type(model) in blocks.BATCH_NORMS and not _has_hooks(model):
+        found.append(Conversion(prefix, type(model).__name__, True, "codes of its result, which nobody else reads"))
+        return blocks.BATCH_NORMS[type(model)].like(model, bits, span, alone=True)
+    found.append(Conversion(prefix, type(model).__name__, False, "alone: its neighbours are unknown"))
+    return _copied(model, {})
+
+
+# --- tracing ----------------------------------------------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    """Traces into the containers without hooks; those with hooks are called as they are."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        if super().is_leaf_module(module, qualified_name) and not isinstance(module, nn.Sequential):
+            return True
+        return _has_hooks(module) or isinstance(module, fx.GraphModule) or _is_converted(module)
+
+
+class _Mode:
+    """Stands for a module's flag `training` among a node's arguments."""
+
+
+def _mark_mode(in_training: Any, in_evaluation: Any) -> Any:
+    return _Mode if in_training is True and in_evaluation is False else in_training
+
+
+def _signature(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    return node.op, node.target, str(args), str(kwargs)
+
+
+def _trace(model: nn.Module) -> fx.Graph:
+    """The graph, if it is the same in training and evaluation but for flags that follow the mode.
+
+    Such flags, as a dropout's `training=self.training`, are _Mode in it, to be read from the module at every call.
+    """
+    graph, evaluation = _Tracer().trace(model.train()), _Tracer().trace(model.eval())
+    same = len(graph.nodes) == len(evaluation.nodes)
+    for node, other in zip(graph.nodes, evaluation.nodes, strict=False):
+        same = same and len(node.args) == len(other.args) and node.kwargs.keys() == other.kwargs.keys()
+        if not same:
+            break
+        args = tuple(map(_mark_mode, node.args, other.args))
+        kwargs = {key: _mark_mode(value, other.kwargs[key]) for key, value in node.kwargs.items()}
+        other_args = tuple(_Mode if a is _Mode else b for a, b in zip(args, other.args, strict=True))
+        other_kwargs = {key: _Mode if kwargs[key] is _Mode else value for key, value in other.kwargs.items()}
+        same = _signature(node, args, kwargs) == _signature(other, other_args, other_kwargs)
+        node.args, node.kwargs = args, kwargs
+    if not same:
+        raise ValueError("its graph is another one in evaluation")
+    return graph
+
+
+# --- rewriting --------------------------------------------------------------------------------------------------------
+
+
+class _Converter:
+    """Rewrites a traced graph: every coded value gets a second node, its codes, which readers take."""
+
+    def __init__(
+        self, model: nn.Module, graph: fx.Graph, prefix: str, bits: int, span: float, found: list[Conversion]
+    ) -> None:  # fmt: skip
+        self.model, self.graph, self.prefix, self.bits, self.span, self.found = model, graph, prefix, bits, span, found
+        self.modules = dict(model.named_modules())
+        self.changed: dict[nn.Module, nn.Module] = {}
+        self.fresh: set[fx.Node] = set()  # values that the rules below make
+        self.codes: dict[fx.Node, fx.Node] = {}  # value -> its codes
+        self.flat: set[fx.Node] = set()  # coded values that were flattened: for linear layers alone
+        for node in graph.nodes:
+            self._visit(node)
+        for node in graph.nodes:
+            self._read_mode(node)
+        for module in self.modules.values():
+            module._modules.update({
+                name: self.changed[child] for name, child in module._modules.items() if child in self.changed
+            })  # fmt: skip
+        self.result = _Converted.of(model, graph)
+
+    # --- nodes --------------------------------------------------------------------------------------------------------
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules[str(node.target)] if node.op == "call_module" else None
+
+    def _note(self, node: fx.Node, converted: bool, how: str) -> None:
+        module = self._module(node)
+        kind = getattr(node.target, "__name__", str(node.target)) if module is None else type(module).__name__
+        name = node.name if module is None else str(node.target)
+        entry = Conversion(_join(self.prefix, name), kind, converted, how)
+        if entry not in self.found:
+            self.found.append(entry)
+
+    def _is_relu(self, node: fx.Node) -> bool:
+        module = self._module(node)
+        if module is not None:
+            return type(module) is nn.ReLU and not _has_hooks(module)
+        return node.op in ("call_function", "call_method") and node.target in _RELU_CALLS
+
+    def _is_pool(self, node: fx.Node) -> bool:
+        return type(self._module(node)) in _POOLS or (node.op == "call_function" and node.target in _POOL_CALLS)
+
+    def _is_flatten(self, node: fx.Node) -> bool:
+        """(N, C, *spatial) -> (N, features)."""
+        module = self._module(node)
+        if module is not None:
+            return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+        arguments = (*node.args[1:], *node.kwargs.values())
+        if node.target in (torch.flatten, "flatten"):
+            return arguments in ((1,), (1, -1))
+        if node.target in ("view", "reshape", torch.reshape):
+            sizes = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], tuple | list) else arguments
+            return bool(len(sizes) == 2 and sizes[1] == -1)
+        return False
+
+    def _writes(self, node: fx.Node) -> bool:
+        """Whether a node changes its first argument in place."""
+        if node.op == "call_module":
+            return bool(getattr(self._module(node), "inplace", False))
+        named = isinstance(node.target, str) and node.target.endswith("_") and not node.target.endswith("__")
+        by_position = node.target is F.relu and len(node.args) > 1 and bool(node.args[1])
+        return named or by_position or node.target in _IN_PLACE_CALLS or bool(node.kwargs.get("inplace"))
+
+    def _is_private(self, value: fx.Node) -> bool:
+        """Whether its only user alone reads the memory of a value."""
+        if len(value.users) > 1 or value.op in ("placeholder", "get_attr"):
+            return False
+        fresh = value in self.fresh or value.target in _FRESH_CALLS or isinstance(self._module(value), _FRESH_LAYERS)
+        return fresh or all(map(self._is_private, value.all_input_nodes))
+
+    def _is_written(self, value: fx.Node) -> bool:
+        """Whether a value, or a view of it, is changed in place: then codes no longer stand for it."""
+        return any(
+            self._writes(user) or (self._is_view(user) and self._is_written(user))
+            for user in value.users if user.args and user.args[0] is value
+        )  # fmt: skip
+
+    def _is_view(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self._module(node), _VIEW_LAYERS)
+        return getattr(node.target, "__name__", node.target) in _VIEW_CALLS
+
+    def _replace(self, node: fx.Node, made: fx.Node) -> fx.Node:
+        """Puts the value of `made`, which gives a value and its codes, in the place of a node; returns the value."""
+        with self.graph.inserting_after(made):
+            codes = self.graph.call_function(operator.getitem, (made, 1))
+            value = self.graph.call_function(operator.getitem, (made, 0))
+        node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in (value, codes))
+        self.fresh.add(value)
+        if not self._is_written(value):
+            self.codes[value] = codes
+        return value
+
+    # --- rules --------------------------------------------------------------------------------------------------------
+
+    def _visit(self, node: fx.Node) -> None:
+        module = self._module(node)
+        layer = node.op == "call_function" or type(module).__module__.startswith("torch.nn")
+        if layer and not node.args and "input" in node.kwargs:
+            node.args, node.kwargs = (node.kwargs["input"],), {k: v for k, v in node.kwargs.items() if k != "input"}
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if type(module) in blocks.BATCH_NORMS:
+            self._batch_norm(node)
+        elif source is not None and self._is_relu(node):
+            self._relu(node, source)
+        elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            self._reader(node, source)
+        elif self._is_pool(node):
+            self._pool(node, source)
+        elif source in self.codes and (type(module) is nn.Identity or self._is_flatten(node)):
+            self.codes[node] = self.codes[source]
+            if type(module) is not nn.Identity or source in self.flat:
+                self.flat.add(node)
+        elif module is not None and not isinstance(module, nn.Identity | nn.Flatten):
+            if not layer and any(True for _ in module.children()):
+                name = _join(self.prefix, str(node.target))
+                self.changed[module] = _convert(module, name, self.bits, self.span, self.found)
+            else:
+                self._note(node, False, _LEFT.get(type(module), "no rule for it"))
+
+    def _batch_norm(self, node: fx.Node) -> None:
+        module = self.modules[str(node.target)]
+        if _has_hooks(module):
+            return self._note(node, False, "hooks watch its result")
+        users = list(node.users)
+        relu = users[0] if len(users) == 1 and self._is_relu(users[0]) else None
+        self._note(node, True, f"codes of its result{'' if relu is None else ' behind ReLU'}")
+        if module not in self.changed:
+            self.changed[module] = blocks.BATCH_NORMS[type(module)].like(module, self.bits, self.span)
+        if relu is not None:
+            relu.replace_all_uses_with(node)
+            self.graph.erase_node(relu)
+            node.args = (*node.args, True)
+        self._replace(node, node)
+        return None
+
+    def _relu(self, node: fx.Node, source: fx.Node) -> None:
+        if self._writes(node) and not self._is_private(source):
+            return self._note(node, False, "it changes a value in place that others may read")
+        self._note(node, True, "codes of its result in groups of 256")
+        with self.graph.inserting_before(node):
+            both = self.graph.call_function(blocks.relu, (source, self.bits))
+        self._replace(node, both)
+        self.graph.erase_node(node)
+        return None
+
+    def _reader(self, node: fx.Node, source: fx.Node | None) -> None:
+        module = self.modules[str(node.target)]
+        reason = blocks.unreadable(module)
+        if reason is None and source not in self.codes:
+            reason = "its input has no codes"
+        if reason is None and source in self.flat and not isinstance(module, nn.Linear):
+            reason = "its input was flattened"
+        if reason is None and module._forward_pre_hooks:
+            reason = "a hook may change its input"
+        if reason is not None:
+            return self._note(node, False, reason)
+        if module not in self.changed:
+            self.changed[module] = blocks.READERS[type(module)].like(module)
+        node.kwargs = {"stored": self.codes[source]}  # type: ignore[index]
+        self._note(node, True, "reads the codes of its input")
+        return None
+
+    def _pool(self, node: fx.Node, source: fx.Node | None) -> None:
+        module = self._module(node)
+        if module is not None and _has_hooks(module):
+            return self._note(node, False, "hooks watch its result")
+        if module is None:
+            kind: Any = nn.AvgPool2d if node.target is F.avg_pool2d else nn.MaxPool2d
+            module = kind(*node.args[1:], **node.kwargs)
+        spec = blocks.pool_spec(module)
+        if source not in self.codes or source in self.flat or spec is None:
+            return self._note(node, False, "no rule for these arguments" if spec is None else "its input has no codes")
+        self._note(node, True, "keeps a byte a window" if spec.kind == "max" else "keeps nothing")
+        with self.graph.inserting_before(node):
+            both = self.graph.call_function(blocks.pool, (source, self.codes[source], spec))
+        self._replace(node, both)
+        self.graph.erase_node(node)
+        return None
+
+    def _read_mode(self, node: fx.Node) -> None:
+        """Flags that were read from a module's mode while tracing are read at every call again."""
+        if _Mode not in (*node.args, *node.kwargs.values()):
+            return
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        with self.graph.inserting_before(node):
+            # Not Graph.get_attr, which warns of what is no tensor.
+            mode = self.graph.create_node("get_attr", _join(stack[-1][0] if stack else "", "training"))
+        node.args = tuple(mode if value is _Mode else value for value in node.args)
+        node.kwargs = {key: mode if value is _Mode else value for key, value in node.kwargs.items()}
+
+
+# --- result -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Value:
+    """A node by its name, where the node itself cannot go: in pickles."""
+
+    name: str
+
+
+class _Converted(fx.GraphModule):
+    """A graph on a model's own tree of layers.
+
+    Copies and pickles keep all of it. Those of a plain GraphModule lose layers that the graph does not call, keep no
+    report, and trace the code again, which fixes the mode.
+    """
+
+    @staticmethod
+    def of(model: nn.Module, graph: fx.Graph) -> _Converted:
+        """The graph with everything that the model has as a module: parameters, buffers, children, hooks, mode."""
+        state = {name: value for name, value in vars(model).items() if name in _OF_MODULES}
+        for node in graph.nodes:
+            head = str(node.target).partition(".")[0]
+            if node.op == "get_attr" and head in vars(model):  # tensors that are neither parameters nor buffers
+                state[head] = vars(model)[head]
+        return _Converted._with_state(model, graph, state)
+
+    @staticmethod
+    def _with_state(root: nn.Module, graph: fx.Graph, state: dict[str, Any]) -> _Converted:
+        made = _Converted(root, graph)
+        made.__dict__.update(state)
+        return made
+
+    def _parts(self) -> tuple[dict[str, Any], list[Any]]:
+        state = {name: value for name, value in vars(self).items() if name not in _OF_GRAPHS}
+        nodes = []
+        for node in self.graph.nodes:
+            args, kwargs = fx.node.map_aggregate(
+                (node.args, node.kwargs), lambda value: _Value(value.name) if isinstance(value, fx.Node) else value
+            )
+            nodes.append((node.op, node.target, args, kwargs, node.name))
+        return state, nodes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, self._parts()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Converted:
+        made = memo[id(self)] = _rebuild(*copy.deepcopy(self._parts(), memo))
+        return made
+
+    def __copy__(self) -> _Converted:
+        return _rebuild(*self._parts())
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+_OF_GRAPHS = frozenset(vars(fx.GraphModule({}, fx.Tracer().trace(nn.Identity())))) - _OF_MODULES
+
+
+def _rebuild(state: dict[str, Any], nodes: list[Any]) -> _Converted:
+    root = nn.Module()
+    root.__dict__.update(state)
+    graph = fx.Graph()
+    values: dict[str, fx.Node] = {}
+    for op, target, args, kwargs, name in nodes:
+        args, kwargs = fx.node.map_aggregate(
+            (args, kwargs), lambda value: values[value.name] if isinstance(value, _Value) else value
+        )
+        values[name] = graph.create_node(op, target, args, kwargs, name)
+    return _Converted._with_state(root, graph, state)
+
+
+def _is_converted(module: nn.Module) -> bool:
+    return _REPORT in vars(module) or isinstance(module, _Converted) or type(module).__module__ == blocks.__name__
