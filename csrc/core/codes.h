@@ -32,14 +32,16 @@ LOWBIT_INLINE constexpr int64_t row_count(const ChannelShape& s) {
 }
 
 // Columns of a per-channel array in the kernels' workspace. Channels last, the channels are repeated for the pixels of
-// a block: rows of few elements would leave the vectors empty.
+// a block: rows of few elements would leave the vectors empty. A multiple of 64, so that kernels may read whole
+// vectors.
 constexpr int64_t kBlock = 256;
-LOWBIT_INLINE constexpr int64_t grid_width(const ChannelShape& s) {
-  return s.channels_last && s.channels > 0 && s.channels < kBlock ? s.channels * (kBlock / s.channels) : s.channels;
+LOWBIT_INLINE constexpr int64_t repeats(const ChannelShape& s) {
+  return s.channels_last && s.channels > 0 && s.channels < kBlock ? kBlock / s.channels : 1;
 }
+LOWBIT_INLINE constexpr int64_t grid_width(const ChannelShape& s) { return ceil_div(s.channels * repeats(s), 64) * 64; }
 // Pixels of a block of a channels-last tensor: as many as have codes without padding between them.
 LOWBIT_INLINE constexpr int64_t block_pixels(const ChannelShape& s, int bits) {
-  return s.channels * bits % 8 == 0 && s.channels > 0 ? grid_width(s) / s.channels : 1;
+  return s.channels * bits % 8 == 0 ? repeats(s) : 1;
 }
 
 struct ChannelGrid {

@@ -54,8 +54,8 @@ class _Rows(NamedTuple):
 
     @property
     def grid_width(self) -> int:  # csrc/core/codes.h
-        repeats = self.channels_last and 0 < self.channels < BLOCK
-        return self.channels * (BLOCK // self.channels) if repeats else self.channels
+        repeats = BLOCK // self.channels if self.channels_last and 0 < self.channels < BLOCK else 1
+        return -(-self.channels * repeats // 64) * 64
 
     @property
     def chunks(self) -> int:

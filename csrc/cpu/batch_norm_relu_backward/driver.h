@@ -7,49 +7,46 @@
 namespace lowbit {
 namespace {
 
-// Masked gradients and xhat of a block.
-template <class Type, class Count, class Parameter>
-inline void masked_block(const BatchNormReluBackwardArgs& args, int64_t element, Count count, int64_t byte,
+// Masked gradients and xhat of a block; masked gradients past `count` are 0.
+template <class Type, class Size, class Parameter>
+inline void masked_block(const BatchNormReluBackwardArgs& args, int64_t element, int64_t count, Size size, int64_t byte,
                          const Parameter& parameter, float* masked, float* xhat, Type type) {
   alignas(64) uint8_t codes[kBlock];
   alignas(64) float buffer[kBlock];
   const auto* input = static_cast<const typename Type::type*>(args.grad_output) + element;
-  const float* grad = load_block(input, count, buffer, type);
-  unpack_block(args.codes + byte, count, args.bits, codes);
+  const float* grad = load_block(input, count, size, buffer, type);
+  unpack_block(args.codes + byte, count, size, args.bits, codes);
   const auto step = parameter(kStep), origin = parameter(kXhatOrigin), shift = parameter(kBackwardShift);
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < size; ++i) {
     const float code = static_cast<float>(codes[i]);
     masked[i] = code >= shift(i) ? grad[i] : 0.0f;
     xhat[i] = code * step(i) + origin(i);
   }
 }
 
-// Sums of g and g xhat in lanes: floats, emptied into doubles before a lane has had more than kLaneTerms terms.
+// Sums of g and g xhat in lanes: floats, emptied into doubles after kLaneTerms terms a lane.
 template <int64_t kLanes>
 struct LaneSums {
   alignas(64) float sums[kLanes] = {}, products[kLanes] = {};
   alignas(64) double sum[kLanes] = {}, product[kLanes] = {};
-  int64_t terms = 0;  // at most, a lane
+  int64_t terms = 0;  // a lane
 
-  template <class Count>
-  void add(const float* masked, const float* xhat, Count count) {
-    for (int64_t i = 0; i < count; ++i) {
-      sums[i] += masked[i];
-      products[i] += masked[i] * xhat[i];
-    }
+  template <class Size>
+  void add(int64_t first, const float* masked, const float* xhat, Size size) {
+    for (int64_t i = 0; i < size; ++i) sums[first + i] += masked[i];
+    for (int64_t i = 0; i < size; ++i) products[first + i] += masked[i] * xhat[i];
   }
-  void add_term() {
-    if (++terms == kLaneTerms) empty();
+  void add_terms(int64_t count) {
+    terms += count;
+    if (terms == kLaneTerms) empty();
   }
   void empty() {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      sum[lane] += static_cast<double>(sums[lane]);
-      product[lane] += static_cast<double>(products[lane]);
-      sums[lane] = products[lane] = 0.0f;
-    }
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += static_cast<double>(sums[lane]);
+    for (int64_t lane = 0; lane < kLanes; ++lane) product[lane] += static_cast<double>(products[lane]);
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] = products[lane] = 0.0f;
     terms = 0;
   }
-  // Of the lanes first, first + step, ...
+  // Writes the totals of the lanes first, first + step, ...
   void total(int64_t first, int64_t step, int64_t past, double* sum_out, double* product_out) const {
     double of_sums = 0.0, of_products = 0.0;
     for (int64_t lane = first; lane < past; lane += step) {
@@ -67,25 +64,20 @@ inline void sum_rows(const BatchNormReluBackwardArgs& args, int64_t begin, int64
   const int64_t channels = args.shape.channels;
   for (int64_t row = begin * channels; row < end * channels; ++row) {
     LaneSums<kSumLanes> lanes;
-    for_each_block(args.shape, args.bits, args.grid, row, row + 1,
-                   [&](int64_t element, auto count, int64_t byte, auto parameter) {
-                     alignas(64) float masked[kBlock], xhat[kBlock];
-                     masked_block(args, element, count, byte, parameter, masked, xhat, type);
-                     int64_t i = 0;
-                     for (; i + kSumLanes <= count; i += kSumLanes) {
-                       lanes.add(masked + i, xhat + i, Known<kSumLanes>{});
-                       lanes.add_term();
-                     }
-                     lanes.add(masked + i, xhat + i, count - i);
-                     lanes.add_term();
-                   });
+    const auto add = [&](int64_t element, int64_t count, auto size, int64_t byte, const auto& parameter) {
+      alignas(64) float masked[kBlock], xhat[kBlock];
+      masked_block(args, element, count, size, byte, parameter, masked, xhat, type);
+      for (int64_t i = 0; i < size; i += kSumLanes) lanes.add(0, masked + i, xhat + i, Known<kSumLanes>{});
+      lanes.add_terms(size / kSumLanes);
+    };
+    for_each_block(args.shape, args.bits, args.grid, row, row + 1, add);
     lanes.empty();
     double* sums = args.sums + 2 * (row / channels) * channels + row % channels;
     lanes.total(0, 1, kSumLanes, sums, sums + channels);
   }
 }
 
-// Chunks of pixels.
+// Chunks of pixels, up to 256 columns at a time: channels of one pixel or of several.
 template <class Type>
 inline void sum_pixels(const BatchNormReluBackwardArgs& args, int64_t begin, int64_t end, Type type) {
   const int64_t channels = args.shape.channels, pixels = args.shape.outer * args.shape.spatial;
@@ -95,22 +87,18 @@ inline void sum_pixels(const BatchNormReluBackwardArgs& args, int64_t begin, int
     const int64_t past = (chunk + 1) * kChunkPixels < pixels ? (chunk + 1) * kChunkPixels : pixels;
     for (int64_t first = 0; first < channels; first += kBlock) {
       const int64_t block_channels = channels - first < kBlock ? channels - first : kBlock;
-      const auto parameter = [&](int index) { return Each{args.grid + index * width + first}; };
       LaneSums<kBlock> lanes;
       for (int64_t pixel = chunk * kChunkPixels; pixel < past; pixel += step) {
-        const int64_t count = step == 1 ? block_channels : (step < past - pixel ? step : past - pixel) * channels;
-        const auto add = [&](auto block_count) {
+        const int64_t here = step < past - pixel ? step : past - pixel;
+        for_each_part(here * block_channels, [&](int64_t part, int64_t count, auto size) {
+          const int64_t column = first + part;
+          const auto parameter = [&](int index) { return Each{args.grid + index * width + column}; };
           alignas(64) float masked[kBlock], xhat[kBlock];
-          masked_block(args, pixel * channels + first, block_count, pixel * row_bytes + first * args.bits / 8,
+          masked_block(args, pixel * channels + column, count, size, pixel * row_bytes + column * args.bits / 8,
                        parameter, masked, xhat, type);
-          lanes.add(masked, xhat, block_count);
-        };
-        if (count == kBlock) {
-          add(Whole{});
-        } else {
-          add(count);
-        }
-        lanes.add_term();
+          lanes.add(part, masked, xhat, size);
+        });
+        lanes.add_terms(1);
       }
       lanes.empty();
       double* sums = args.sums + 2 * chunk * channels + first;
@@ -123,15 +111,14 @@ inline void sum_pixels(const BatchNormReluBackwardArgs& args, int64_t begin, int
 
 template <class Type>
 inline void input_rows(const BatchNormReluBackwardArgs& args, int64_t begin, int64_t end, Type type) {
-  for_each_block(args.shape, args.bits, args.grid, begin, end,
-                 [&](int64_t element, auto count, int64_t byte, auto parameter) {
-                   alignas(64) float masked[kBlock], xhat[kBlock];
-                   masked_block(args, element, count, byte, parameter, masked, xhat, type);
-                   const auto gain = parameter(kGain), mean = parameter(kMean), slope = parameter(kSlope);
-                   for (int64_t i = 0; i < count; ++i)
-                     masked[i] = gain(i) * (masked[i] - (mean(i) + xhat[i] * slope(i)));
-                   store_block(masked, count, static_cast<typename Type::type*>(args.grad_input) + element, type);
-                 });
+  const auto differentiate = [&](int64_t element, int64_t count, auto size, int64_t byte, const auto& parameter) {
+    alignas(64) float masked[kBlock], xhat[kBlock];
+    masked_block(args, element, count, size, byte, parameter, masked, xhat, type);
+    const auto gain = parameter(kGain), mean = parameter(kMean), slope = parameter(kSlope);
+    for (int64_t i = 0; i < size; ++i) masked[i] = gain(i) * (masked[i] - (mean(i) + xhat[i] * slope(i)));
+    store_block(masked, count, size, static_cast<typename Type::type*>(args.grad_input) + element, type);
+  };
+  for_each_block(args.shape, args.bits, args.grid, begin, end, differentiate);
 }
 
 inline void run_batch_norm_relu_sums(const BatchNormReluBackwardArgs& args, int64_t begin, int64_t end) {

@@ -10,20 +10,20 @@ namespace {
 template <class Type>
 inline void dequantize_rows(const ChannelDequantizeArgs& args, int64_t begin, int64_t end, Type type) {
   const float floor = args.relu ? 0.0f : -__builtin_inff();
-  for_each_block(
-      args.shape, args.bits, args.grid, begin, end, [&](int64_t element, auto count, int64_t byte, auto parameter) {
-        alignas(64) uint8_t codes[kBlock];
-        alignas(64) float values[kBlock];
-        unpack_block(args.codes + byte, count, args.bits, codes);
-        const auto scale = parameter(kScale), origin = parameter(kOrigin), shift = parameter(kDequantizeShift);
-        for (int64_t i = 0; i < count; ++i) {
-          const float code = static_cast<float>(codes[i]);
-          const float value = code * scale(i) + origin(i);
-          const float clipped = value > floor ? value : floor;
-          values[i] = code >= shift(i) ? clipped : 0.0f;
-        }
-        store_block(values, count, static_cast<typename Type::type*>(args.output) + element, type);
-      });
+  const auto dequantize = [&](int64_t element, int64_t count, auto size, int64_t byte, const auto& parameter) {
+    alignas(64) uint8_t codes[kBlock];
+    alignas(64) float values[kBlock];
+    unpack_block(args.codes + byte, count, size, args.bits, codes);
+    const auto scale = parameter(kScale), origin = parameter(kOrigin), shift = parameter(kDequantizeShift);
+    for (int64_t i = 0; i < size; ++i) {
+      const float code = static_cast<float>(codes[i]);
+      const float value = code * scale(i) + origin(i);
+      const float clipped = value > floor ? value : floor;
+      values[i] = code >= shift(i) ? clipped : 0.0f;
+    }
+    store_block(values, count, size, static_cast<typename Type::type*>(args.output) + element, type);
+  };
+  for_each_block(args.shape, args.bits, args.grid, begin, end, dequantize);
 }
 
 inline void run_channel_dequantize(const ChannelDequantizeArgs& args, int64_t begin, int64_t end) {

@@ -39,12 +39,13 @@ inline void for_type(FloatType type, const Body& body) {
   }
 }
 
-// A number of elements that the compiler knows.
+// A number of elements that the compiler knows: what the loops run over. Blocks of fewer are padded to it.
 template <int64_t kCount>
 struct Known {
   constexpr operator int64_t() const { return kCount; }
 };
 using Whole = Known<kBlock>;
+using Quarter = Known<kBlock / 4>;
 
 // float16 elements that one instruction converts; 1 where there is none.
 #if defined(__F16C__)
@@ -53,34 +54,33 @@ constexpr int64_t kConverted = 8;
 constexpr int64_t kConverted = 1;
 #endif
 
-// The floats of `count` elements: themselves, or written to `buffer`.
-inline const float* load_block(const float* input, int64_t, float*, Bits<FloatType::float32>) { return input; }
-
-inline const float* load_block(const uint16_t* input, int64_t count, float* buffer, Bits<FloatType::bfloat16>) {
-  for (int64_t i = 0; i < count; ++i) buffer[i] = bfloat16_to_float(input[i]);
-  return buffer;
+inline void load(const float* input, int64_t count, float* values, Bits<FloatType::float32>) {
+  for (int64_t i = 0; i < count; ++i) values[i] = input[i];
 }
 
-inline const float* load_block(const uint16_t* input, int64_t count, float* buffer, Bits<FloatType::float16>) {
+inline void load(const uint16_t* input, int64_t count, float* values, Bits<FloatType::bfloat16>) {
+  for (int64_t i = 0; i < count; ++i) values[i] = bfloat16_to_float(input[i]);
+}
+
+inline void load(const uint16_t* input, int64_t count, float* values, Bits<FloatType::float16>) {
   const int64_t whole = kConverted > 1 ? kConverted * (count / kConverted) : 0;
 #if defined(__F16C__)
   for (int64_t i = 0; i < whole; i += kConverted) {
-    _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(input + i))));
+    _mm256_storeu_ps(values + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(input + i))));
   }
 #endif
-  for (int64_t i = whole; i < count; ++i) buffer[i] = float16_to_float(input[i]);
-  return buffer;
+  for (int64_t i = whole; i < count; ++i) values[i] = float16_to_float(input[i]);
 }
 
-inline void store_block(const float* values, int64_t count, float* output, Bits<FloatType::float32>) {
+inline void store(const float* values, int64_t count, float* output, Bits<FloatType::float32>) {
   for (int64_t i = 0; i < count; ++i) output[i] = values[i];
 }
 
-inline void store_block(const float* values, int64_t count, uint16_t* output, Bits<FloatType::bfloat16>) {
+inline void store(const float* values, int64_t count, uint16_t* output, Bits<FloatType::bfloat16>) {
   for (int64_t i = 0; i < count; ++i) output[i] = float_to_bfloat16(values[i]);
 }
 
-inline void store_block(const float* values, int64_t count, uint16_t* output, Bits<FloatType::float16>) {
+inline void store(const float* values, int64_t count, uint16_t* output, Bits<FloatType::float16>) {
   const int64_t whole = kConverted > 1 ? kConverted * (count / kConverted) : 0;
 #if defined(__F16C__)
   for (int64_t i = 0; i < whole; i += kConverted) {
@@ -91,18 +91,38 @@ inline void store_block(const float* values, int64_t count, uint16_t* output, Bi
   for (int64_t i = whole; i < count; ++i) output[i] = float_to_float16(values[i]);
 }
 
-// Codes, one a byte, of `count` elements to packed bytes. The codes past count within the last byte count as 0.
-inline void pack_block(const uint8_t* codes, int64_t count, int bits, uint8_t* packed) {
-  int64_t i = 0;
+// The floats of `count` elements, padded with `padding`: the input itself, or `buffer`.
+template <class Size, class Type>
+inline const float* load_block(const typename Type::type* input, int64_t count, Size size, float* buffer, Type type,
+                               float padding = 0.0f) {
+  if (count == size) {
+    if constexpr (Type::value == FloatType::float32) return input;
+    load(input, size, buffer, type);
+    return buffer;
+  }
+  load(input, count, buffer, type);
+  for (int64_t i = count; i < size; ++i) buffer[i] = padding;
+  return buffer;
+}
+
+template <class Size, class Type>
+inline void store_block(const float* values, int64_t count, Size size, typename Type::type* output, Type type) {
+  if (count == size) return store(values, size, output, type);
+  store(values, count, output, type);
+}
+
+// Codes, one a byte, to packed bytes. `kSize` is a multiple of 64.
+template <int64_t kSize>
+inline void pack(const uint8_t* codes, int bits, uint8_t* packed) {
   if (bits == 8) {
-    for (; i < count; ++i) packed[i] = codes[i];
+    for (int64_t i = 0; i < kSize; ++i) packed[i] = codes[i];
     return;
   }
 #if defined(__AVX512BW__)
   // Neighbours are joined by multiply-add, and the low bytes of the sums kept.
   const __m512i pair_i8x64 = _mm512_set1_epi16(static_cast<int16_t>(1 | 1 << (8 + bits)));
   const __m512i quad_i16x32 = _mm512_set1_epi32(1 | 1 << (16 + 4));
-  for (; i + 64 <= count; i += 64) {
+  for (int64_t i = 0; i < kSize; i += 64) {
     const __m512i pairs_i16x32 = _mm512_maddubs_epi16(_mm512_loadu_si512(codes + i), pair_i8x64);
     if (bits == 4) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed + i / 2), _mm512_cvtepi16_epi8(pairs_i16x32));
@@ -114,7 +134,7 @@ inline void pack_block(const uint8_t* codes, int64_t count, int bits, uint8_t* p
 #elif defined(__AVX2__)
   const __m256i pair_i8x32 = _mm256_set1_epi16(static_cast<int16_t>(1 | 1 << (8 + bits)));
   const __m256i quad_i16x16 = _mm256_set1_epi32(1 | 1 << (16 + 4));
-  for (; i + 32 <= count; i += 32) {
+  for (int64_t i = 0; i < kSize; i += 32) {
     const __m256i codes_u8x32 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
     const __m256i pairs_i16x16 = _mm256_maddubs_epi16(codes_u8x32, pair_i8x32);
     if (bits == 4) {
@@ -129,25 +149,26 @@ inline void pack_block(const uint8_t* codes, int64_t count, int bits, uint8_t* p
       memcpy(packed + i / 4 + 4, &high, 4);
     }
   }
-#endif
+#else
   const int64_t per_byte = 8 / bits;
-  for (; i < count; i += per_byte) {
-    unsigned byte = 0;
-    for (int64_t j = 0; j < per_byte && i + j < count; ++j) byte |= unsigned{codes[i + j]} << (j * bits);
-    packed[i / per_byte] = static_cast<uint8_t>(byte);
+  for (int64_t byte = 0; byte < kSize / per_byte; ++byte) {
+    unsigned joined = 0;
+    for (int64_t j = 0; j < per_byte; ++j) joined |= unsigned{codes[byte * per_byte + j]} << (j * bits);
+    packed[byte] = static_cast<uint8_t>(joined);
   }
+#endif
 }
 
-// Packed bytes to codes, one a byte.
-inline void unpack_block(const uint8_t* packed, int64_t count, int bits, uint8_t* codes) {
-  int64_t i = 0;
+// Packed bytes to codes, one a byte. `kSize` is a multiple of 64.
+template <int64_t kSize>
+inline void unpack(const uint8_t* packed, int bits, uint8_t* codes) {
   if (bits == 8) {
-    for (; i < count; ++i) codes[i] = packed[i];
+    for (int64_t i = 0; i < kSize; ++i) codes[i] = packed[i];
     return;
   }
   const int mask = (1 << bits) - 1;
 #if defined(__AVX512BW__)
-  for (; i + 64 <= count; i += 64) {
+  for (int64_t i = 0; i < kSize; i += 64) {
     __m512i codes_u8x64;
     if (bits == 4) {
       const __m512i wide_u16x32 =
@@ -162,7 +183,7 @@ inline void unpack_block(const uint8_t* packed, int64_t count, int bits, uint8_t
     _mm512_storeu_si512(codes + i, _mm512_and_si512(codes_u8x64, _mm512_set1_epi8(static_cast<int8_t>(mask))));
   }
 #elif defined(__AVX2__)
-  for (; i + 32 <= count; i += 32) {
+  for (int64_t i = 0; i < kSize; i += 32) {
     __m256i codes_u8x32;
     if (bits == 4) {
       const __m256i wide_u16x16 =
@@ -177,22 +198,30 @@ inline void unpack_block(const uint8_t* packed, int64_t count, int bits, uint8_t
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i),
                         _mm256_and_si256(codes_u8x32, _mm256_set1_epi8(static_cast<int8_t>(mask))));
   }
-#endif
+#else
   const int64_t per_byte = 8 / bits;
-  for (; i < count; ++i) codes[i] = static_cast<uint8_t>(packed[i / per_byte] >> (i % per_byte * bits) & mask);
+  for (int64_t i = 0; i < kSize; ++i)
+    codes[i] = static_cast<uint8_t>(packed[i / per_byte] >> (i % per_byte * bits) & mask);
+#endif
 }
 
-// Calls body(group, its number of elements) for groups [begin, end) of `count` elements.
-template <class Body>
-inline void for_each_group(int64_t count, int64_t begin, int64_t end, const Body& body) {
-  for (int64_t group = begin; group < end; ++group) {
-    const int64_t left = count - group * kGroup;
-    if (left >= kGroup) {
-      body(group, Whole{});
-    } else {
-      body(group, left);
-    }
-  }
+// Writes the bytes of `count` codes; those past count within the last byte are made 0.
+template <int64_t kSize>
+inline void pack_block(uint8_t* codes, int64_t count, Known<kSize>, int bits, uint8_t* packed) {
+  if (count == kSize) return pack<kSize>(codes, bits, packed);
+  for (int64_t i = count; i < kSize; ++i) codes[i] = 0;
+  uint8_t bytes[kSize];
+  pack<kSize>(codes, bits, bytes);
+  memcpy(packed, bytes, static_cast<size_t>(code_bytes(count, bits)));
+}
+
+// Reads the bytes of `count` codes; the codes past them are 0.
+template <int64_t kSize>
+inline void unpack_block(const uint8_t* packed, int64_t count, Known<kSize>, int bits, uint8_t* codes) {
+  if (count == kSize) return unpack<kSize>(packed, bits, codes);
+  uint8_t bytes[kSize] = {};
+  memcpy(bytes, packed, static_cast<size_t>(code_bytes(count, bits)));
+  unpack<kSize>(bytes, bits, codes);
 }
 
 // A parameter of a channel for a block of elements: one for all, or one each.
@@ -205,28 +234,40 @@ struct Each {
   float operator()(int64_t i) const { return values[i]; }
 };
 
-// Calls block(first element, count, first byte of codes, parameter) for the blocks of rows [begin, end);
-// parameter(row) is the Common or Each of a row of the workspace `grid`.
+// Calls body(first, count, size) for the parts of `total` elements: whole blocks, then quarters padded to `size`, a
+// Known.
+template <class Body>
+inline void for_each_part(int64_t total, const Body& body) {
+  int64_t first = 0;
+  for (; first + Whole{} <= total; first += Whole{}) body(first, int64_t{Whole{}}, Whole{});
+  for (; first < total; first += Quarter{}) {
+    body(first, total - first < Quarter{} ? total - first : int64_t{Quarter{}}, Quarter{});
+  }
+}
+
+// Calls block(first element, count, size, first byte of codes, parameter) for the parts of rows [begin, end).
+// parameter(index) is the Common or Each of a row of the workspace `grid`.
 template <class Block>
 inline void for_each_block(const ChannelShape& shape, int bits, const float* grid, int64_t begin, int64_t end,
                            const Block& block) {
   const int64_t length = row_length(shape), row_bytes = code_bytes(length, bits), width = grid_width(shape);
-  const auto call = [&](int64_t element, int64_t count, int64_t byte, auto parameter) {
-    if (count == kBlock) return block(element, Whole{}, byte, parameter);
-    block(element, count, byte, parameter);
-  };
-  const int64_t pixels = shape.channels_last ? block_pixels(shape, bits) : 1;
-  for (int64_t row = begin; row < end; row += pixels) {
-    const int64_t rows = pixels < end - row ? pixels : end - row;
-    for (int64_t first = 0; first < rows * length; first += kBlock) {
-      const int64_t left = rows * length - first, count = left < kBlock ? left : kBlock;
-      const int64_t element = row * length + first, byte = row * row_bytes + first * bits / 8;
-      if (shape.channels_last) {
-        call(element, count, byte, [&](int index) { return Each{grid + index * width + first}; });
-      } else {
-        call(element, count, byte, [&](int index) { return Common{grid[index * width + row % shape.channels]}; });
-      }
+  if (!shape.channels_last) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* column = grid + row % shape.channels;
+      const auto parameter = [=](int index) { return Common{column[index * width]}; };
+      for_each_part(length, [&](int64_t first, int64_t count, auto size) {
+        block(row * length + first, count, size, row * row_bytes + first * bits / 8, parameter);
+      });
     }
+    return;
+  }
+  const int64_t step = block_pixels(shape, bits);
+  for (int64_t row = begin; row < end; row += step) {
+    const int64_t rows = step < end - row ? step : end - row;
+    for_each_part(rows * length, [&](int64_t first, int64_t count, auto size) {
+      const auto parameter = [=](int index) { return Each{grid + index * width + first}; };
+      block(row * length + first, count, size, row * row_bytes + first * bits / 8, parameter);
+    });
   }
 }
 

@@ -56,12 +56,8 @@ inline void quantize_groups(const GroupQuantizeArgs& args, int64_t begin, int64_
   for (int64_t group = begin; group < end; ++group) {
     const auto* input = static_cast<const typename Type::type*>(args.input) + group * kGroup;
     const int64_t left = args.count - group * kGroup, count = left < kGroup ? left : kGroup;
-    const float* x = load_block(input, count, buffer, type);
-    if (count < kGroup) {  // made whole by what counts for nothing
-      for (int64_t i = 0; i < count; ++i) buffer[i] = x[i];
-      for (int64_t i = count; i < kGroup; ++i) buffer[i] = __builtin_nanf("");
-      x = buffer;
-    }
+    // Padded by what counts for nothing.
+    const float* x = load_block(input, count, Whole{}, buffer, type, __builtin_nanf(""));
     const Extremes found = Level::extremes(x);
     const GroupScale scale = group_scale(found.low, found.high, last, args.positive);
     args.scale_minimum[2 * group] = scale.scale;
@@ -73,7 +69,7 @@ inline void quantize_groups(const GroupQuantizeArgs& args, int64_t begin, int64_
     } else {
       Level::encode(x, coding, nullptr, codes);
     }
-    pack_block(codes, count, args.bits, args.codes + group * kGroup * args.bits / 8);
+    pack_block(codes, count, Whole{}, args.bits, args.codes + group * kGroup * args.bits / 8);
   }
 }
 
