@@ -24,34 +24,44 @@ inline void masked_block(const BatchNormReluBackwardArgs& args, int64_t element,
   }
 }
 
+// Sixteen lanes; left to itself, the compiler takes loops over them apart.
+using Floats = float __attribute__((vector_size(kSumLanes * sizeof(float))));
+using Doubles = double __attribute__((vector_size(kSumLanes * sizeof(double))));
+
 // Sums of g and g xhat in lanes: floats, emptied into doubles after kLaneTerms terms a lane.
 template <int64_t kLanes>
 struct LaneSums {
-  alignas(64) float sums[kLanes] = {}, products[kLanes] = {};
-  alignas(64) double sum[kLanes] = {}, product[kLanes] = {};
+  static constexpr int64_t kVectors = kLanes / kSumLanes;
+  Floats sums[kVectors] = {}, products[kVectors] = {};
+  Doubles sum[kVectors] = {}, product[kVectors] = {};
   int64_t terms = 0;  // a lane
 
-  template <class Size>
-  void add(int64_t first, const float* masked, const float* xhat, Size size) {
-    for (int64_t i = 0; i < size; ++i) sums[first + i] += masked[i];
-    for (int64_t i = 0; i < size; ++i) products[first + i] += masked[i] * xhat[i];
+  // Sixteen elements to the lanes of a vector.
+  void add(int64_t vector, const float* masked, const float* xhat) {
+    Floats g, x;
+    memcpy(&g, masked, sizeof g);
+    memcpy(&x, xhat, sizeof x);
+    sums[vector] += g;
+    products[vector] += g * x;
   }
   void add_terms(int64_t count) {
     terms += count;
     if (terms == kLaneTerms) empty();
   }
   void empty() {
-    for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += static_cast<double>(sums[lane]);
-    for (int64_t lane = 0; lane < kLanes; ++lane) product[lane] += static_cast<double>(products[lane]);
-    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] = products[lane] = 0.0f;
+    for (int64_t vector = 0; vector < kVectors; ++vector) {
+      sum[vector] += __builtin_convertvector(sums[vector], Doubles);
+      product[vector] += __builtin_convertvector(products[vector], Doubles);
+      sums[vector] = products[vector] = Floats{};
+    }
     terms = 0;
   }
   // Writes the totals of the lanes first, first + step, ...
   void total(int64_t first, int64_t step, int64_t past, double* sum_out, double* product_out) const {
     double of_sums = 0.0, of_products = 0.0;
     for (int64_t lane = first; lane < past; lane += step) {
-      of_sums += sum[lane];
-      of_products += product[lane];
+      of_sums += sum[lane / kSumLanes][lane % kSumLanes];
+      of_products += product[lane / kSumLanes][lane % kSumLanes];
     }
     *sum_out = of_sums;
     *product_out = of_products;
@@ -67,7 +77,7 @@ inline void sum_rows(const BatchNormReluBackwardArgs& args, int64_t begin, int64
     const auto add = [&](int64_t element, int64_t count, auto size, int64_t byte, const auto& parameter) {
       alignas(64) float masked[kBlock], xhat[kBlock];
       masked_block(args, element, count, size, byte, parameter, masked, xhat, type);
-      for (int64_t i = 0; i < size; i += kSumLanes) lanes.add(0, masked + i, xhat + i, Known<kSumLanes>{});
+      for (int64_t i = 0; i < size; i += kSumLanes) lanes.add(0, masked + i, xhat + i);
       lanes.add_terms(size / kSumLanes);
     };
     for_each_block(args.shape, args.bits, args.grid, row, row + 1, add);
@@ -96,7 +106,7 @@ inline void sum_pixels(const BatchNormReluBackwardArgs& args, int64_t begin, int
           alignas(64) float masked[kBlock], xhat[kBlock];
           masked_block(args, pixel * channels + column, count, size, pixel * row_bytes + column * args.bits / 8,
                        parameter, masked, xhat, type);
-          lanes.add(part, masked, xhat, size);
+          for (int64_t i = 0; i < size; i += kSumLanes) lanes.add((part + i) / kSumLanes, masked + i, xhat + i);
         });
         lanes.add_terms(1);
       }
