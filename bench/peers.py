@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
+import io
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -199,3 +203,49 @@ class _SignWithIdentityGradient(torch.autograd.Function):
 def emulated_binary_conv2d(x: Tensor, weight: Tensor, padding: int) -> Tensor:
     """A binary layer emulated with floats: sign of both, then conv2d."""
     return F.conv2d(_SignWithClippedGradient.apply(x), _SignWithIdentityGradient.apply(weight), padding=padding)
+
+
+# --- quantisers -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _optional(package: str) -> types.ModuleType | None:
+    """A package, or None, said once, where it is not installed."""
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            return importlib.import_module(package)
+    except ImportError:
+        print(f'{package} is not installed, its columns stay empty: pip install "lowbit-ext[bench]"')
+        return None
+
+
+def torchao_groups(x: Tensor, bits: int) -> tuple[Call | None, Call | None]:
+    """Affine quantisation of a flat tensor in groups of 256 and back, by torchao: codes of one byte, not packed."""
+    primitives = _optional("torchao.quantization.quant_primitives")
+    if primitives is None:
+        return None, None
+    highest, block = 2**bits - 1, (1, 256)
+    groups = x.view(-1, 256)
+    scheme = primitives.MappingType.ASYMMETRIC
+
+    def pack() -> tuple[Tensor, Tensor, Tensor]:
+        scale, zero = primitives.choose_qparams_affine(groups, scheme, block, torch.uint8, 0, highest)
+        return primitives.quantize_affine(groups, block, scale, zero, torch.uint8, 0, highest), scale, zero
+
+    codes, scale, zero = pack()
+    return pack, lambda: primitives.dequantize_affine(
+        codes, block, scale, zero, torch.uint8, 0, highest, output_dtype=x.dtype
+    )
+
+
+def bitsandbytes_nf4(x: Tensor) -> tuple[Call | None, Call | None]:
+    """4-bit quantisation in blocks of 64 and back, by bitsandbytes."""
+    package = _optional("bitsandbytes.functional")
+    if package is None:
+        return None, None
+    codes, state = package.quantize_4bit(x, blocksize=64, quant_type="nf4")
+    return (
+        lambda: package.quantize_4bit(x, blocksize=64, quant_type="nf4"),
+        lambda: package.dequantize_4bit(codes, state),
+    )

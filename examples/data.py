@@ -1,4 +1,4 @@
-"""Data for the examples: digits and an MNIST subset from packages, Fashion-MNIST, CIFAR-10 and texts from files."""
+"""Data for the examples: digits and an MNIST subset from packages, Fashion-MNIST, CIFAR and texts from files."""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ from torch import Tensor
 
 Set = tuple[Tensor, Tensor]
 
-DATASETS = ("digits", "mnist5k", "fashion", "cifar10")
+DATASETS = ("digits", "mnist5k", "fashion", "cifar10")  # of ten classes
 CLASSES = 10
+ALL_DATASETS = (*DATASETS, "cifar100")
+CIFAR = {  # by the number of classes: folders within the archives, files for training and for test
+    10: (("cifar-10-batches-py", "cifar-10-batches-bin"), [f"data_batch_{i}" for i in range(1, 6)], "test_batch"),
+    100: (("cifar-100-python", "cifar-100-binary"), ["train"], "test"),
+}
 FASHION_ROOT = Path("/usr/share/datasets/fashion-mnist")
 SPLIT_SEED = 0
 TEST_PART = 0.2
@@ -28,10 +33,10 @@ def load(name: str, root: str | Path | None = None, *, normalise: bool = True) -
     """Training and test set of a dataset.
 
     Args:
-        name: "digits" (1797 images of 1x8x8), "mnist5k" (5000 of 1x28x28), "fashion" (70 000 of 1x28x28) or "cifar10"
-            (60 000 of 3x32x32).
+        name: "digits" (1797 images of 1x8x8), "mnist5k" (5000 of 1x28x28), "fashion" (70 000 of 1x28x28), "cifar10" or
+            "cifar100" (60 000 of 3x32x32, the latter with its 100 fine classes).
         root: folder of the files of "fashion" (idx, gzipped or not; default: where Debian's package puts them) and
-            "cifar10" (the batches of its Python or binary version).
+            CIFAR (the files of its Python or binary version).
         normalise: the training set's mean 0 and standard deviation 1 in every channel; otherwise grey values in [0, 1].
 
     Returns:
@@ -42,8 +47,8 @@ def load(name: str, root: str | Path | None = None, *, normalise: bool = True) -
         ImportError, OSError: the package or a file is missing; one line says how to get it.
         ValueError: unknown name, or a file that is corrupt or cut off.
     """
-    if name not in DATASETS:
-        raise ValueError(f"data: name must be one of {', '.join(DATASETS)}, got {name!r}")
+    if name not in ALL_DATASETS:
+        raise ValueError(f"data: name must be one of {', '.join(ALL_DATASETS)}, got {name!r}")
     if name == "digits":
         train, test = _split(*_digits())
     elif name == "mnist5k":
@@ -51,7 +56,7 @@ def load(name: str, root: str | Path | None = None, *, normalise: bool = True) -
     elif name == "fashion":
         train, test = _fashion(Path(root) if root is not None else FASHION_ROOT)
     else:
-        train, test = _cifar10(None if root is None else Path(root))
+        train, test = _cifar(100 if name == "cifar100" else 10, None if root is None else Path(root))
     if not normalise:
         white = np.float32(16 if name == "digits" else 255)
         return _tensors(train[0] / white, train[1]), _tensors(test[0] / white, test[1])
@@ -182,20 +187,23 @@ def _vader_snippets(path: Path) -> list[tuple[str, str]]:
     ]
 
 
-def _cifar10(root: Path | None) -> tuple[Any, Any]:
-    for folder in () if root is None else (root, root / "cifar-10-batches-py", root / "cifar-10-batches-bin"):
+def _cifar(classes: int, root: Path | None) -> tuple[Any, Any]:
+    folders, parts, test_part = CIFAR[classes]
+    for folder in () if root is None else (root, *(root / name for name in folders)):
         for suffix, read in (("", _read_cifar_pickle), (".bin", _read_cifar_binary)):
-            if (folder / f"data_batch_1{suffix}").is_file():
-                paths = [folder / f"data_batch_{index}{suffix}" for index in range(1, 6)]
-                paths.append(folder / f"test_batch{suffix}")
+            if (folder / f"{parts[0]}{suffix}").is_file():
+                paths = [folder / f"{part}{suffix}" for part in (*parts, test_part)]
                 missing = next((path for path in paths if not path.is_file()), None)
                 if missing is not None:
-                    raise FileNotFoundError(f"data: {missing} is missing: unpack the whole CIFAR-10 archive there")
-                *train, test = [_checked(*read(path), path) for path in paths]
+                    raise FileNotFoundError(
+                        f"data: {missing} is missing: unpack the whole CIFAR-{classes} archive there"
+                    )
+                *train, test = [_checked(*read(path, classes), path, classes) for path in paths]
                 return tuple(np.concatenate(arrays) for arrays in zip(*train, strict=True)), test
     raise FileNotFoundError(
-        f"data: no CIFAR-10 {'without --root' if root is None else f'in {root}'}: unpack cifar-10-python.tar.gz or "
-        "cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html and name the folder with --root"
+        f"data: no CIFAR-{classes} {'without --root' if root is None else f'in {root}'}: unpack cifar-{classes}-python"
+        f".tar.gz or cifar-{classes}-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html and name the folder "
+        "with --root"
     )
 
 
@@ -223,32 +231,36 @@ class _ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read_cifar_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_cifar_pickle(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    kind = "labels" if classes == 10 else "fine_labels"
     # Damaged pickles raise almost anything: every opcode can fail in its own way.
     try:
         batch = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-        images, labels = np.asarray(batch["data"], dtype=np.uint8), np.asarray(batch["labels"], dtype=np.int64)
+        images, labels = np.asarray(batch["data"], dtype=np.uint8), np.asarray(batch[kind], dtype=np.int64)
         return images.reshape(-1, 3, 32, 32), labels
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"data: {path} is no CIFAR-10 batch, corrupt or cut off: {error}") from error
+        raise ValueError(f"data: {path} is no CIFAR-{classes} batch, corrupt or cut off: {error}") from error
 
 
-def _read_cifar_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_cifar_binary(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     content = np.frombuffer(path.read_bytes(), np.uint8)
-    record = 1 + 3 * 32 * 32
+    labels = 1 if classes == 10 else 2  # a coarse one in front of the fine one
+    record = labels + 3 * 32 * 32
     if len(content) % record:
         raise ValueError(f"data: {path} is corrupt or cut off: {len(content)} bytes are not whole records of {record}")
     records = content.reshape(-1, record)
-    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
+    return records[:, labels:].reshape(-1, 3, 32, 32), records[:, labels - 1]
 
 
-def _checked(images: np.ndarray, labels: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _checked(
+    images: np.ndarray, labels: np.ndarray, path: Path, classes: int = CLASSES
+) -> tuple[np.ndarray, np.ndarray]:
     """The pair as it is, or ValueError."""
     if len(images) == 0 or labels.shape != (len(images),):
         raise ValueError(f"data: {path} holds {len(images)} images and {len(labels)} labels")
-    if labels.min() < 0 or labels.max() >= CLASSES:
-        raise ValueError(f"data: {path} holds the label {labels.max()}, there are only {CLASSES} classes")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"data: {path} holds the label {labels.max()}, there are only {classes} classes")
     return images, labels

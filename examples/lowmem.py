@@ -1,0 +1,739 @@
+"""Trains a ResNet and a VGG with exact and with low-bit stored activations: accuracy, time and memory side by side.
+
+Variants: exact; lowmem.convert with 4 and 8 bits; lowmem.saved_tensors with 4 bits; torch.utils.checkpoint for every
+block. All have the same initial weights, batches and schedule for a seed. Memory is what autograd keeps (lowmem.ledger)
+and what the operating system sees: a few steps of every variant in a process of its own.
+`python examples/lowmem.py` takes about five minutes on two cores; `--full` is Fashion-MNIST, under an hour; `--data
+cifar10 --root FOLDER --recipe paper --device cuda` the ResNet-164 of the paper; `--audit` the error of gradients by
+depth. JSON and plots go to --out, after every run; runs that are there already are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import data
+import lowbit_ext
+from lowbit_ext import lowmem, models
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from rich import box
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Table
+except ImportError as error:
+    sys.exit(f'examples/lowmem.py needs {error.name}: pip install "lowbit-ext[examples]"')
+
+CURVE_POINTS, CURVE_IMAGES = 10, 500  # evaluations along a run, of as many test images
+EVALUATION_BATCH = 250
+MEMORY_STEPS = 3  # in the process that measures memory
+MEMORY_S = 6.0  # what that process takes, most of it to start, for the estimate alone
+# glibc gives blocks from this size on back to the system when they are freed; by default it keeps many up to 32 MB.
+GIVE_BACK = ("MALLOC_MMAP_THRESHOLD_", "65536")
+PROBED_STEPS = 3  # for the estimate, behind one that warms up
+MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+AUDIT_DEPTHS, AUDIT_BATCH, AUDIT_METHODS = (20, 56, 164), 32, ("convert", "hooks")
+
+
+# --- what is compared -------------------------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """A block that keeps its input alone and runs forward once more in the backward pass."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the block gives."""
+        return checkpoint(self.block, x, use_reentrant=False, preserve_rng_state=False)  # no block draws numbers
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    """The model with each of its `blocks` checkpointed."""
+    model.blocks = nn.Sequential(*map(Checkpointed, model.blocks))  # type: ignore[arg-type]
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to store activations: what becomes of the model, and the context that its forward pass runs in."""
+
+    label: str
+    colour: str
+    prepare: Callable[[nn.Module], nn.Module] = lambda model: model
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+VARIANTS = {
+    "exact": Variant("exact", "#555555"),
+    "convert4": Variant("convert(4)", "#1f5fa8", lambda model: lowmem.convert(model, 4)),
+    "convert8": Variant("convert(8)", "#8fbbe0", lambda model: lowmem.convert(model, 8)),
+    "hooks4": Variant("hooks(4)", "#d1863a", context=lambda: lowmem.saved_tensors(4)),
+    "checkpoint": Variant("checkpoint", "#2a8f5b", checkpointed),
+    "convert2": Variant("convert(2)", "#8a4fa3", lambda model: lowmem.convert(model, 2)),
+    "hooks8": Variant("hooks(8)", "#e8c08f", context=lambda: lowmem.saved_tensors(8)),
+    "hooks4s": Variant("hooks(4, s)", "#c0504d", context=lambda: lowmem.saved_tensors(4, stochastic=True)),
+}
+DEFAULT_VARIANTS = ("exact", "convert4", "convert8", "hooks4", "checkpoint")
+
+
+class VGG(nn.Module):
+    """Blocks of two 3x3 convolutions, each with batch norm and ReLU, in front of a max-pooling; a linear classifier."""
+
+    def __init__(self, widths: Sequence[int], image: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        channels, size, _ = image
+        blocks = []
+        for width in widths:
+            layers: list[nn.Module] = []
+            for before in (channels, width):
+                layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            blocks.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
+            channels, size = width, size // 2
+        self.blocks = nn.Sequential(*blocks)
+        self.flatten = nn.Flatten()
+        self.fc = nn.Linear(channels * size**2, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        return self.fc(self.flatten(self.blocks(x)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: SGD with momentum 0.9."""
+
+    depth: int  # of the ResNet
+    widths: tuple[int, int, int]  # of the three groups of blocks of both networks
+    batch: int
+    steps: int
+    learning_rate: float
+    weight_decay: float
+    schedule: str  # "triangle": up for a tenth of the steps, then down to 0; "paper": a division by 10 at 1/2 and 3/4
+    augment: bool  # random shifts by up to four pixels and mirror images
+
+
+RECIPES = {
+    "quick": Recipe(20, (8, 16, 32), 50, 160, 0.1, 1e-4, "triangle", False),
+    "full": Recipe(20, (16, 32, 64), 64, 1000, 0.1, 1e-4, "triangle", False),
+    # He et al., ECCV 2016, with the weight decay of Chakrabarti and Moseley's code.
+    "paper": Recipe(164, (16, 32, 64), 128, 64000, 0.1, 2e-4, "paper", True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case(Recipe):
+    """A line of the table: all that shapes a run but its seed."""
+
+    data: str
+    image: tuple[int, int, int]
+    classes: int
+    network: str  # "resnet" or "vgg"
+    variant: str
+    layout: str
+    device: str
+    threads: int
+    torch: str
+    isa: str
+
+    @property
+    def network_label(self) -> str:
+        """Its name in tables and plots."""
+        return f"ResNet-{self.depth}" if self.network == "resnet" else f"VGG-{2 * len(self.widths) + 1}"
+
+
+@dataclasses.dataclass
+class Memory:
+    """Bytes of a step: what autograd keeps, and the peak beyond weights, gradients and optimizer."""
+
+    stored: int
+    peak: int  # of tensors alive at one time: what is freed goes back to the system
+    default_peak: int  # of a process as it is, where malloc keeps what is freed; on a GPU the same as `peak`
+
+
+@dataclasses.dataclass
+class Run:
+    """What training with one seed gave."""
+
+    steps: list[int]  # of the points of the curves
+    train_loss: list[float]  # mean since the point before
+    test_accuracy: list[float]  # in percent, of CURVE_IMAGES; the last one of all test images
+    step_ms: float  # median of forward, backward and optimizer
+    seconds: float
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def synchronize(device: str) -> None:
+    """Waits for a GPU, if it is one."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+class Trainer:
+    """Model and optimizer of a case."""
+
+    def __init__(self, case: Case, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.case, self.variant = case, VARIANTS[case.variant]
+        if case.network == "resnet":
+            model: nn.Module = models.preact_resnet(
+                case.depth, in_channels=case.image[0], num_classes=case.classes, widths=case.widths
+            )
+        else:
+            model = VGG(case.widths, case.image, case.classes)
+        self.memory_format = MEMORY_FORMATS[case.layout]
+        self.model = self.variant.prepare(model.to(case.device, memory_format=self.memory_format))
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=case.learning_rate, momentum=0.9, weight_decay=case.weight_decay
+        )
+
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, outside of the context: the few numbers it keeps are worth no rounding."""
+        with self.variant.context():
+            logits = self.model(x)
+        return F.cross_entropy(logits, labels)
+
+    def step(self, x: Tensor, labels: Tensor, rate: float) -> Tensor:
+        """One step at this part of the learning rate; the loss in front of it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.case.learning_rate * rate
+        self.optimizer.zero_grad()
+        loss = self.loss(x, labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """Percent."""
+        self.model.eval()
+        right = sum(
+            int((self.model(x.contiguous(memory_format=self.memory_format)).argmax(1) == y).sum())
+            for x, y in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
+        )
+        self.model.train()
+        return 100 * right / len(images)
+
+
+def rate_at(case: Case, step: int) -> float:
+    """Part of the learning rate at a step."""
+    part = step / case.steps
+    if case.schedule == "paper":
+        if part < 1 / 160:  # 400 of 64 000 steps
+            return 0.1
+        return 1.0 if part < 1 / 2 else 0.1 if part < 3 / 4 else 0.01
+    return min(10 * (part + 1 / case.steps), (1 - part) / 0.9, 1.0)
+
+
+def batches(images: Tensor, labels: Tensor, case: Case, seed: int) -> Iterator[data.Set]:
+    """Endless batches, a new order in every epoch: the same for every variant of a case."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(images), generator=generator)
+        for rows in order[: len(order) // case.batch * case.batch].split(case.batch):
+            x = images[rows.to(images.device)]
+            yield augmented(x, generator) if case.augment else x, labels[rows.to(labels.device)]
+
+
+def augmented(x: Tensor, generator: torch.Generator, margin: int = 4) -> Tensor:
+    """Images shifted at random by up to `margin` pixels, a half of them mirrored."""
+    count, channels, height, width = x.shape
+    down, right = torch.randint(2 * margin + 1, (2, count, 1), generator=generator)
+    columns = right + torch.arange(width)
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns).to(x.device)
+    rows = (down + torch.arange(height)).to(x.device)
+    image, channel = torch.arange(count, device=x.device), torch.arange(channels, device=x.device)
+    padded = F.pad(x, (margin,) * 4)
+    return padded[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+
+
+def train(case: Case, seed: int, sets: tuple[data.Set, data.Set], on_step: Callable[[], None]) -> Run:
+    """Trains one model."""
+    began = time.perf_counter()
+    trainer = Trainer(case, seed)
+    test_images, test_labels = sets[1]
+    result = Run([], [], [], 0.0, 0.0)
+    every = max(1, case.steps // CURVE_POINTS)
+    times, losses = [], []
+    for step, (x, labels) in zip(range(case.steps), batches(*sets[0], case, seed), strict=False):
+        x = x.contiguous(memory_format=trainer.memory_format)
+        synchronize(case.device)
+        start = time.perf_counter()
+        loss = trainer.step(x, labels, rate_at(case, step))
+        synchronize(case.device)
+        times.append(time.perf_counter() - start)
+        losses.append(float(loss))
+        if (step + 1) % every == 0 or step + 1 == case.steps:
+            last = step + 1 == case.steps
+            shown = len(test_images) if last else CURVE_IMAGES
+            result.steps.append(step + 1)
+            result.train_loss.append(statistics.fmean(losses))
+            result.test_accuracy.append(trainer.accuracy(test_images[:shown], test_labels[:shown]))
+            losses.clear()
+        on_step()
+    result.step_ms = 1e3 * statistics.median(times)
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def random_batch(case: Case) -> data.Set:
+    """Noise of the shape of a batch."""
+    x = torch.randn(case.batch, *case.image).to(case.device, memory_format=MEMORY_FORMATS[case.layout])
+    return x, torch.randint(case.classes, (case.batch,), device=case.device)
+
+
+def probe(case: Case) -> float:
+    """Seconds a step, roughly."""
+    trainer, (x, labels) = Trainer(case, 0), random_batch(case)
+    times = []
+    for _ in range(1 + PROBED_STEPS):
+        start = time.perf_counter()
+        trainer.step(x, labels, 0.0)
+        synchronize(case.device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def reset_peak(device: str) -> int:
+    """Forgets the peak where the system allows that; bytes in use, or the peak so far."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError):  # Linux, proc(5): 5 resets VmHWM
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes(device)
+
+
+def peak_bytes(device: str) -> int:
+    """Most memory so far: resident memory of the process, or what torch had allocated on a GPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure_memory(case: Case) -> tuple[int, int]:
+    """For a fresh process: bytes that autograd keeps, and the peak over a few steps beyond what was there before.
+
+    A step of two images in front makes gradients, the optimizer's state and what libraries allocate once.
+    """
+    torch.set_num_threads(case.threads)
+    trainer, (x, labels) = Trainer(case, 0), random_batch(case)
+    trainer.step(x[:2], labels[:2], 0.0)
+    before = reset_peak(case.device)
+    for _ in range(MEMORY_STEPS):
+        trainer.step(x, labels, 0.0)
+    peak = peak_bytes(case.device) - before
+    with lowmem.ledger(trainer.model) as book:
+        trainer.loss(x, labels)
+    return book.stored, peak
+
+
+def memory_of(case: Case) -> Memory:
+    """measure_memory in two processes of their own, that differ in what malloc does."""
+    context = multiprocessing.get_context("spawn")
+    quiet = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # an interruption is for this process alone
+    with ProcessPoolExecutor(1, context, *quiet) as default, ProcessPoolExecutor(1, context, *quiet) as frugal:
+        as_it_is = default.submit(measure_memory, case)  # starts the process
+        before = dict(os.environ)
+        os.environ.update([GIVE_BACK])
+        try:
+            giving_back = frugal.submit(measure_memory, case)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        return Memory(*giving_back.result(), as_it_is.result()[1])
+
+
+# --- runs made before -------------------------------------------------------------------------------------------------
+
+
+class Record:
+    """The JSON document of all runs ever made with this --out, written after every one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.memory: dict[Case, Memory] = {}
+        self.runs: dict[tuple[Case, int], Run] = {}
+        if not path.is_file():
+            return
+        for entry in json.loads(path.read_text()):
+            case = Case(**{key: tuple(v) if isinstance(v, list) else v for key, v in entry["case"].items()})
+            if entry["memory"] is not None:
+                self.memory[case] = Memory(**entry["memory"])
+            for seed, run in entry["runs"].items():
+                self.runs[case, int(seed)] = Run(**run)
+
+    def write(self) -> None:
+        """Replaces the file as a whole, so that an interruption leaves the older one."""
+        entries = []
+        for case in dict.fromkeys((*self.memory, *(case for case, _ in self.runs))):
+            memory = self.memory.get(case)
+            runs = {seed: dataclasses.asdict(run) for (owner, seed), run in self.runs.items() if owner == case}
+            entries.append(
+                {
+                    "case": dataclasses.asdict(case),
+                    "memory": None if memory is None else dataclasses.asdict(memory),
+                    "runs": runs,
+                }
+            )
+        unfinished = self.path.with_suffix(".part")
+        unfinished.write_text(json.dumps(entries, indent=1))
+        unfinished.replace(self.path)
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and, over several seeds, the standard deviation."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """In words."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def seeds_label(seeds: Sequence[int]) -> str:
+    """Their number, or the only one."""
+    return f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+
+
+def report_table(title: str) -> Table:
+    """A narrow table whose first column names the lines."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, collapse_padding=True,
+                  pad_edge=False, show_edge=False)  # fmt: skip
+    table.add_column("", no_wrap=True)
+    return table
+
+
+def beside(value: float, exact: float | None) -> str:
+    """A time or a size, and how many times exact training's, or which part of it."""
+    if not exact:
+        return f"{value:.3g}"
+    part = f"x{value / exact:.2f}" if value >= exact else f"1/{exact / max(value, 1e-3):.2g}"
+    return f"{value:.3g} ({part})"
+
+
+def print_results(console: Console, title: str, cases: Sequence[Case], seeds: Sequence[int], record: Record) -> None:
+    """The table: a line a variant and network."""
+    gpu = cases[0].device.startswith("cuda")
+    table = report_table(title)
+    for heading in ("test, %", "ms a step", "stored, MB", "peak, MB", *(() if gpu else ("default, MB",))):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for network in dict.fromkeys(case.network_label for case in cases):
+        table.add_section()
+        table.add_row(network, style="bold")
+        exact: dict[str, float] = {}
+        for case in cases:
+            if case.network_label != network:
+                continue
+            runs, memory = [record.runs[case, seed] for seed in seeds], record.memory[case]
+            values = {"ms": statistics.median(run.step_ms for run in runs), "stored": memory.stored / 1e6,
+                      "peak": memory.peak / 1e6}  # fmt: skip
+            cells = [beside(value, exact.get(name)) for name, value in values.items()]
+            cells += [] if gpu else [f"{memory.default_peak / 1e6:.3g}"]
+            accuracy = spread([run.test_accuracy[-1] for run in runs])
+            table.add_row(VARIANTS[case.variant].label, accuracy, *cells)
+            if case.variant == "exact":
+                exact = values
+    console.print(table)
+    note = (
+        "Stored: what autograd keeps for the backward pass (lowmem.ledger). Peak: beyond weights, gradients and "
+        f"optimizer, over {MEMORY_STEPS} steps in a process for each variant, by torch's allocator"
+    )
+    if not gpu:
+        note = note.replace("torch's allocator", "the operating system") + (
+            f", with {'='.join(GIVE_BACK)}. Default: the same with malloc as it is, which keeps freed tensors"
+        )
+    console.print(
+        f"{note}. In brackets: beside exact. With checkpoint, batch norms' running statistics move twice a step; its "
+        "weights are those of exact.\n",
+        style="dim",
+        highlight=False,
+    )
+
+
+def plot(path: Path, title: str, cases: Sequence[Case], seeds: Sequence[int], record: Record) -> None:
+    """A row for each network: test accuracy and train loss over the steps, memory and time as bars."""
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    networks = list(dict.fromkeys(case.network_label for case in cases))
+    size = 16, 3.7 * len(networks)
+    figure, axes = plt.subplots(len(networks), 4, figsize=size, squeeze=False, layout="constrained")
+    for (accuracy, loss, memory, times), network in zip(axes, networks, strict=True):
+        chosen = [case for case in cases if case.network_label == network]
+        labels = [VARIANTS[case.variant].label for case in chosen]
+        colours = [VARIANTS[case.variant].colour for case in chosen]
+        for case, label, colour in zip(chosen, labels, colours, strict=True):
+            runs = [record.runs[case, seed] for seed in seeds]
+            for axis, curves in (
+                (accuracy, torch.tensor([run.test_accuracy for run in runs])),
+                (loss, torch.tensor([run.train_loss for run in runs])),
+            ):
+                axis.plot(runs[0].steps, curves.mean(0), label=label, color=colour, linewidth=1.6)
+                axis.fill_between(runs[0].steps, curves.amin(0), curves.amax(0), color=colour, alpha=0.12, linewidth=0)
+        accuracy.set(title=f"{network}: test accuracy, %", xlabel="step")
+        loss.set(title="train loss", xlabel="step", yscale="log")
+        accuracy.legend(frameon=False, loc="lower right")
+        places = range(len(chosen))
+        measured = [record.memory[case] for case in chosen]
+        for offset, values, alpha in (
+            (-0.2, [one.stored / 1e6 for one in measured], 1.0),
+            (0.2, [one.peak / 1e6 for one in measured], 0.4),
+        ):
+            bars = memory.bar([place + offset for place in places], values, 0.38, color=colours, alpha=alpha)
+            memory.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=7)
+        memory.set(title="memory of a step, MB: stored, and peak (pale)")
+        values = [statistics.median(record.runs[case, seed].step_ms for seed in seeds) for case in chosen]
+        times.bar_label(times.bar(places, values, 0.6, color=colours), [f"{value:.3g}" for value in values], fontsize=7)
+        times.set(title="ms a step")
+        for axis in (memory, times):
+            axis.set_xticks(list(places), labels, rotation=20)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+# --- error of gradients by depth --------------------------------------------------------------------------------------
+
+
+def run_audit(options: argparse.Namespace, console: Console) -> None:
+    """Table of the errors of the convolutions' weight gradients at initialisation."""
+    (images, labels), _ = data.load(options.data, options.root)
+    widths = options.widths or RECIPES["full"].widths
+    batch = options.batch or AUDIT_BATCH
+    layout = MEMORY_FORMATS[options.layout]
+    console.print(
+        f"Error of the gradients of pre-activation ResNets of depth {', '.join(map(str, AUDIT_DEPTHS))} at "
+        f"initialisation, 4 bits: {batch} images of {options.data}, {seeds_label(options.seeds)}, {options.layout}. "
+        "About a minute on two cores.",
+        highlight=False,
+    )
+    found: dict[tuple[int, str], list[list[lowmem.LayerError]]] = {}
+    with progress(console) as bar:
+        task = bar.add_task("", total=len(options.seeds) * len(AUDIT_METHODS) * sum(AUDIT_DEPTHS))
+        for depth in AUDIT_DEPTHS:
+            for seed in options.seeds:
+                torch.manual_seed(seed)
+                model = models.preact_resnet(
+                    depth, in_channels=images.shape[1], num_classes=int(labels.max()) + 1, widths=widths
+                ).to(options.device, memory_format=layout)
+                rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:batch]
+                examples = images[rows].to(options.device, memory_format=layout), labels[rows].to(options.device)
+                for method in AUDIT_METHODS:
+                    bar.update(task, description=f"depth {depth}, seed {seed}, {method}(4)")
+                    errors = lowmem.gradient_audit(model, audit_loss, examples, bits=4, method=method)
+                    found.setdefault((depth, method), []).append([e for e in errors if "conv" in e.name])
+                    bar.advance(task, depth)
+    table = report_table("Error of the convolutions' weight gradients, as a part of the gradient's norm")
+    for heading in ("all", "first quarter", "last quarter", "largest", "cosine"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for depth in AUDIT_DEPTHS:
+        table.add_section()
+        table.add_row(f"ResNet-{depth}", style="bold")
+        for method in AUDIT_METHODS:
+            runs = found[depth, method]
+            quarter = len(runs[0]) // 4
+            table.add_row(
+                f"{method}(4)",
+                spread([statistics.fmean(e.relative for e in errors) for errors in runs], 3),
+                spread([statistics.fmean(e.relative for e in errors[:quarter]) for errors in runs], 3),
+                spread([statistics.fmean(e.relative for e in errors[-quarter:]) for errors in runs], 3),
+                spread([max(e.relative for e in errors) for errors in runs], 3),
+                spread([statistics.fmean(e.cosine for e in errors) for errors in runs], 4),
+            )
+    console.print(table)
+    path = options.out / f"lowmem_audit_{options.data}.json"
+    document = [
+        {"depth": depth, "method": method, "seed": seed, "layers": [dataclasses.asdict(error) for error in errors]}
+        for (depth, method), runs in found.items()
+        for seed, errors in zip(options.seeds, runs, strict=True)
+    ]
+    path.write_text(json.dumps(document, indent=1))
+    console.print(f"written: {path}", highlight=False)
+
+
+def audit_loss(model: nn.Module, examples: Any) -> Tensor:
+    """Cross-entropy of a batch."""
+    x, labels = examples
+    return F.cross_entropy(model(x), labels)
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line; what is not given depends on the data and the recipe."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--full", action="store_true", help="Fashion-MNIST: short for --data fashion")
+    parser.add_argument("--data", choices=data.ALL_DATASETS, help="default mnist5k")
+    parser.add_argument("--root", type=Path, help="folder of the files of fashion, cifar10 or cifar100")
+    parser.add_argument("--recipe", choices=tuple(RECIPES), help="default quick for digits and mnist5k, else full")
+    parser.add_argument("--audit", action="store_true", help="only the error of gradients of ResNets by depth")
+    parser.add_argument("--network", nargs="+", choices=("resnet", "vgg"), help="default both; paper: resnet")
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), metavar="NAME",
+                        default=list(DEFAULT_VARIANTS),
+                        help=f"of {', '.join(VARIANTS)} (s: stochastic rounding)")  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    for field in dataclasses.fields(Recipe):
+        name = f"--{field.name.replace('_', '-')}"
+        if field.name == "widths":
+            parser.add_argument(name, nargs=3, type=int, metavar="W", help="of both networks' groups of blocks")
+        elif field.type in ("int", "float"):
+            parser.add_argument(name, type=int if field.type == "int" else float, help="in place of the recipe's")
+    parser.add_argument("--layout", choices=tuple(MEMORY_FORMATS),
+                        help="default channels_last on CPUs, which makes exact training faster")  # fmt: skip
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=Path("examples_out"))
+    options = parser.parse_args()
+    options.data = options.data or ("fashion" if options.full else "mnist5k")
+    options.recipe = options.recipe or ("quick" if options.data in ("digits", "mnist5k") else "full")
+    options.network = options.network or (["resnet"] if options.recipe == "paper" else ["resnet", "vgg"])
+    options.layout = options.layout or ("channels_last" if options.device == "cpu" else "contiguous")
+    for name in ("depth", "batch", "steps", "threads"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    return options
+
+
+def cases_of(options: argparse.Namespace, images: Tensor, classes: int) -> list[Case]:
+    """The lines of the table."""
+    recipe = dataclasses.asdict(RECIPES[options.recipe])
+    given = {name: getattr(options, name, None) for name in recipe}
+    recipe.update({name: value for name, value in given.items() if value is not None})
+    common = dict(
+        recipe, widths=tuple(recipe["widths"]), data=options.data, image=tuple(images.shape[1:]), classes=classes,
+        layout=options.layout, device=options.device, threads=options.threads, torch=torch.__version__,
+        isa=lowbit_ext.active_isa(),
+    )  # fmt: skip
+    cases = [Case(**common, network=network, variant=v) for network in options.network for v in options.variants]
+    if cases[0].batch > len(images):
+        raise ValueError(f"lowmem: --batch {cases[0].batch} is more than the {len(images)} training images")
+    return cases
+
+
+def progress(console: Console) -> Progress:
+    """The bar."""
+    columns = (TextColumn("{task.description:52}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, refresh_per_second=2)
+
+
+def make_runs(
+    console: Console, cases: Sequence[Case], seeds: Sequence[int], sets: tuple[data.Set, data.Set], record: Record
+) -> None:
+    """Makes what the record lacks, seeds outermost."""
+    missing = [(case, seed) for seed in seeds for case in cases if (case, seed) not in record.runs]
+    unmeasured = [case for case in cases if case not in record.memory]
+    if not missing and not unmeasured:
+        return
+    with console.status("timing a few steps of each variant"):
+        step_s = {case: probe(case) for case in dict.fromkeys(case for case, _ in missing)}
+    # Evaluation has no backward pass: a third of a step's time for as many images.
+    evaluated = len(sets[1][0]) + (CURVE_POINTS - 1) * min(CURVE_IMAGES, len(sets[1][0]))
+    cost_s = {case: s * (1 + evaluated / (3 * case.batch * case.steps)) for case, s in step_s.items()}  # of a step
+    total_s = MEMORY_S * len(unmeasured) + sum(cost_s[case] * case.steps for case, _ in missing)
+    console.print(
+        f"{len(missing)} runs to make, {len(cases) * len(seeds) - len(missing)} there already: about "
+        f"{duration(total_s)} on this machine. Results so far are kept when you interrupt it.",
+        highlight=False,
+    )
+    with progress(console) as bar:
+        task = bar.add_task("", total=total_s)
+        for case in unmeasured:
+            bar.update(task, description=f"memory: {case.network}, {VARIANTS[case.variant].label}")
+            record.memory[case] = memory_of(case)
+            record.write()
+            bar.advance(task, MEMORY_S)
+        for number, (case, seed) in enumerate(missing, 1):
+            name = f"{case.network}, {VARIANTS[case.variant].label}, seed {seed}"
+            bar.update(task, description=f"run {number} of {len(missing)}: {name}")
+            record.runs[case, seed] = train(case, seed, sets, lambda case=case: bar.advance(task, cost_s[case]))
+            record.write()
+
+
+def compare(options: argparse.Namespace, console: Console) -> None:
+    """The comparison: makes the runs, prints and plots."""
+    (images, labels), test = data.load(options.data, options.root)
+    cases = cases_of(options, images, int(labels.max()) + 1)
+    first = cases[0]
+    title = (
+        f"{options.data}: {first.steps} steps of {first.batch} of {len(images)} images "
+        f"({first.steps * first.batch / len(images):.2g} epochs), {seeds_label(options.seeds)}"
+    )
+    kinds = {"resnet": "pre-activation", "vgg": "batch norm"}
+    networks = " and ".join(dict.fromkeys(f"{case.network_label} ({kinds[case.network]})" for case in cases))
+    widths = "-".join(map(str, first.widths))
+    variants = ", ".join(VARIANTS[name].label for name in options.variants)
+    console.print(
+        f"{title}.\n{networks}, widths {widths}; activations: {variants}. On "
+        f"{options.device}, {options.threads} threads, {options.layout}, level {first.isa}.",
+        highlight=False,
+    )
+    sets = tuple((x.to(options.device), y.to(options.device)) for x, y in ((images, labels), test))
+    record = Record(options.out / "lowmem.json")
+    make_runs(console, cases, options.seeds, sets, record)  # type: ignore[arg-type]
+    print_results(console, title, cases, options.seeds, record)
+    picture = options.out / f"lowmem_{options.data}_{options.recipe}.png"
+    plot(picture, title, cases, options.seeds, record)
+    console.print(f"written: {record.path} (all runs and curves), {picture}", highlight=False)
+
+
+def main() -> None:
+    """Command line entry."""
+    options = parse_arguments()
+    console = Console()
+    torch.set_num_threads(options.threads)
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"lowmem: no device {options.device!r}: {str(error).splitlines()[0]}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        (run_audit if options.audit else compare)(options, console)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on with the run that was under way")
+
+
+if __name__ == "__main__":
+    main()
