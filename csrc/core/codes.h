@@ -108,7 +108,8 @@ struct GroupScale {
 };
 
 LOWBIT_INLINE GroupScale group_scale(float low, float high, float last, bool positive) {
-  const uint16_t minimum = positive || !(low <= high) ? uint16_t{0} : bfloat16_below(low);  // nothing but NaN: 0
+  // Nothing but NaN: 0. Of zeros of both signs either may have been found: +0.
+  const uint16_t minimum = positive || !(low <= high) ? uint16_t{0} : bfloat16_below(low + 0.0f);
   const float extent = high - bfloat16_to_float(minimum);
   const uint16_t scale = extent > 0 ? bfloat16_above(extent / last) : uint16_t{0};
   const float value = bfloat16_to_float(scale);
