@@ -2,8 +2,8 @@
 //   grad_beta = sum g, grad_gamma = sum g xhat, and
 //   grad_input = gamma invstd (g - mean(g) - xhat mean(g xhat)) in training, gamma invstd g in evaluation.
 // Sums are made in chunks that do not depend on the number of threads: an image's row of a channel, or, channels last,
-// 1024 pixels. Within one, floats are added in lanes, at most 128 terms a lane, then to the lane's double, and at last
-// the lanes in order. Lanes are sixteen of a row; channels last, a block's elements (block_pixels).
+// 1024 pixels. Within one, floats are added in lanes, 128 terms of a lane at a time, then to the lane's double, and at
+// last the lanes in order. Lanes are sixteen of a row; channels last, a block's elements (block_pixels).
 #pragma once
 
 #include "core/codes.h"

@@ -76,6 +76,7 @@ inline void sum_rows(const BatchNormReluBackwardArgs& args, int64_t begin, int64
                        lanes.add(masked + i, xhat + i, Known<kSumLanes>{});
                        lanes.add_term();
                      }
+                     if (i == count) return;
                      lanes.add(masked + i, xhat + i, count - i);
                      lanes.add_term();
                    });
