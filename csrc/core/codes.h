@@ -57,7 +57,8 @@ LOWBIT_INLINE ChannelGrid channel_grid(float gamma, float beta, int bits, float 
   float position = magnitude > 0 ? beta / magnitude * (cells / span) : 0.0f;
   position = position > -kFarthest ? position : -kFarthest;
   position = position < kFarthest ? position : kFarthest;
-  const float below = __builtin_floorf(position);
+  const float truncated = static_cast<float>(static_cast<int32_t>(position));
+  const float below = truncated > position ? truncated - 1 : truncated;
   float shift = cells / 2 - below;
   shift = shift > 1 ? shift : 1;
   shift = shift < cells - 1 ? shift : cells - 1;

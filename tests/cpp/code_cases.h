@@ -12,7 +12,8 @@ namespace lowbit::test {
 // Up to a few chunks of pixels, lanes with more terms than one float takes, and rows on both sides of a block.
 inline ChannelShape random_channel_shape(Random& random) {
   constexpr int64_t kMost = 12000;  // elements of one of `outer`
-  const int64_t one = random.size(640), other = random.between(random.between(0, 9) ? 1 : 0, kMost / one);
+  const int64_t one = random.size(640), most = kMost / one;
+  const int64_t other = random.pick({random.between(0, most), random.between(1, most), 8 * ceil_div(most, 16)});
   ChannelShape shape{random.between(0, 3), one, other, random.coin()};
   if (random.coin()) std::swap(shape.channels, shape.spatial);
   return shape;
@@ -33,8 +34,8 @@ inline std::string name_of(const ChannelShape& shape, FloatType type, int bits) 
 struct ChannelParameters {
   Buffer<float> mean, invstd, gamma, beta;
 
-  ChannelParameters(Random& random, int64_t channels)
-      : mean(channels), invstd(channels), gamma(channels), beta(channels) {
+  ChannelParameters(Random& random, int64_t channels, Alignment alignment = Alignment::value)
+      : mean(channels, alignment), invstd(channels, alignment), gamma(channels, alignment), beta(channels, alignment) {
     for (int64_t i = 0; i < channels; ++i) {
       mean[i] = random.normal();
       invstd[i] = 1 / (0.1f + std::fabs(random.normal()));
