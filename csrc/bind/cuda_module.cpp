@@ -63,6 +63,7 @@ PYBIND11_MODULE(_cuda, m) {
         binary_conv2d_plan_args(shape, encoding, padding_value, output_kind, thresholds));
   });
   m.def("binary_max_pool2d", on_stream(binary_max_pool2d_args, cuda::binary_max_pool2d), unlocked);
+  m.def("group_dequantize", on_stream(group_dequantize_args, cuda::group_dequantize), unlocked);
   m.def("masked_gradient", on_stream(masked_gradient_args, cuda::masked_gradient), unlocked);
   m.def("popcount_peak", on_stream(popcount_peak_args, cuda::popcount_peak), unlocked);
   m.def("popcount_peak_bytes", &cuda::popcount_peak_bytes);
