@@ -64,6 +64,7 @@ PYBIND11_MODULE(_cuda, m) {
   });
   m.def("binary_max_pool2d", on_stream(binary_max_pool2d_args, cuda::binary_max_pool2d), unlocked);
   m.def("group_dequantize", on_stream(group_dequantize_args, cuda::group_dequantize), unlocked);
+  m.def("group_quantize", on_stream(group_quantize_args, cuda::group_quantize), unlocked);
   m.def("masked_gradient", on_stream(masked_gradient_args, cuda::masked_gradient), unlocked);
   m.def("popcount_peak", on_stream(popcount_peak_args, cuda::popcount_peak), unlocked);
   m.def("popcount_peak_bytes", &cuda::popcount_peak_bytes);

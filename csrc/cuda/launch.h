@@ -11,6 +11,7 @@
 #include "core/ops/binary_conv2d.h"
 #include "core/ops/binary_max_pool2d.h"
 #include "core/ops/group_dequantize.h"
+#include "core/ops/group_quantize.h"
 #include "core/ops/masked_gradient.h"
 #include "core/ops/popcount_peak.h"
 #include "core/ops/quantized_activation.h"
@@ -36,6 +37,7 @@ int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept;  // of that
 int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept;
 Status binary_max_pool2d(const BinaryMaxPool2dArgs& args, Stream stream) noexcept;
 Status group_dequantize(const GroupDequantizeArgs& args, Stream stream) noexcept;
+Status group_quantize(const GroupQuantizeArgs& args, Stream stream) noexcept;
 Status masked_gradient(const MaskedGradientArgs& args, Stream stream) noexcept;
 // Status::unsupported_isa where the device has no instruction for bit matrices.
 Status popcount_peak(const PopcountPeakArgs& args, Stream stream) noexcept;

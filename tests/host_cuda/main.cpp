@@ -20,6 +20,7 @@ constexpr Test kTests[] = {
     {"binary_conv2d", test_binary_conv2d},
     {"binary_max_pool2d", test_binary_max_pool2d},
     {"group_dequantize", test_group_dequantize},
+    {"group_quantize", test_group_quantize},
     {"masked_gradient", test_masked_gradient},
     {"popcount_peak", test_popcount_peak},
     {"quantized_activation", test_quantized_activation},

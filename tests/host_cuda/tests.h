@@ -24,6 +24,7 @@ void test_binary_max_pool2d(Random& random, int cases);
 void test_device(Random& random, int cases);
 void test_divisor(Random& random, int cases);
 void test_group_dequantize(Random& random, int cases);
+void test_group_quantize(Random& random, int cases);
 void test_masked_gradient(Random& random, int cases);
 void test_popcount_peak(Random& random, int cases);
 void test_quantized_activation(Random& random, int cases);
