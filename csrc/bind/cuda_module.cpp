@@ -63,6 +63,7 @@ PYBIND11_MODULE(_cuda, m) {
         binary_conv2d_plan_args(shape, encoding, padding_value, output_kind, thresholds));
   });
   m.def("binary_max_pool2d", on_stream(binary_max_pool2d_args, cuda::binary_max_pool2d), unlocked);
+  m.def("channel_dequantize", on_stream(channel_dequantize_args, cuda::channel_dequantize), unlocked);
   m.def("group_dequantize", on_stream(group_dequantize_args, cuda::group_dequantize), unlocked);
   m.def("group_quantize", on_stream(group_quantize_args, cuda::group_quantize), unlocked);
   m.def("masked_gradient", on_stream(masked_gradient_args, cuda::masked_gradient), unlocked);

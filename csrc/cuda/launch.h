@@ -10,6 +10,7 @@
 #include "core/ops/binary_avg_pool2d.h"
 #include "core/ops/binary_conv2d.h"
 #include "core/ops/binary_max_pool2d.h"
+#include "core/ops/channel_dequantize.h"
 #include "core/ops/group_dequantize.h"
 #include "core/ops/group_quantize.h"
 #include "core/ops/masked_gradient.h"
@@ -36,6 +37,7 @@ const char* binary_conv2d_engine(int device) noexcept;                // what th
 int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept;  // of that copy, the same for every device
 int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept;
 Status binary_max_pool2d(const BinaryMaxPool2dArgs& args, Stream stream) noexcept;
+Status channel_dequantize(const ChannelDequantizeArgs& args, Stream stream) noexcept;
 Status group_dequantize(const GroupDequantizeArgs& args, Stream stream) noexcept;
 Status group_quantize(const GroupQuantizeArgs& args, Stream stream) noexcept;
 Status masked_gradient(const MaskedGradientArgs& args, Stream stream) noexcept;

@@ -19,6 +19,7 @@ constexpr Test kTests[] = {
     {"binary_avg_pool2d", test_binary_avg_pool2d},
     {"binary_conv2d", test_binary_conv2d},
     {"binary_max_pool2d", test_binary_max_pool2d},
+    {"channel_dequantize", test_channel_dequantize},
     {"group_dequantize", test_group_dequantize},
     {"group_quantize", test_group_quantize},
     {"masked_gradient", test_masked_gradient},

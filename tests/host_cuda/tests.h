@@ -21,6 +21,7 @@ void test_binarize(Random& random, int cases);
 void test_binary_avg_pool2d(Random& random, int cases);
 void test_binary_conv2d(Random& random, int cases);
 void test_binary_max_pool2d(Random& random, int cases);
+void test_channel_dequantize(Random& random, int cases);
 void test_device(Random& random, int cases);
 void test_divisor(Random& random, int cases);
 void test_group_dequantize(Random& random, int cases);
