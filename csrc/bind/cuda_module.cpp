@@ -44,6 +44,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("align_groups", on_stream(align_groups_args, cuda::align_groups), unlocked);
   m.def("antithetic_gradient", on_stream(antithetic_gradient_args, cuda::antithetic_gradient), unlocked);
   m.def("antithetic_sample", on_stream(antithetic_sample_args, cuda::antithetic_sample), unlocked);
+  m.def("batch_norm_relu_backward", on_stream(batch_norm_relu_backward_args, cuda::batch_norm_relu_backward), unlocked);
   m.def("batch_norm_relu_quantize", on_stream(batch_norm_relu_quantize_args, cuda::batch_norm_relu_quantize), unlocked);
   m.def("binarize", on_stream(binarize_args, cuda::binarize), unlocked);
   m.def("binary_avg_pool2d", on_stream(binary_avg_pool2d_args, cuda::binary_avg_pool2d), unlocked);

@@ -6,6 +6,7 @@
 #include "core/ops/align_groups.h"
 #include "core/ops/antithetic_gradient.h"
 #include "core/ops/antithetic_sample.h"
+#include "core/ops/batch_norm_relu_backward.h"
 #include "core/ops/batch_norm_relu_quantize.h"
 #include "core/ops/binarize.h"
 #include "core/ops/binary_avg_pool2d.h"
@@ -29,6 +30,7 @@ struct Stream {
 Status align_groups(const AlignGroupsArgs& args, Stream stream) noexcept;
 Status antithetic_gradient(const AntitheticGradientArgs& args, Stream stream) noexcept;
 Status antithetic_sample(const AntitheticSampleArgs& args, Stream stream) noexcept;
+Status batch_norm_relu_backward(const BatchNormReluBackwardArgs& args, Stream stream) noexcept;
 Status batch_norm_relu_quantize(const BatchNormReluQuantizeArgs& args, Stream stream) noexcept;
 Status binarize(const BinarizeArgs& args, Stream stream) noexcept;
 Status binary_avg_pool2d(const BinaryAvgPool2dArgs& args, Stream stream) noexcept;

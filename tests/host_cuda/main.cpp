@@ -15,6 +15,7 @@ constexpr Test kTests[] = {
     {"align_groups", test_align_groups},
     {"antithetic_gradient", test_antithetic_gradient},
     {"antithetic_sample", test_antithetic_sample},
+    {"batch_norm_relu_backward", test_batch_norm_relu_backward},
     {"batch_norm_relu_quantize", test_batch_norm_relu_quantize},
     {"binarize", test_binarize},
     {"binary_avg_pool2d", test_binary_avg_pool2d},

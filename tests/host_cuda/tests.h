@@ -17,6 +17,7 @@ inline Alignment random_alignment(Random& random) {
 void test_align_groups(Random& random, int cases);
 void test_antithetic_gradient(Random& random, int cases);
 void test_antithetic_sample(Random& random, int cases);
+void test_batch_norm_relu_backward(Random& random, int cases);
 void test_batch_norm_relu_quantize(Random& random, int cases);
 void test_binarize(Random& random, int cases);
 void test_binary_avg_pool2d(Random& random, int cases);
