@@ -44,6 +44,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("align_groups", on_stream(align_groups_args, cuda::align_groups), unlocked);
   m.def("antithetic_gradient", on_stream(antithetic_gradient_args, cuda::antithetic_gradient), unlocked);
   m.def("antithetic_sample", on_stream(antithetic_sample_args, cuda::antithetic_sample), unlocked);
+  m.def("batch_norm_relu_backward", on_stream(batch_norm_relu_backward_args, cuda::batch_norm_relu_backward), unlocked);
+  m.def("batch_norm_relu_quantize", on_stream(batch_norm_relu_quantize_args, cuda::batch_norm_relu_quantize), unlocked);
   m.def("binarize", on_stream(binarize_args, cuda::binarize), unlocked);
   m.def("binary_avg_pool2d", on_stream(binary_avg_pool2d_args, cuda::binary_avg_pool2d), unlocked);
   m.def("binary_conv2d", on_stream(binary_conv2d_args, cuda::binary_conv2d), unlocked);
@@ -63,6 +65,9 @@ PYBIND11_MODULE(_cuda, m) {
         binary_conv2d_plan_args(shape, encoding, padding_value, output_kind, thresholds));
   });
   m.def("binary_max_pool2d", on_stream(binary_max_pool2d_args, cuda::binary_max_pool2d), unlocked);
+  m.def("channel_dequantize", on_stream(channel_dequantize_args, cuda::channel_dequantize), unlocked);
+  m.def("group_dequantize", on_stream(group_dequantize_args, cuda::group_dequantize), unlocked);
+  m.def("group_quantize", on_stream(group_quantize_args, cuda::group_quantize), unlocked);
   m.def("masked_gradient", on_stream(masked_gradient_args, cuda::masked_gradient), unlocked);
   m.def("popcount_peak", on_stream(popcount_peak_args, cuda::popcount_peak), unlocked);
   m.def("popcount_peak_bytes", &cuda::popcount_peak_bytes);

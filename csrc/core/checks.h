@@ -1,6 +1,7 @@
 // What every launcher, CPU and CUDA, asks of sizes before a kernel sees them.
 #pragma once
 
+#include "core/codes.h"
 #include "core/conv_shape.h"
 #include "core/pool_shape.h"
 
@@ -38,5 +39,7 @@ static inline bool valid(const PoolShape& shape) {
          addressable(shape.batch, shape.height, shape.width, shape.channels) &&
          addressable(shape.batch, shape.out_height, shape.out_width, shape.channels);
 }
+
+static inline bool valid(const ChannelShape& shape) { return addressable(shape.outer, shape.channels, shape.spatial); }
 
 }  // namespace lowbit

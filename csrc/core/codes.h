@@ -59,7 +59,8 @@ LOWBIT_INLINE ChannelGrid channel_grid(float gamma, float beta, int bits, float 
   float position = magnitude > 0 ? beta / magnitude * (cells / span) : 0.0f;
   position = position > -kFarthest ? position : -kFarthest;
   position = position < kFarthest ? position : kFarthest;
-  const float below = __builtin_floorf(position);
+  const float truncated = static_cast<float>(static_cast<int32_t>(position));
+  const float below = truncated > position ? truncated - 1 : truncated;
   float shift = cells / 2 - below;
   shift = shift > 1 ? shift : 1;
   shift = shift < cells - 1 ? shift : cells - 1;
@@ -110,7 +111,8 @@ struct GroupScale {
 };
 
 LOWBIT_INLINE GroupScale group_scale(float low, float high, float last, bool positive) {
-  const uint16_t minimum = positive || !(low <= high) ? uint16_t{0} : bfloat16_below(low);  // nothing but NaN: 0
+  // Nothing but NaN: 0. Of zeros of both signs either may have been found: +0.
+  const uint16_t minimum = positive || !(low <= high) ? uint16_t{0} : bfloat16_below(low + 0.0f);
   const float extent = high - bfloat16_to_float(minimum);
   const uint16_t scale = extent > 0 ? bfloat16_above(extent / last) : uint16_t{0};
   const float value = bfloat16_to_float(scale);

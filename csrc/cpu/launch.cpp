@@ -24,11 +24,6 @@ int64_t macs(const ConvShape& shape) {
   return out_pixels(shape) * shape.filters * taps(shape) * channels_per_group(shape);
 }
 
-bool valid(const ChannelShape& shape) {
-  return shape.outer >= 0 && shape.channels >= 0 && shape.spatial >= 0 &&
-         addressable(shape.outer, shape.channels, shape.spatial);
-}
-
 template <class Args, class Kernel>
 Status run_with_workspace(const Args& args, int64_t items, int64_t grain, int64_t per_thread, int64_t workspace_bytes,
                           Kernel kernel) {

@@ -6,8 +6,6 @@
 // so that no bit changes the thread; the words then pass through shared memory to be stored side by side.
 #include "core/ops/binarize.h"
 
-#include <type_traits>
-
 #include "core/checks.h"
 #include "core/divisor.h"
 #include "cuda/platform.cuh"
@@ -17,9 +15,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-
-template <FloatType kType>
-using BitsOf = std::conditional_t<kType == FloatType::float32, uint32_t, uint16_t>;
 
 struct BinarizeKernelArgs {
   BinarizeArgs op;

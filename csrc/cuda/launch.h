@@ -6,10 +6,15 @@
 #include "core/ops/align_groups.h"
 #include "core/ops/antithetic_gradient.h"
 #include "core/ops/antithetic_sample.h"
+#include "core/ops/batch_norm_relu_backward.h"
+#include "core/ops/batch_norm_relu_quantize.h"
 #include "core/ops/binarize.h"
 #include "core/ops/binary_avg_pool2d.h"
 #include "core/ops/binary_conv2d.h"
 #include "core/ops/binary_max_pool2d.h"
+#include "core/ops/channel_dequantize.h"
+#include "core/ops/group_dequantize.h"
+#include "core/ops/group_quantize.h"
 #include "core/ops/masked_gradient.h"
 #include "core/ops/popcount_peak.h"
 #include "core/ops/quantized_activation.h"
@@ -25,6 +30,8 @@ struct Stream {
 Status align_groups(const AlignGroupsArgs& args, Stream stream) noexcept;
 Status antithetic_gradient(const AntitheticGradientArgs& args, Stream stream) noexcept;
 Status antithetic_sample(const AntitheticSampleArgs& args, Stream stream) noexcept;
+Status batch_norm_relu_backward(const BatchNormReluBackwardArgs& args, Stream stream) noexcept;
+Status batch_norm_relu_quantize(const BatchNormReluQuantizeArgs& args, Stream stream) noexcept;
 Status binarize(const BinarizeArgs& args, Stream stream) noexcept;
 Status binary_avg_pool2d(const BinaryAvgPool2dArgs& args, Stream stream) noexcept;
 Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, Stream stream) noexcept;
@@ -34,6 +41,9 @@ const char* binary_conv2d_engine(int device) noexcept;                // what th
 int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept;  // of that copy, the same for every device
 int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept;
 Status binary_max_pool2d(const BinaryMaxPool2dArgs& args, Stream stream) noexcept;
+Status channel_dequantize(const ChannelDequantizeArgs& args, Stream stream) noexcept;
+Status group_dequantize(const GroupDequantizeArgs& args, Stream stream) noexcept;
+Status group_quantize(const GroupQuantizeArgs& args, Stream stream) noexcept;
 Status masked_gradient(const MaskedGradientArgs& args, Stream stream) noexcept;
 // Status::unsupported_isa where the device has no instruction for bit matrices.
 Status popcount_peak(const PopcountPeakArgs& args, Stream stream) noexcept;

@@ -9,6 +9,8 @@
 #include <cuda_runtime.h>
 #endif
 
+#include <type_traits>
+
 #include "core/half.h"
 #include "cuda/launch.h"
 
@@ -90,6 +92,7 @@ T& shared_memory() {
 }
 
 static inline float half_to_float(uint16_t bits) { return float16_to_float(bits); }
+static inline uint16_t float_to_half(float value) { return float_to_float16(value); }
 
 #else
 
@@ -101,8 +104,12 @@ __device__ T& shared_memory() {
 }
 
 static __device__ inline float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+static __device__ inline uint16_t float_to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
 
 #endif
+
+template <FloatType kType>
+using BitsOf = std::conditional_t<kType == FloatType::float32, uint32_t, uint16_t>;
 
 // Value of a bit pattern of kType; exact.
 template <FloatType kType, class Bits>
@@ -110,6 +117,14 @@ __device__ float to_float(Bits bits) {
   if constexpr (kType == FloatType::float32) return bits_to_float(bits);
   if constexpr (kType == FloatType::bfloat16) return bfloat16_to_float(bits);
   if constexpr (kType == FloatType::float16) return half_to_float(bits);
+}
+
+// The nearest bit pattern of kType.
+template <FloatType kType>
+__device__ BitsOf<kType> from_float(float value) {
+  if constexpr (kType == FloatType::float32) return float_to_bits(value);
+  if constexpr (kType == FloatType::bfloat16) return float_to_bfloat16(value);
+  if constexpr (kType == FloatType::float16) return float_to_half(value);
 }
 
 // Neighbours that a kernel reads or writes with one instruction.

@@ -1,22 +1,7 @@
-#include "core/philox.h"
-
 #include "common.h"
+#include "one_lane.h"
 
 namespace lowbit::test {
-namespace {
-
-struct OneLane {
-  uint32_t value;
-  static OneLane broadcast(uint32_t value) { return {value}; }
-  static OneLane multiply(uint32_t a, OneLane b, OneLane& high) {
-    high.value = static_cast<uint32_t>(uint64_t{a} * b.value >> 32);
-    return {a * b.value};
-  }
-  friend OneLane operator^(OneLane a, OneLane b) { return {a.value ^ b.value}; }
-};
-
-}  // namespace
-
 // Known answers that come with the generator's reference implementation (Random123, kat_vectors).
 void test_philox(Random&, int) {
   struct Known {

@@ -17,12 +17,17 @@ inline Alignment random_alignment(Random& random) {
 void test_align_groups(Random& random, int cases);
 void test_antithetic_gradient(Random& random, int cases);
 void test_antithetic_sample(Random& random, int cases);
+void test_batch_norm_relu_backward(Random& random, int cases);
+void test_batch_norm_relu_quantize(Random& random, int cases);
 void test_binarize(Random& random, int cases);
 void test_binary_avg_pool2d(Random& random, int cases);
 void test_binary_conv2d(Random& random, int cases);
 void test_binary_max_pool2d(Random& random, int cases);
+void test_channel_dequantize(Random& random, int cases);
 void test_device(Random& random, int cases);
 void test_divisor(Random& random, int cases);
+void test_group_dequantize(Random& random, int cases);
+void test_group_quantize(Random& random, int cases);
 void test_masked_gradient(Random& random, int cases);
 void test_popcount_peak(Random& random, int cases);
 void test_quantized_activation(Random& random, int cases);

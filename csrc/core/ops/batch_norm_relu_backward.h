@@ -2,8 +2,8 @@
 //   grad_beta = sum g, grad_gamma = sum g xhat, and
 //   grad_input = gamma invstd (g - mean(g) - xhat mean(g xhat)) in training, gamma invstd g in evaluation.
 // Sums are made in chunks that do not depend on the number of threads: an image's row of a channel, or, channels last,
-// 1024 pixels. Within one, floats are added in lanes, at most 128 terms a lane, then to the lane's double, and at last
-// the lanes in order. Lanes are sixteen of a row; channels last, a block's elements (block_pixels).
+// 1024 pixels. Within one, floats are added in lanes, 128 terms of a lane at a time, then to the lane's double, and at
+// last the lanes in order. Lanes are sixteen of a row; channels last, a block's elements (block_pixels).
 #pragma once
 
 #include "core/codes.h"
@@ -46,7 +46,18 @@ LOWBIT_INLINE void fill_grid(const BatchNormReluBackwardArgs& args, int64_t colu
   args.grid[kGain * width + column] = args.gamma[channel] * args.invstd[channel];
 }
 
-// After the sums of all chunks: the gradients of gamma and beta, and the rest of the workspace.
+// After the sum of g or of g xhat over all chunks: a gradient, and a row of the workspace.
+LOWBIT_INLINE void finish_sum(const BatchNormReluBackwardArgs& args, bool with_xhat, int64_t channel, double sum) {
+  (with_xhat ? args.grad_gamma : args.grad_beta)[channel] = static_cast<float>(sum);
+  const double count = static_cast<double>(args.shape.outer * args.shape.spatial);
+  const int64_t width = grid_width(args.shape);
+  float* row = args.grid + (with_xhat ? kSlope : kMean) * width;
+  for (int64_t column = channel; column < width; column += args.shape.channels) {
+    row[column] = args.training ? static_cast<float>(sum / count) : 0.0f;
+  }
+}
+
+// Both of a channel.
 LOWBIT_INLINE void finish_sums(const BatchNormReluBackwardArgs& args, int64_t channel) {
   const int64_t channels = args.shape.channels;
   double sum = 0.0, product = 0.0;
@@ -54,14 +65,8 @@ LOWBIT_INLINE void finish_sums(const BatchNormReluBackwardArgs& args, int64_t ch
     sum += args.sums[2 * chunk * channels + channel];
     product += args.sums[(2 * chunk + 1) * channels + channel];
   }
-  args.grad_beta[channel] = static_cast<float>(sum);
-  args.grad_gamma[channel] = static_cast<float>(product);
-  const double count = static_cast<double>(args.shape.outer * args.shape.spatial);
-  const int64_t width = grid_width(args.shape);
-  for (int64_t column = channel; column < width; column += channels) {
-    args.grid[kMean * width + column] = args.training ? static_cast<float>(sum / count) : 0.0f;
-    args.grid[kSlope * width + column] = args.training ? static_cast<float>(product / count) : 0.0f;
-  }
+  finish_sum(args, false, channel, sum);
+  finish_sum(args, true, channel, product);
 }
 
 }  // namespace lowbit

@@ -1,0 +1,85 @@
+// What the kernels of codes share. Their unit is a pack: the neighbours of 16 bytes, whose codes are whole bytes. A
+// pack is `whole` where it has all its elements, at addresses for one load of them and one of their codes.
+#pragma once
+
+#include "core/codes.h"
+#include "cuda/platform.cuh"
+
+namespace lowbit::cuda {
+
+template <FloatType kType>
+using Values = Pack<BitsOf<kType>>;
+
+template <FloatType kType>
+__device__ inline Values<kType> load_values(const BitsOf<kType>* from, int count, bool whole) {
+  using Loaded = Values<kType>;
+  if (whole) return *reinterpret_cast<const Loaded*>(from);
+  Loaded values;
+#pragma unroll
+  for (int i = 0; i < Loaded::kCount; ++i) values.values[i] = i < count ? from[i] : 0;
+  return values;
+}
+
+template <FloatType kType>
+__device__ inline void store_values(BitsOf<kType>* to, const Values<kType>& values, int count, bool whole) {
+  if (whole) return store_pack(to, values);
+#pragma unroll
+  for (int i = 0; i < Values<kType>::kCount; ++i) {
+    if (i < count) to[i] = values.values[i];
+  }
+}
+
+// The codes of a pack, the first four in the lowest bits of one word, the next four in those of another.
+template <int kCount>
+struct PackCodes {
+  uint32_t fours[kCount / 4] = {};
+
+  __device__ uint32_t get(int i, int bits) const { return fours[i / 4] >> (i % 4 * bits) & ((1u << bits) - 1); }
+  __device__ void put(int i, int bits, uint32_t code) { fours[i / 4] |= code << (i % 4 * bits); }
+};
+
+template <int kCount>
+__device__ inline PackCodes<kCount> load_codes(const uint8_t* from, int bits, int count, bool whole) {
+  uint64_t word = 0;
+  if (!whole) {
+    for (int byte = 0; 8 * byte < count * bits; ++byte) word |= uint64_t{from[byte]} << (8 * byte);
+  } else if (kCount * bits == 64) {
+    word = *reinterpret_cast<const uint64_t*>(from);
+  } else if (kCount * bits == 32) {
+    word = *reinterpret_cast<const uint32_t*>(from);
+  } else if (kCount * bits == 16) {
+    word = *reinterpret_cast<const uint16_t*>(from);
+  } else {
+    word = *from;
+  }
+  PackCodes<kCount> codes;
+#pragma unroll
+  for (int four = 0; four < kCount / 4; ++four) codes.fours[four] = static_cast<uint32_t>(word >> (four * 4 * bits));
+  return codes;
+}
+
+template <int kCount>
+__device__ inline void store_codes(uint8_t* to, const PackCodes<kCount>& codes, int bits, int count, bool whole) {
+  uint64_t word = 0;
+#pragma unroll
+  for (int four = 0; four < kCount / 4; ++four) word |= uint64_t{codes.fours[four]} << (four * 4 * bits);
+  if (!whole) {
+    for (int byte = 0; 8 * byte < count * bits; ++byte) to[byte] = static_cast<uint8_t>(word >> (8 * byte));
+  } else if (kCount * bits == 64) {
+    *reinterpret_cast<uint64_t*>(to) = word;
+  } else if (kCount * bits == 32) {
+    *reinterpret_cast<uint32_t*>(to) = static_cast<uint32_t>(word);
+  } else if (kCount * bits == 16) {
+    *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(word);
+  } else {
+    *to = static_cast<uint8_t>(word);
+  }
+}
+
+// Whether values and codes, both first of packs, allow loads of whole packs.
+template <FloatType kType>
+bool are_aligned(const void* values, const uint8_t* codes, int bits) {
+  return is_aligned(values, kPackBytes) && is_aligned(codes, static_cast<size_t>(Values<kType>::kCount * bits / 8));
+}
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,50 @@
+#include "code_cases.h"
+#include "cpu/channel_dequantize/channel_dequantize.h"
+
+namespace lowbit::test {
+namespace {
+
+template <class Value>
+void check(Random& random, FloatType type) {
+  const ChannelShape shape = random_channel_shape(random);
+  const int64_t count = elements(shape);
+  const int bits = random.pick({2, 4, 8});
+  const float span = code_case_span(random);
+  const bool relu = random.coin();
+  const std::string what = name_of(shape, type, bits) + (relu ? "" : " without ReLU");
+  ChannelParameters channel(random, shape.channels);
+  Buffer<uint8_t> codes(channel_code_bytes(shape, bits));
+  fill_codes(codes, count, row_length(shape), bits, random);
+  Buffer<Value> output(count), pieced(count);
+  Buffer<float> grid(kDequantizeRows * grid_width(shape));
+  std::vector<Value> expected;
+  const CodeRows rows(row_length(shape), bits);
+  for (int64_t i = 0; i < count; ++i) {
+    const float gamma = channel.gamma[channel_of(shape, i)], beta = channel.beta[channel_of(shape, i)];
+    const ChannelGrid g = channel_grid(gamma, beta, bits, span, relu);
+    const float code = static_cast<float>(rows.get(codes.data(), i));
+    const float value = code * (gamma * code_step(g)) + (gamma * code_origin(g) + beta);
+    const float number = !relu ? value : code >= g.shift && value > 0 ? value : 0.0f;
+    expected.push_back(static_cast<Value>(rounded_bits(number, type)));
+  }
+  ChannelDequantizeArgs args{codes.data(),  shape, channel.gamma.data(), channel.beta.data(), bits, span, relu,
+                             output.data(), type,  grid.data()};
+  expect_ok(what, launch::channel_dequantize(args));
+  expect_same(what, output, expected);
+  args.output = pieced.data();
+  in_pieces(row_count(shape), random,
+            [&](int64_t begin, int64_t end) { kernels().channel_dequantize(args, begin, end); });
+  expect_same(what + " in pieces", pieced, expected);
+}
+
+}  // namespace
+
+void test_channel_dequantize(Random& random, int cases) {
+  for (int i = 0; i < cases / 4 + 1; ++i) {
+    check<uint32_t>(random, FloatType::float32);
+    check<uint16_t>(random, FloatType::bfloat16);
+    check<uint16_t>(random, FloatType::float16);
+  }
+}
+
+}  // namespace lowbit::test

@@ -1,0 +1,42 @@
+#include "cpu/channel_dequantize/channel_dequantize.h"
+
+#include "../cpp/code_cases.h"
+#include "tests.h"
+
+namespace lowbit::test {
+namespace {
+
+template <class Value>
+void check(Random& random, FloatType type) {
+  const ChannelShape shape = random_channel_shape(random);
+  const int64_t count = elements(shape);
+  const int bits = random.pick({2, 4, 8});
+  const bool relu = random.coin();
+  ChannelParameters channel(random, shape.channels, random_alignment(random));
+  Buffer<uint8_t> codes(channel_code_bytes(shape, bits), random_alignment(random));
+  fill_codes(codes, count, row_length(shape), bits, random);
+  Buffer<Value> output(count, random_alignment(random)), expected(count);
+  Buffer<float> grid(kDequantizeRows * grid_width(shape)), fresh(grid.size(), random_alignment(random));
+  ChannelDequantizeArgs args{
+      codes.data(),    shape, channel.gamma.data(), channel.beta.data(), bits, code_case_span(random), relu,
+      expected.data(), type,  grid.data()};
+  for (int64_t column = 0; column < grid_width(shape); ++column) fill_grid(args, column);
+  scalar::channel_dequantize(args, 0, row_count(shape));
+  args.output = output.data();
+  args.grid = fresh.data();
+  const std::string what = name_of(shape, type, bits) + (relu ? "" : " without ReLU");
+  expect_ok(what, cuda::channel_dequantize(args, kStream));
+  expect_same(what, output, expected);
+}
+
+}  // namespace
+
+void test_channel_dequantize(Random& random, int cases) {
+  for (int i = 0; i < cases; ++i) {
+    check<uint32_t>(random, FloatType::float32);
+    check<uint16_t>(random, FloatType::bfloat16);
+    check<uint16_t>(random, FloatType::float16);
+  }
+}
+
+}  // namespace lowbit::test
