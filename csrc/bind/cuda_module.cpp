@@ -55,8 +55,21 @@ PYBIND11_MODULE(_cuda, m) {
       },
       unlocked);
   m.def("binary_conv2d_engine", [](int device) { return std::string(cuda::binary_conv2d_engine(device)); });
+  m.def("binary_conv2d_input_grad", on_stream(binary_conv2d_input_grad_args, cuda::binary_conv2d_input_grad), unlocked);
+  m.def("binary_conv2d_input_grad_workspace_bytes", [](const ConvShape& shape, int /*device*/) {
+    BinaryConv2dInputGradArgs args{};
+    args.shape = shape;
+    return cuda::binary_conv2d_input_grad_workspace_bytes(args);
+  });
   m.def("binary_conv2d_weight_bytes",
         [](const ConvShape& shape, int /*device*/) { return cuda::binary_conv2d_weight_bytes(shape); });
+  m.def("binary_conv2d_weight_grad", on_stream(binary_conv2d_weight_grad_args, cuda::binary_conv2d_weight_grad),
+        unlocked);
+  m.def("binary_conv2d_weight_grad_workspace_bytes", [](const ConvShape& shape, int /*device*/) {
+    BinaryConv2dWeightGradArgs args{};
+    args.shape = shape;
+    return cuda::binary_conv2d_weight_grad_workspace_bytes(args);
+  });
   m.def("binary_conv2d_workspace_bytes", [](const ConvShape& shape, int encoding, int padding_value, int output_kind,
                                             int64_t thresholds, int /*device*/) {
     return cuda::binary_conv2d_workspace_bytes(

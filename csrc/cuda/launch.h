@@ -9,6 +9,8 @@
 #include "core/ops/binarize.h"
 #include "core/ops/binary_avg_pool2d.h"
 #include "core/ops/binary_conv2d.h"
+#include "core/ops/binary_conv2d_input_grad.h"
+#include "core/ops/binary_conv2d_weight_grad.h"
 #include "core/ops/binary_max_pool2d.h"
 #include "core/ops/masked_gradient.h"
 #include "core/ops/popcount_peak.h"
@@ -33,6 +35,11 @@ Status binary_conv2d_block_weight(const ConvShape& shape, const uint64_t* words,
 const char* binary_conv2d_engine(int device) noexcept;                // what the inner products are made with
 int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept;  // of that copy, the same for every device
 int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept;
+int64_t binary_conv2d_input_grad_workspace_bytes(const BinaryConv2dInputGradArgs& args) noexcept;
+Status binary_conv2d_input_grad(const BinaryConv2dInputGradArgs& args, int64_t workspace_bytes, Stream stream) noexcept;
+int64_t binary_conv2d_weight_grad_workspace_bytes(const BinaryConv2dWeightGradArgs& args) noexcept;
+Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t workspace_bytes,
+                                 Stream stream) noexcept;
 Status binary_max_pool2d(const BinaryMaxPool2dArgs& args, Stream stream) noexcept;
 Status masked_gradient(const MaskedGradientArgs& args, Stream stream) noexcept;
 // Status::unsupported_isa where the device has no instruction for bit matrices.

@@ -18,6 +18,8 @@ constexpr Test kTests[] = {
     {"binarize", test_binarize},
     {"binary_avg_pool2d", test_binary_avg_pool2d},
     {"binary_conv2d", test_binary_conv2d},
+    {"binary_conv2d_input_grad", test_binary_conv2d_input_grad},
+    {"binary_conv2d_weight_grad", test_binary_conv2d_weight_grad},
     {"binary_max_pool2d", test_binary_max_pool2d},
     {"masked_gradient", test_masked_gradient},
     {"popcount_peak", test_popcount_peak},
