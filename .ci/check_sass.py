@@ -25,8 +25,8 @@ LOCAL_MEMORY = re.compile(r"\b(LDL|STL)\b")
 REQUIRED = [
     (r"binarize_channels_last_kernel<.*, true>", r"LDG\.E\.128"),
     (r"binarize_planar_kernel<.*, true>", r"LDG\.E\.128"),
-    (r"binary_conv2d_kernel<TensorEngine>", r"LDGSTS\.E\.BYPASS\.128"),
-    (r"binary_conv2d_kernel<TensorEngine>", r"BMMA\.168256\.AND\.POPC"),
+    (r"binary_conv2d_kernel<MmaEngine>", r"LDGSTS\.E\.BYPASS\.128"),
+    (r"binary_conv2d_kernel<MmaEngine>", r"BMMA\.168256\.AND\.POPC"),
     (r"popcount_peak_kernel", r"BMMA\.168256\.AND\.POPC"),
     (r"unpack_kernel<.*, [48]>", r"STG\.E\.128"),
     (r"quantized_activation_kernel", r"LDG\.E\.128"),

@@ -29,6 +29,16 @@ auto on_stream(Args (*arguments)(Parameters...), Status (*launch)(const Args&, i
   };
 }
 
+// The same with the choice of an engine between the two.
+template <class Args, class... Parameters>
+auto on_stream(Args (*arguments)(Parameters...),
+               Status (*launch)(const Args&, int64_t, cuda::ConvEngine, cuda::Stream)) {
+  return [=](Parameters... parameters, int64_t workspace_bytes, int engine, int device, uintptr_t stream) {
+    return code(launch(arguments(parameters...), workspace_bytes, static_cast<cuda::ConvEngine>(engine),
+                       {device, as<void>(stream)}));
+  };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -47,6 +57,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("binarize", on_stream(binarize_args, cuda::binarize), unlocked);
   m.def("binary_avg_pool2d", on_stream(binary_avg_pool2d_args, cuda::binary_avg_pool2d), unlocked);
   m.def("binary_conv2d", on_stream(binary_conv2d_args, cuda::binary_conv2d), unlocked);
+  m.def("binary_conv2d_default_engine",
+        [](int device) { return static_cast<int>(cuda::binary_conv2d_default_engine(device)); });
   m.def(
       "binary_conv2d_block_weight",
       [](const ConvShape& shape, uintptr_t words, uintptr_t blocked, int device, uintptr_t stream) {
@@ -54,7 +66,9 @@ PYBIND11_MODULE(_cuda, m) {
                                                      {device, as<void>(stream)}));
       },
       unlocked);
-  m.def("binary_conv2d_engine", [](int device) { return std::string(cuda::binary_conv2d_engine(device)); });
+  m.def("binary_conv2d_has_engine", [](int engine, int device) {
+    return cuda::binary_conv2d_has_engine(static_cast<cuda::ConvEngine>(engine), device);
+  });
   m.def("binary_conv2d_input_grad", on_stream(binary_conv2d_input_grad_args, cuda::binary_conv2d_input_grad), unlocked);
   m.def("binary_conv2d_input_grad_workspace_bytes", [](const ConvShape& shape, int /*device*/) {
     BinaryConv2dInputGradArgs args{};

@@ -323,17 +323,34 @@ Status launch_blocks(ConvKernelArgs& args, Stream stream) {
                 stream, args);
 }
 
-Status launch_engine(ConvKernelArgs& args, Stream stream) {
-  const int device_architecture = architecture(stream.device);
-  if (device_architecture < 0) return Status::cuda_error;
-  return has_bit_matrices(device_architecture) ? launch_blocks<TensorEngine>(args, stream)
-                                               : launch_blocks<PopcountEngine>(args, stream);
+bool has_engine(ConvEngine engine, int architecture) {
+  switch (engine) {
+    case ConvEngine::popcount:
+      return true;
+    case ConvEngine::mma:
+      return has_bit_matrices(architecture);
+  }
+  return false;
+}
+
+Status launch_engine(ConvKernelArgs& args, ConvEngine engine, Stream stream) {
+  switch (engine) {
+    case ConvEngine::popcount:
+      return launch_blocks<PopcountEngine>(args, stream);
+    case ConvEngine::mma:
+      return launch_blocks<MmaEngine>(args, stream);
+  }
+  return Status::bad_argument;
 }
 
 }  // namespace
 
-const char* binary_conv2d_engine(int device) noexcept {
-  return has_bit_matrices(architecture(device)) ? "mma.sync m16n8k256 and.popc" : "xor and popc";
+ConvEngine binary_conv2d_default_engine(int device) noexcept {
+  return has_bit_matrices(architecture(device)) ? ConvEngine::mma : ConvEngine::popcount;
+}
+
+bool binary_conv2d_has_engine(ConvEngine engine, int device) noexcept {
+  return has_engine(engine, architecture(device));
 }
 
 int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept { return WeightLayout(shape).bytes; }
@@ -365,9 +382,12 @@ int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept {
              : 0;
 }
 
-Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, Stream stream) noexcept {
+Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, ConvEngine engine, Stream stream) noexcept {
   const ConvShape& s = args.shape;
   if (!valid(s)) return Status::bad_shape;
+  const int device_architecture = architecture(stream.device);
+  if (device_architecture < 0) return Status::cuda_error;
+  if (!has_engine(engine, device_architecture)) return Status::unsupported_isa;
   if (workspace_bytes < binary_conv2d_workspace_bytes(args)) return Status::small_workspace;
   if (out_pixels(s) == 0 || s.filters == 0) return Status::ok;
   const WeightLayout layout(s);
@@ -389,10 +409,10 @@ Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, Stre
   kernel_args.by_out_height = make_divisor(s.out_height);
   kernel_args.by_words = make_divisor(kernel_args.words);
   kernel_args.by_kernel_width = make_divisor(s.kernel_width);
-  if (!conv_blocks_share_words(args)) return launch_engine(kernel_args, stream);
+  if (!conv_blocks_share_words(args)) return launch_engine(kernel_args, engine, stream);
   kernel_args.op.output_kind = ConvOutput::int32;
   kernel_args.op.output = args.workspace;
-  const Status status = launch_engine(kernel_args, stream);
+  const Status status = launch_engine(kernel_args, engine, stream);
   if (status != Status::ok) return status;
   const int64_t row_halves = words_for(args.thresholds * s.filters) * 2;
   const PackKernelArgs pack_args{args, static_cast<const int32_t*>(args.workspace), out_pixels(s) * row_halves,

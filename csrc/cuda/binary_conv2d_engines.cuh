@@ -81,7 +81,7 @@ struct PopcountEngine {
 // The tensor cores of architectures 8.0 to 9.0: 256 bits of 16 pixels by 8 filters an instruction. A warp has 32 pixels
 // and 64 filters, so that 3 KiB from shared memory serve 16 instructions. popc(a) comes out of the same instruction,
 // against a column of ones: 2 more for those 16, and the count is in the lanes that need it.
-struct TensorEngine {
+struct MmaEngine {
   static constexpr int kPixels = 128, kFilters = 128, kStages = 4;
   static constexpr bool kDisagreements = false;
   static constexpr bool kCompiled = kBitMatrices;
@@ -99,7 +99,7 @@ struct TensorEngine {
   }
 
   // Stages are filled with zeros past the last word.
-  __device__ void accumulate(const ConvStage<TensorEngine>& stage, int words) {
+  __device__ void accumulate(const ConvStage<MmaEngine>& stage, int words) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     // load_matrices for A: rows 0-7, 8-15, and both again 128 bits on; for B: 8 filters, those 128 bits on, 8 more.
     const int a_row = first_pixel() + lane % 16, a_word = lane / 16 * 2;
@@ -127,7 +127,7 @@ struct TensorEngine {
     }
   }
 
-  __device__ void store(ConvSums<TensorEngine>& sums) const {
+  __device__ void store(ConvSums<MmaEngine>& sums) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
     for (int i = 0; i < kDown; ++i) {

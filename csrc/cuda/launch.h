@@ -19,6 +19,12 @@
 
 namespace lowbit::cuda {
 
+// What makes the inner products of the convolution (binary_conv2d_engines.cuh). All give the same bits.
+enum class ConvEngine : int {
+  popcount = 0,  // XOR and POPC on the plain cores: every architecture
+  mma = 1,       // mma.sync m16n8k256 and.popc: 8.0 to 9.0
+};
+
 struct Stream {
   int device;
   void* stream;  // cudaStream_t of that device; null: its default stream
@@ -29,11 +35,13 @@ Status antithetic_gradient(const AntitheticGradientArgs& args, Stream stream) no
 Status antithetic_sample(const AntitheticSampleArgs& args, Stream stream) noexcept;
 Status binarize(const BinarizeArgs& args, Stream stream) noexcept;
 Status binary_avg_pool2d(const BinaryAvgPool2dArgs& args, Stream stream) noexcept;
-Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, Stream stream) noexcept;
+// Status::unsupported_isa for an engine that the device does not have.
+Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, ConvEngine engine, Stream stream) noexcept;
 // Writes the private weight copy from words [filters, kernel_height, kernel_width, words_per_group], tail bits 0.
 Status binary_conv2d_block_weight(const ConvShape& shape, const uint64_t* words, void* blocked, Stream stream) noexcept;
-const char* binary_conv2d_engine(int device) noexcept;                // what the inner products are made with
-int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept;  // of that copy, the same for every device
+ConvEngine binary_conv2d_default_engine(int device) noexcept;
+bool binary_conv2d_has_engine(ConvEngine engine, int device) noexcept;
+int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept;  // of that copy, the same for every engine
 int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept;
 int64_t binary_conv2d_input_grad_workspace_bytes(const BinaryConv2dInputGradArgs& args) noexcept;
 Status binary_conv2d_input_grad(const BinaryConv2dInputGradArgs& args, int64_t workspace_bytes, Stream stream) noexcept;
