@@ -121,14 +121,17 @@ class CudaKernels:
             raise RuntimeError(
                 f"LOWBIT_CUDA_ENGINE: {self.level} cannot run {self.engine}; it can run {', '.join(engines)}"
             )
-        self.binary_conv2d = _with_stream(module.binary_conv2d, index, stream, CUDA_ENGINES.index(self.engine))
+        number = CUDA_ENGINES.index(self.engine)
+        self.binary_conv2d = _with_stream(module.binary_conv2d, index, stream, number)
+        self.popcount_peak = _with_stream(module.popcount_peak, index, stream, number)
+        self.popcount_peak_operations = _with(module.popcount_peak_operations, index, number)
 
     def __getattr__(self, name: str) -> Any:
         raise NotImplementedError(f"{name}: there is no CUDA kernel for it yet; call it with tensors on the CPU")
 
 
-def _with(function: Callable[..., int], index: int) -> Callable[..., int]:
-    return lambda *arguments: function(*arguments, index)
+def _with(function: Callable[..., int], index: int, *choices: int) -> Callable[..., int]:
+    return lambda *arguments: function(*arguments, *choices, index)
 
 
 def _with_stream(

@@ -91,9 +91,17 @@ PYBIND11_MODULE(_cuda, m) {
   });
   m.def("binary_max_pool2d", on_stream(binary_max_pool2d_args, cuda::binary_max_pool2d), unlocked);
   m.def("masked_gradient", on_stream(masked_gradient_args, cuda::masked_gradient), unlocked);
-  m.def("popcount_peak", on_stream(popcount_peak_args, cuda::popcount_peak), unlocked);
+  m.def(
+      "popcount_peak",
+      [](int64_t iterations, uintptr_t counts, int engine, int device, uintptr_t stream) {
+        return code(cuda::popcount_peak(popcount_peak_args(iterations, counts), static_cast<cuda::ConvEngine>(engine),
+                                        {device, as<void>(stream)}));
+      },
+      unlocked);
   m.def("popcount_peak_bytes", &cuda::popcount_peak_bytes);
-  m.def("popcount_peak_operations", &cuda::popcount_peak_operations);
+  m.def("popcount_peak_operations", [](int64_t iterations, int engine, int device) {
+    return cuda::popcount_peak_operations(iterations, static_cast<cuda::ConvEngine>(engine), device);
+  });
   m.def("quantized_activation", on_stream(quantized_activation_args, cuda::quantized_activation), unlocked);
   m.def("unpack", on_stream(unpack_args, cuda::unpack), unlocked);
 }

@@ -50,10 +50,12 @@ Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t
                                  Stream stream) noexcept;
 Status binary_max_pool2d(const BinaryMaxPool2dArgs& args, Stream stream) noexcept;
 Status masked_gradient(const MaskedGradientArgs& args, Stream stream) noexcept;
-// Status::unsupported_isa where the device has no instruction for bit matrices.
-Status popcount_peak(const PopcountPeakArgs& args, Stream stream) noexcept;
-int64_t popcount_peak_bytes(int device) noexcept;                           // of its counts
-int64_t popcount_peak_operations(int64_t iterations, int device) noexcept;  // 2 for each multiply-add of two bits
+// The rate of an engine's matrix instruction. Status::unsupported_isa for one that the device does not have, and for
+// popcount, which has none.
+Status popcount_peak(const PopcountPeakArgs& args, ConvEngine engine, Stream stream) noexcept;
+int64_t popcount_peak_bytes(int device) noexcept;  // of its counts
+// 2 for each multiply-add of two bits.
+int64_t popcount_peak_operations(int64_t iterations, ConvEngine engine, int device) noexcept;
 Status quantized_activation(const QuantizedActivationArgs& args, Stream stream) noexcept;
 Status unpack(const UnpackArgs& args, Stream stream) noexcept;
 

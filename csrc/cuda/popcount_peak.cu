@@ -43,14 +43,14 @@ int64_t threads_of(int device) { return int64_t{kBlocksPerMultiprocessor} * kThr
 
 int64_t popcount_peak_bytes(int device) noexcept { return threads_of(device) * static_cast<int64_t>(sizeof(uint32_t)); }
 
-int64_t popcount_peak_operations(int64_t iterations, int device) noexcept {
-  return iterations * threads_of(device) / kWarp * kRows * kColumns * kOperations;
+int64_t popcount_peak_operations(int64_t iterations, ConvEngine engine, int device) noexcept {
+  return engine == ConvEngine::mma ? iterations * threads_of(device) / kWarp * kRows * kColumns * kOperations : 0;
 }
 
-Status popcount_peak(const PopcountPeakArgs& args, Stream stream) noexcept {
+Status popcount_peak(const PopcountPeakArgs& args, ConvEngine engine, Stream stream) noexcept {
   const int device_architecture = architecture(stream.device);
   if (device_architecture < 0) return Status::cuda_error;
-  if (!has_bit_matrices(device_architecture)) return Status::unsupported_isa;
+  if (engine != ConvEngine::mma || !has_bit_matrices(device_architecture)) return Status::unsupported_isa;
   return launch(popcount_peak_kernel, {blocks_for(threads_of(stream.device), kThreads), dim3(kThreads)}, stream, args);
 }
 
