@@ -89,11 +89,11 @@ def _cuda_graph(call: Callable[[], Any]) -> Callable[[], Any]:
 def current_gpu(engines: Sequence[str]) -> Gpu:
     """torch's current GPU with those of the engines that it has."""
     module, index = _native.cuda_module(), torch.cuda.current_device()
-    default = _native.cuda_kernels(index).engine
+    own = _native.cuda_kernels(index)
     kernels = {
         name: _native.CudaKernels(module, index, torch._C._cuda_getCurrentRawStream, name)
-        for name in sorted(engines, key=lambda name: name != default)
-        if module.binary_conv2d_has_engine(_native.CUDA_ENGINES.index(name), index)
+        for name in sorted(engines, key=lambda name: name != own.engine)
+        if name in own.engines
     }
     if not kernels:
         sys.exit(f"bench/gpu.py: {torch.cuda.get_device_name(index)} has no engine {' or '.join(engines)}")
@@ -176,6 +176,10 @@ class ConvRow(Row):
 BATCHES = (1, 16, 64, 256)
 
 
+def _signs(x: Tensor) -> Tensor:
+    return torch.where(x >= 0, 1.0, -1.0)
+
+
 def conv_cases() -> list[Case]:
     """The layers of bench/binary_conv2d.py, and linear ones."""
     layers = [(256, 14, 3), (64, 56, 3), (128, 28, 3), (512, 7, 3), (4096, 1, 1), (8192, 1, 1)]
@@ -190,11 +194,11 @@ def conv_row(case: Case, engine: str, gpu: Gpu, peak: Peak | None, seconds: floa
     x = torch.randn(case.batch, case.channels, case.size, case.size, device=gpu.device).to(memory_format=last)
     weight = torch.randn(case.channels, case.channels, case.kernel, case.kernel, device=gpu.device)
     threshold = torch.zeros(case.channels, dtype=torch.int32, device=gpu.device)
-    bfloat16, signs = x.bfloat16(), weight.sign().to(memory_format=last)
+    bfloat16, x_signs, signs = x.bfloat16(), _signs(x), _signs(weight).to(memory_format=last)
     pixels, depth = case.batch * case.size**2, case.channels * case.kernel**2
 
     def torch_conv(dtype: torch.dtype) -> Callable[[], Any]:
-        operands = x.sign().to(dtype), signs.to(dtype)
+        operands = x_signs.to(dtype), signs.to(dtype)
         return lambda: F.conv2d(*operands, padding=case.padding)
 
     graphs = {"bfloat16": torch_conv(torch.bfloat16), "float16": torch_conv(torch.float16)}
@@ -211,7 +215,7 @@ def conv_row(case: Case, engine: str, gpu: Gpu, peak: Peak | None, seconds: floa
         def chain() -> Any:
             return binary.conv2d(packed, packed_weight, padding=case.padding, threshold=threshold)
 
-        reference = F.conv2d(x.sign(), signs, padding=case.padding)
+        reference = F.conv2d(x_signs, signs, padding=case.padding).round()  # cuDNN may transform, and be inexact
         require_equal(f"{case}", binary.conv2d(packed, packed_weight, padding=case.padding), reference)
         require_equal(f"{case} with threshold", chain().words, binary.binarize(reference).words)
         del reference
@@ -293,7 +297,7 @@ def memory_rows(gpu: Gpu, seconds: float, shape: tuple[int, ...] = (256, 64, 56,
                 size, bits = x.numel() * x.element_size(), x.numel() // 8
                 what = f"{DTYPE_NAMES[dtype]} {'NHWC' if layout == torch.channels_last else 'NCHW'}"
                 packed = binary.binarize(x)
-                require_equal(f"binarize {what}", packed.unpack(), torch.where(x >= 0, 1.0, -1.0))
+                require_equal(f"binarize {what}", packed.unpack(), _signs(x))
                 yield memory_row(f"binarize {what}", lambda x=x: binary.binarize(x), size + bits, x, gpu, seconds)
                 if layout == torch.contiguous_format:
                     continue  # the rest is elementwise, or writes channels-last

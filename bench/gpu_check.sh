@@ -61,10 +61,7 @@ step install 240 env LOWBIT_CUDA=on LOWBIT_CUDA_ARCHS="${LOWBIT_CUDA_ARCHS:-$arc
   "$PYTHON" -m pip install -q --no-build-isolation --no-deps .
 step about 60 "$PYTHON" -P -m lowbit_ext
 
-engines=$("$PYTHON" -P -c '
-from lowbit_ext import _native
-has = _native.cuda_module().binary_conv2d_has_engine
-print(*(name for number, name in enumerate(_native.CUDA_ENGINES) if has(number, 0)))') || engines=""
+engines=$("$PYTHON" -P -c 'from lowbit_ext import _native; print(*_native.cuda_kernels(0).engines)') || engines=""
 if [[ -z $engines ]]; then
   note engines "FAILED: the module does not say"
   FAILED=1

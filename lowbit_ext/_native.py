@@ -22,7 +22,7 @@ except ImportError as error:
 _scratch = threading.local()
 
 ISA_LEVELS = ("scalar", "avx2", "avx512", "amx")
-CUDA_ENGINES = ("popcount", "mma")  # of the convolution; csrc/cuda/launch.h
+CUDA_ENGINES = ("popcount", "mma", "wgmma")  # of the convolution; csrc/cuda/launch.h
 
 _STATUS_MESSAGES = {
     1: "the native core refused the sizes: negative, inconsistent, or their product overflows",
@@ -95,7 +95,8 @@ class CudaKernels:
 
     Attributes:
         level: name of the device and its architecture.
-        engine: the chosen one.
+        engines: what the device has of CUDA_ENGINES.
+        engine: the chosen one of them.
     """
 
     def __init__(self, module: Any, index: int, stream: Callable[[int], int], engine: str = "") -> None:
@@ -113,13 +114,13 @@ class CudaKernels:
             if not name.startswith("_") and callable(function):
                 asks = name.endswith(("_bytes", "_engine", "_operations"))  # enqueues nothing
                 setattr(self, name, _with(function, index) if asks else _with_stream(function, index, stream))
-        engines = [
+        self.engines = tuple(
             name for number, name in enumerate(CUDA_ENGINES) if module.binary_conv2d_has_engine(number, index)
-        ]
+        )
         self.engine = engine or CUDA_ENGINES[module.binary_conv2d_default_engine(index)]
-        if self.engine not in engines:
+        if self.engine not in self.engines:
             raise RuntimeError(
-                f"LOWBIT_CUDA_ENGINE: {self.level} cannot run {self.engine}; it can run {', '.join(engines)}"
+                f"LOWBIT_CUDA_ENGINE: {self.level} cannot run {self.engine}; it can run {', '.join(self.engines)}"
             )
         number = CUDA_ENGINES.index(self.engine)
         self.binary_conv2d = _with_stream(module.binary_conv2d, index, stream, number)

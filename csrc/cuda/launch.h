@@ -23,6 +23,7 @@ namespace lowbit::cuda {
 enum class ConvEngine : int {
   popcount = 0,  // XOR and POPC on the plain cores: every architecture
   mma = 1,       // mma.sync m16n8k256 and.popc: 8.0 to 9.0
+  wgmma = 2,     // wgmma m64n144k256 and.popc: 9.0, where the module was built for 9.0a
 };
 
 struct Stream {

@@ -9,7 +9,8 @@ namespace lowbit::test {
 namespace {
 
 constexpr int64_t kMostProducts = 400000;
-constexpr std::initializer_list<cuda::ConvEngine> kEngines = {cuda::ConvEngine::popcount, cuda::ConvEngine::mma};
+constexpr std::initializer_list<cuda::ConvEngine> kEngines = {cuda::ConvEngine::popcount, cuda::ConvEngine::mma,
+                                                              cuda::ConvEngine::wgmma};
 
 template <class Output>
 void check_output(BinaryConv2dArgs args, const void* scalar_weight, const void* weight, Random& random,
@@ -111,11 +112,11 @@ void check_engines() {
   struct {
     int architecture;
     cuda::ConvEngine by_default;
-    bool mma;
+    bool mma, wgmma;
   } const expected[] = {
-      {75, cuda::ConvEngine::popcount, false},  {80, cuda::ConvEngine::mma, true},
-      {90, cuda::ConvEngine::mma, true},        {100, cuda::ConvEngine::popcount, false},
-      {120, cuda::ConvEngine::popcount, false},
+      {75, cuda::ConvEngine::popcount, false, false},  {80, cuda::ConvEngine::mma, true, false},
+      {90, cuda::ConvEngine::mma, true, true},         {100, cuda::ConvEngine::popcount, false, false},
+      {120, cuda::ConvEngine::popcount, false, false},
   };
   BinaryConv2dArgs args{};
   args.shape = {0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1};
@@ -132,6 +133,7 @@ void check_engines() {
     if (cuda::binary_conv2d_default_engine(kStream.device) != device.by_default) fail(what + ": default engine");
     if (!runs(cuda::ConvEngine::popcount)) fail(what + ": engine popcount");
     if (runs(cuda::ConvEngine::mma) != device.mma) fail(what + ": engine mma");
+    if (runs(cuda::ConvEngine::wgmma) != device.wgmma) fail(what + ": engine wgmma");
   }
   host_cuda::set_architecture(90);
   if (cuda::binary_conv2d(args, 0, cuda::ConvEngine::mma, {7, nullptr}) != Status::cuda_error)
