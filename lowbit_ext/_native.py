@@ -47,8 +47,8 @@ def scratch(size: int, like: torch.Tensor) -> int:
     """Address of at least `size` bytes on the device of `like`, aligned to 64 bytes, for the length of one kernel call.
 
     On the CPU one buffer a thread, kept: a fresh tensor costs 0.9 us and, above the allocator's threshold, page faults
-    at every call. On CUDA a fresh one from torch's allocator, which knows what its stream still uses; it is let go at
-    the thread's next call, when the kernel has been enqueued.
+    at every call. On CUDA a fresh one from torch's allocator, which knows what its stream still uses; the thread's next
+    call of a kernel lets it go. Held longer, it would be a foreign tensor in the memory of a graph that captures it.
     """
     if size == 0:
         return 0
@@ -138,7 +138,12 @@ def _with(function: Callable[..., int], index: int, *choices: int) -> Callable[.
 def _with_stream(
     function: Callable[..., int], index: int, stream: Callable[[int], int], *choices: int
 ) -> Callable[..., int]:
-    return lambda *arguments: function(*arguments, *choices, index, stream(index))
+    def call(*arguments: Any) -> int:
+        status = function(*arguments, *choices, index, stream(index))
+        _scratch.on_device = None
+        return status
+
+    return call
 
 
 @functools.cache

@@ -110,6 +110,21 @@ def test_graph_replays_on_new_values():
 
 
 @needs_gpu
+def test_compile_with_graphs():
+    """torch's graphs refuse memory that outlives the call: a workspace must not."""
+    t = operands("cuda")
+    weight = pack_weight(t["weight"])
+
+    def network(x):
+        return conv2d(binarize(x), weight, padding=1, threshold=t["threshold"]).unpack()
+
+    compiled = torch.compile(network, mode="reduce-overhead")
+    for seed in range(4):
+        x = operands("cuda", seed)["x"]
+        assert torch.equal(compiled(x), network(x))
+
+
+@needs_gpu
 def test_backward_runs_on_the_stream_of_the_forward():
     x, weight = (torch.randn(size, device="cuda").requires_grad_() for size in [(4, 70, 9, 8), (66, 70, 3, 3)])
     conv2d(x, weight, padding=1).square().sum().backward()

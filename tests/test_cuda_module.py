@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -31,6 +32,26 @@ def test_device_and_stream_stand_behind_the_arguments():
     assert kernels.unpack(1, 2) == (1, 2, 0, 1000)
     assert kernels.binary_conv2d_workspace_bytes(1, 2) == (1, 2, 0)
     assert kernels.level == "cuda:0 sm_90"
+
+
+def test_workspace_lives_until_its_kernel_is_enqueued():
+    class Workspace:
+        def data_ptr(self):
+            return 64
+
+    class Tensor:
+        is_cuda = True
+
+        def new_empty(self, size, dtype):
+            workspace = Workspace()
+            self.workspace = weakref.ref(workspace)
+            return workspace
+
+    module, like = Module(90), Tensor()
+    module.unpack = lambda *arguments: like.workspace() is not None
+    kernels = _native.CudaKernels(module, 0, lambda index: 0)
+    assert kernels.unpack(_native.scratch(1, like))
+    assert like.workspace() is None
 
 
 def test_engine_stands_before_the_device():
