@@ -5,17 +5,20 @@
 
 #include "core/checks.h"
 #include "core/divisor.h"
+#include "core/half.h"
 #include "cuda/platform.cuh"
 
 namespace lowbit::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kHalfBits = 32;  // words are read by halves
+constexpr uint32_t kSign = 0x80000000u;
 
 struct InputGradKernelArgs {
   BinaryConv2dInputGradArgs op;
   int64_t count;  // elements of grad_input
-  Divisor by_channels, by_width, by_height, by_group_channels, by_stride_height, by_stride_width;
+  Divisor by_channels, by_width, by_height, by_group_channels, by_group_filters, by_stride_height, by_stride_width;
 };
 
 __global__ void __launch_bounds__(kThreads) binary_conv2d_input_grad_kernel(InputGradKernelArgs args) {
@@ -34,10 +37,12 @@ __global__ void __launch_bounds__(kThreads) binary_conv2d_input_grad_kernel(Inpu
   const Division by_line = divide_with_remainder(pixel, args.by_width);
   const Division by_image = divide_with_remainder(by_line.quotient, args.by_height);
   const Division by_group = divide_with_remainder(channel, args.by_group_channels);
-  const int64_t words = words_for(static_cast<int64_t>(args.by_group_channels.divisor));
-  const int64_t word = by_group.remainder / kWordBits;
-  const int shift = static_cast<int>(by_group.remainder % kWordBits);
-  const int64_t filters = filters_per_group(shape);
+  const int64_t filters = static_cast<int64_t>(args.by_group_filters.divisor);
+  const int64_t tap_halves = 2 * words_for(static_cast<int64_t>(args.by_group_channels.divisor));
+  const int64_t filter_halves = taps(shape) * tap_halves;
+  const uint32_t* first_halves = reinterpret_cast<const uint32_t*>(args.op.weight) +
+                                 by_group.quotient * filters * filter_halves + by_group.remainder / kHalfBits;
+  const int lift = kHalfBits - 1 - static_cast<int>(by_group.remainder % kHalfBits);  // of a bit to a float's sign
   double sum = 0.0;
   for (int64_t ky = 0; ky < shape.kernel_height; ++ky) {
     const int64_t reach_row = by_image.remainder + shape.pad_top - ky * shape.dilation_height;
@@ -50,12 +55,13 @@ __global__ void __launch_bounds__(kThreads) binary_conv2d_input_grad_kernel(Inpu
       const Division x = divide_with_remainder(reach_column, args.by_stride_width);
       if (x.remainder != 0 || x.quotient >= shape.out_width) continue;
       const int64_t out_pixel = (by_image.quotient * shape.out_height + y.quotient) * shape.out_width + x.quotient;
-      const float* grad_output = args.op.grad_output + out_pixel * shape.filters;
-      for (int64_t o = by_group.quotient * filters; o < (by_group.quotient + 1) * filters; ++o) {
-        const float scale = args.op.scale == nullptr ? 1.0f : args.op.scale[o * args.op.scale_stride];
-        const float term = scale * grad_output[o];
-        const int64_t tap = (o * shape.kernel_height + ky) * shape.kernel_width + kx;
-        sum += (args.op.weight[tap * words + word] >> shift & 1) != 0 ? term : -term;
+      const float* grad_output = args.op.grad_output + out_pixel * shape.filters + by_group.quotient * filters;
+      const float* scale = args.op.scale + by_group.quotient * filters * args.op.scale_stride;
+      const uint32_t* halves = first_halves + (ky * shape.kernel_width + kx) * tap_halves;
+#pragma unroll 4
+      for (int64_t o = 0; o < filters; ++o, halves += filter_halves, scale += args.op.scale_stride) {
+        const float term = args.op.scale == nullptr ? grad_output[o] : *scale * grad_output[o];
+        sum += bits_to_float(float_to_bits(term) ^ (~(*halves << lift) & kSign));
       }
     }
   }
@@ -77,6 +83,7 @@ Status binary_conv2d_input_grad(const BinaryConv2dInputGradArgs& args, int64_t, 
                                         make_divisor(shape.width),
                                         make_divisor(shape.height),
                                         make_divisor(channels_per_group(shape)),
+                                        make_divisor(filters_per_group(shape)),
                                         make_divisor(shape.stride_height),
                                         make_divisor(shape.stride_width)};
   return launch(binary_conv2d_input_grad_kernel, {blocks_for(count, kThreads), dim3(kThreads)}, stream, kernel_args);
