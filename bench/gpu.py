@@ -156,7 +156,7 @@ class ConvRow(Row):
 
     torch: conv2d of the type, channels-last, by cuDNN, over our call; torch_int8: torch._int_mm of the layer's matrix
     product, gathering its operand not counted, over our packed. All ratios are of graphs. percent_of_peak: packed
-    against the fastest matrix instruction for bits; operations on padding are not counted.
+    against the fastest matrix instruction of the engines that are measured; operations on padding are not counted.
     """
 
     speedup_over_torch_bfloat16: float | None = column("vs bf16")
