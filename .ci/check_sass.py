@@ -25,15 +25,23 @@ LOCAL_MEMORY = re.compile(r"\b(LDL|STL)\b")
 REQUIRED = [
     (r"binarize_channels_last_kernel<.*, true>", r"LDG\.E\.128"),
     (r"binarize_planar_kernel<.*, true>", r"LDG\.E\.128"),
-    (r"binary_conv2d_kernel<TensorEngine>", r"LDGSTS\.E\.BYPASS\.128"),
-    (r"binary_conv2d_kernel<TensorEngine>", r"BMMA\.168256\.AND\.POPC"),
-    (r"popcount_peak_kernel", r"BMMA\.168256\.AND\.POPC"),
+    (r"binary_conv2d_kernel<MmaEngine>", r"LDGSTS\.E\.BYPASS\.128"),
+    (r"binary_conv2d_kernel<MmaEngine>", r"BMMA\.168256\.AND\.POPC"),
+    (r"^popcount_peak_kernel", r"BMMA\.168256\.AND\.POPC"),
     (r"unpack_kernel<.*, [48]>", r"STG\.E\.128"),
     (r"quantized_activation_kernel", r"LDG\.E\.128"),
     (r"quantized_activation_kernel", r"STG\.E\.128"),
     (r"masked_gradient_kernel", r"LDG\.E\.128"),
     (r"masked_gradient_kernel", r"STG\.E\.128"),
 ]
+# The same of single architectures.
+REQUIRED_ON = {
+    "sm_90a": [
+        (r"binary_conv2d_kernel<WgmmaEngine>", r"LDGSTS\.E\.BYPASS\.128"),
+        (r"binary_conv2d_kernel<WgmmaEngine>", r"BGMMA\.64x144x256\.AND\.POPC"),
+        (r"warpgroup_popcount_peak_kernel", r"BGMMA\.64x144x256\.AND\.POPC"),
+    ],
+}
 
 
 def run(*command: str) -> str:
@@ -86,7 +94,7 @@ def main() -> None:
         for kernel, text in code.items():
             if LOCAL_MEMORY.search(text):
                 faults.append(f"{architecture} {kernel}: uses local memory")
-        for pattern, instruction in REQUIRED:
+        for pattern, instruction in [*REQUIRED, *REQUIRED_ON.get(architecture, [])]:
             matching = {kernel: text for kernel, text in code.items() if re.search(pattern, kernel)}
             if not matching:
                 faults.append(f"{architecture}: no kernel {pattern}")

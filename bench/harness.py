@@ -22,7 +22,7 @@ SETTLE_SECONDS = 1e-3
 WARM_UP_SECONDS = 20e-3
 LEAST_ROUNDS = 7
 
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,24 +85,30 @@ class Row:
 # --- timing -----------------------------------------------------------------------------------------------------------
 
 
-def _calls_lasting(call: Callable[[], Any], seconds: float) -> int:
+def _done() -> None:
+    """Waits for calls that return when their work is done."""
+
+
+def _calls_lasting(call: Callable[[], Any], seconds: float, synchronize: Callable[[], None] = _done) -> int:
     """Calls, at least one, until `seconds` have passed; returns their number."""
     calls, end = 0, time.perf_counter() + seconds
     while calls == 0 or time.perf_counter() < end:
         call()
+        synchronize()
         calls += 1
     return calls
 
 
-def _time_block(call: Callable[[], Any], calls: int) -> float:
+def time_block(call: Callable[[], Any], calls: int, synchronize: Callable[[], None] = _done) -> float:
     """Microseconds a call, over one block."""
     start = time.perf_counter()
     for _ in range(calls):
         call()
+    synchronize()
     return (time.perf_counter() - start) / calls * 1e6
 
 
-def _self_timed_block(call: Callable[[], float], calls: int) -> float:
+def _self_timed_block(call: Callable[[], float], calls: int, _synchronize: Callable[[], None]) -> float:
     return statistics.fmean(call() for _ in range(calls))
 
 
@@ -131,7 +137,10 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
 
 
 def measure(
-    contenders: Mapping[str, Callable[[], Any] | None], seconds: float, self_timed: Sequence[str] = ()
+    contenders: Mapping[str, Callable[[], Any] | None],
+    seconds: float,
+    self_timed: Sequence[str] = (),
+    synchronize: Callable[[], None] = _done,
 ) -> Timings:
     """Times contenders against one another in alternating blocks of calls.
 
@@ -139,6 +148,7 @@ def measure(
         contenders: calls by name; None is left out.
         seconds: go on until this much time has passed and LEAST_ROUNDS rounds are done.
         self_timed: names of the contenders that return microseconds which they have measured themselves.
+        synchronize: waits for the work that calls have enqueued; within a block, for all its calls together.
     """
     calls_by_name = {name: call for name, call in contenders.items() if call is not None}
     times_us: dict[str, list[float]] = {name: [] for name in calls_by_name}
@@ -147,14 +157,14 @@ def measure(
     gc.disable()
     try:
         for name, call in calls_by_name.items():
-            calls = _calls_lasting(call, WARM_UP_SECONDS)
+            calls = _calls_lasting(call, WARM_UP_SECONDS, synchronize)
             calls_per_block[name] = max(1, round(calls * BLOCK_SECONDS / WARM_UP_SECONDS))
         end = time.perf_counter() + seconds
         while len(next(iter(times_us.values()))) < LEAST_ROUNDS or time.perf_counter() < end:
             for name, call in calls_by_name.items():
-                _calls_lasting(call, SETTLE_SECONDS)
-                time_block = _self_timed_block if name in self_timed else _time_block
-                times_us[name].append(time_block(call, calls_per_block[name]))
+                _calls_lasting(call, SETTLE_SECONDS, synchronize)
+                block = _self_timed_block if name in self_timed else time_block
+                times_us[name].append(block(call, calls_per_block[name], synchronize))
     finally:
         if collecting:
             gc.enable()
@@ -204,7 +214,7 @@ class BinaryLimit:
         # busy machine a team may wait longer than that for its cores, and the loop would stay too short.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        while min(_time_block(self, 1) for _ in range(5)) < 300:
+        while min(time_block(self, 1) for _ in range(5)) < 300:
             self._iterations *= 2
         torch.set_num_threads(threads)
 

@@ -21,7 +21,7 @@ def _cuda_device(index: int) -> str:
     name = torch.cuda.get_device_name(index)
     try:
         kernels = _native.cuda_kernels(index)
-        return f"{name} ({kernels.level}, convolution by {kernels.binary_conv2d_engine()})"
+        return f"{name} ({kernels.level}, convolution by {kernels.engine} of {', '.join(kernels.engines)})"
     except RuntimeError as error:
         return f"{name} ({error})"
 

@@ -22,6 +22,7 @@ except ImportError as error:
 _scratch = threading.local()
 
 ISA_LEVELS = ("scalar", "avx2", "avx512", "amx")
+CUDA_ENGINES = ("popcount", "mma", "wgmma")  # of the convolution; csrc/cuda/launch.h
 
 _STATUS_MESSAGES = {
     1: "the native core refused the sizes: negative, inconsistent, or their product overflows",
@@ -46,8 +47,8 @@ def scratch(size: int, like: torch.Tensor) -> int:
     """Address of at least `size` bytes on the device of `like`, aligned to 64 bytes, for the length of one kernel call.
 
     On the CPU one buffer a thread, kept: a fresh tensor costs 0.9 us and, above the allocator's threshold, page faults
-    at every call. On CUDA a fresh one from torch's allocator, which knows what its stream still uses; it is let go at
-    the thread's next call, when the kernel has been enqueued.
+    at every call. On CUDA a fresh one from torch's allocator, which knows what its stream still uses; the thread's next
+    call of a kernel lets it go. Held longer, it would be a foreign tensor in the memory of a graph that captures it.
     """
     if size == 0:
         return 0
@@ -84,9 +85,21 @@ def cuda_module() -> Any:
 
 
 class CudaKernels:
-    """The functions of _cuda on one device, called like those of _cpu: the device and its current stream are added."""
+    """The functions of _cuda on one device, called like those of _cpu: the device and its current stream are added.
 
-    def __init__(self, module: Any, index: int, stream: Callable[[int], int]) -> None:
+    Args:
+        module: the compiled module.
+        index: the device's.
+        stream: handle of a device's current stream.
+        engine: of CUDA_ENGINES, what makes the convolution's inner products; "" for the device's default.
+
+    Attributes:
+        level: name of the device and its architecture.
+        engines: what the device has of CUDA_ENGINES.
+        engine: the chosen one of them.
+    """
+
+    def __init__(self, module: Any, index: int, stream: Callable[[int], int], engine: str = "") -> None:
         architecture = module.architecture(index)
         if architecture < 0:
             raise RuntimeError(f"lowbit_ext: no CUDA device {index}: {module.last_error_text()}")
@@ -101,17 +114,36 @@ class CudaKernels:
             if not name.startswith("_") and callable(function):
                 asks = name.endswith(("_bytes", "_engine", "_operations"))  # enqueues nothing
                 setattr(self, name, _with(function, index) if asks else _with_stream(function, index, stream))
+        self.engines = tuple(
+            name for number, name in enumerate(CUDA_ENGINES) if module.binary_conv2d_has_engine(number, index)
+        )
+        self.engine = engine or CUDA_ENGINES[module.binary_conv2d_default_engine(index)]
+        if self.engine not in self.engines:
+            raise RuntimeError(
+                f"LOWBIT_CUDA_ENGINE: {self.level} cannot run {self.engine}; it can run {', '.join(self.engines)}"
+            )
+        number = CUDA_ENGINES.index(self.engine)
+        self.binary_conv2d = _with_stream(module.binary_conv2d, index, stream, number)
+        self.popcount_peak = _with_stream(module.popcount_peak, index, stream, number)
+        self.popcount_peak_operations = _with(module.popcount_peak_operations, index, number)
 
     def __getattr__(self, name: str) -> Any:
         raise NotImplementedError(f"{name}: there is no CUDA kernel for it yet; call it with tensors on the CPU")
 
 
-def _with(function: Callable[..., int], index: int) -> Callable[..., int]:
-    return lambda *arguments: function(*arguments, index)
+def _with(function: Callable[..., int], index: int, *choices: int) -> Callable[..., int]:
+    return lambda *arguments: function(*arguments, *choices, index)
 
 
-def _with_stream(function: Callable[..., int], index: int, stream: Callable[[int], int]) -> Callable[..., int]:
-    return lambda *arguments: function(*arguments, index, stream(index))
+def _with_stream(
+    function: Callable[..., int], index: int, stream: Callable[[int], int], *choices: int
+) -> Callable[..., int]:
+    def call(*arguments: Any) -> int:
+        status = function(*arguments, *choices, index, stream(index))
+        _scratch.on_device = None
+        return status
+
+    return call
 
 
 @functools.cache
@@ -119,10 +151,11 @@ def cuda_kernels(index: int) -> CudaKernels:
     """The functions of _cuda on one device.
 
     Raises:
-        RuntimeError: there is no module, no such device, or the device is older than what the module was built for.
+        RuntimeError: there is no module, no such device, the device is older than what the module was built for, or it
+            does not have the engine that LOWBIT_CUDA_ENGINE names.
     """
     # What torch.cuda.current_stream(index).cuda_stream returns, without the objects made on the way.
-    return CudaKernels(cuda_module(), index, torch._C._cuda_getCurrentRawStream)
+    return CudaKernels(cuda_module(), index, torch._C._cuda_getCurrentRawStream, _CUDA_ENGINE)
 
 
 def kernels(tensor: torch.Tensor) -> Any:
@@ -171,3 +204,7 @@ cpu.level = cpu.active_isa()  # a copy: asking the module costs more than the wh
 
 if os.environ.get("LOWBIT_ISA"):
     select_isa(os.environ["LOWBIT_ISA"])
+
+_CUDA_ENGINE = os.environ.get("LOWBIT_CUDA_ENGINE", "")
+if _CUDA_ENGINE and _CUDA_ENGINE not in CUDA_ENGINES:
+    raise ValueError(f"LOWBIT_CUDA_ENGINE: expected one of {', '.join(CUDA_ENGINES)}, got {_CUDA_ENGINE!r}")

@@ -22,11 +22,12 @@ BACKENDS = [*_native.available_isas(), *DEVICES[1:]]
 
 
 @functools.cache
-def _host_cuda():
+def host_cuda(engine=""):
+    """The CUDA kernels compiled for the host, with an engine of the convolution."""
     spec = importlib.util.spec_from_file_location("_cuda", os.environ["LOWBIT_HOST_CUDA"])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return _native.CudaKernels(module, 0, lambda index: 0)
+    return _native.CudaKernels(module, 0, lambda index: 0, engine)
 
 
 @contextlib.contextmanager
@@ -41,7 +42,7 @@ def running_on(backend):
             yield
         torch.backends.cudnn.allow_tf32 = before
     elif backend == "host_cuda":
-        host = _host_cuda()
+        host = host_cuda()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_native, "kernels", lambda tensor: host)
             yield

@@ -1,6 +1,10 @@
 """What _native makes of the CUDA module: its refusals, and the device and stream behind every call."""
 
 import importlib
+import os
+import subprocess
+import sys
+import weakref
 
 import pytest
 import torch
@@ -15,7 +19,11 @@ class Module:
         self.architecture = lambda index: architecture if index == 0 else -1
         self.architectures = lambda: "75 80 90a"
         self.last_error_text = lambda: "invalid device ordinal"
+        self.binary_conv2d = lambda *arguments: arguments
+        self.binary_conv2d_default_engine = lambda index: 1 if architecture >= 80 else 0
+        self.binary_conv2d_has_engine = lambda engine, index: engine <= self.binary_conv2d_default_engine(index)
         self.binary_conv2d_workspace_bytes = lambda *arguments: arguments
+        self.popcount_peak = self.popcount_peak_operations = lambda *arguments: arguments
         self.unpack = lambda *arguments: arguments
 
 
@@ -24,6 +32,49 @@ def test_device_and_stream_stand_behind_the_arguments():
     assert kernels.unpack(1, 2) == (1, 2, 0, 1000)
     assert kernels.binary_conv2d_workspace_bytes(1, 2) == (1, 2, 0)
     assert kernels.level == "cuda:0 sm_90"
+
+
+def test_workspace_lives_until_its_kernel_is_enqueued():
+    class Workspace:
+        def data_ptr(self):
+            return 64
+
+    class Tensor:
+        is_cuda = True
+
+        def new_empty(self, size, dtype):
+            workspace = Workspace()
+            self.workspace = weakref.ref(workspace)
+            return workspace
+
+    module, like = Module(90), Tensor()
+    module.unpack = lambda *arguments: like.workspace() is not None
+    kernels = _native.CudaKernels(module, 0, lambda index: 0)
+    assert kernels.unpack(_native.scratch(1, like))
+    assert like.workspace() is None
+
+
+def test_engine_stands_before_the_device():
+    assert _native.CudaKernels(Module(90), 0, lambda index: 1000).binary_conv2d(1, 2) == (1, 2, 1, 0, 1000)
+    chosen = _native.CudaKernels(Module(90), 0, lambda index: 1000, "popcount")
+    assert chosen.engine == "popcount"
+    assert chosen.binary_conv2d(1, 2) == (1, 2, 0, 0, 1000)
+
+
+def test_engine_that_the_device_does_not_have():
+    assert _native.CudaKernels(Module(75), 0, lambda index: 0).engine == "popcount"
+    with pytest.raises(RuntimeError) as raised:
+        _native.CudaKernels(Module(75), 0, lambda index: 0, "mma")
+    assert str(raised.value) == "LOWBIT_CUDA_ENGINE: cuda:0 sm_75 cannot run mma; it can run popcount"
+
+
+def test_engine_that_does_not_exist():
+    command = [sys.executable, "-I", "-c", "import lowbit_ext"]
+    done = subprocess.run(command, env={**os.environ, "LOWBIT_CUDA_ENGINE": "dp4a"}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == (
+        f"ValueError: LOWBIT_CUDA_ENGINE: expected one of {', '.join(_native.CUDA_ENGINES)}, got 'dp4a'"
+    )
 
 
 def test_device_that_cuda_does_not_know():

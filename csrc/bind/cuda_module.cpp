@@ -29,6 +29,16 @@ auto on_stream(Args (*arguments)(Parameters...), Status (*launch)(const Args&, i
   };
 }
 
+// The same with the choice of an engine between the two.
+template <class Args, class... Parameters>
+auto on_stream(Args (*arguments)(Parameters...),
+               Status (*launch)(const Args&, int64_t, cuda::ConvEngine, cuda::Stream)) {
+  return [=](Parameters... parameters, int64_t workspace_bytes, int engine, int device, uintptr_t stream) {
+    return code(launch(arguments(parameters...), workspace_bytes, static_cast<cuda::ConvEngine>(engine),
+                       {device, as<void>(stream)}));
+  };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -49,6 +59,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("binarize", on_stream(binarize_args, cuda::binarize), unlocked);
   m.def("binary_avg_pool2d", on_stream(binary_avg_pool2d_args, cuda::binary_avg_pool2d), unlocked);
   m.def("binary_conv2d", on_stream(binary_conv2d_args, cuda::binary_conv2d), unlocked);
+  m.def("binary_conv2d_default_engine",
+        [](int device) { return static_cast<int>(cuda::binary_conv2d_default_engine(device)); });
   m.def(
       "binary_conv2d_block_weight",
       [](const ConvShape& shape, uintptr_t words, uintptr_t blocked, int device, uintptr_t stream) {
@@ -56,9 +68,24 @@ PYBIND11_MODULE(_cuda, m) {
                                                      {device, as<void>(stream)}));
       },
       unlocked);
-  m.def("binary_conv2d_engine", [](int device) { return std::string(cuda::binary_conv2d_engine(device)); });
+  m.def("binary_conv2d_has_engine", [](int engine, int device) {
+    return cuda::binary_conv2d_has_engine(static_cast<cuda::ConvEngine>(engine), device);
+  });
+  m.def("binary_conv2d_input_grad", on_stream(binary_conv2d_input_grad_args, cuda::binary_conv2d_input_grad), unlocked);
+  m.def("binary_conv2d_input_grad_workspace_bytes", [](const ConvShape& shape, int /*device*/) {
+    BinaryConv2dInputGradArgs args{};
+    args.shape = shape;
+    return cuda::binary_conv2d_input_grad_workspace_bytes(args);
+  });
   m.def("binary_conv2d_weight_bytes",
         [](const ConvShape& shape, int /*device*/) { return cuda::binary_conv2d_weight_bytes(shape); });
+  m.def("binary_conv2d_weight_grad", on_stream(binary_conv2d_weight_grad_args, cuda::binary_conv2d_weight_grad),
+        unlocked);
+  m.def("binary_conv2d_weight_grad_workspace_bytes", [](const ConvShape& shape, int /*device*/) {
+    BinaryConv2dWeightGradArgs args{};
+    args.shape = shape;
+    return cuda::binary_conv2d_weight_grad_workspace_bytes(args);
+  });
   m.def("binary_conv2d_workspace_bytes", [](const ConvShape& shape, int encoding, int padding_value, int output_kind,
                                             int64_t thresholds, int /*device*/) {
     return cuda::binary_conv2d_workspace_bytes(
@@ -69,9 +96,17 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("group_dequantize", on_stream(group_dequantize_args, cuda::group_dequantize), unlocked);
   m.def("group_quantize", on_stream(group_quantize_args, cuda::group_quantize), unlocked);
   m.def("masked_gradient", on_stream(masked_gradient_args, cuda::masked_gradient), unlocked);
-  m.def("popcount_peak", on_stream(popcount_peak_args, cuda::popcount_peak), unlocked);
+  m.def(
+      "popcount_peak",
+      [](int64_t iterations, uintptr_t counts, int engine, int device, uintptr_t stream) {
+        return code(cuda::popcount_peak(popcount_peak_args(iterations, counts), static_cast<cuda::ConvEngine>(engine),
+                                        {device, as<void>(stream)}));
+      },
+      unlocked);
   m.def("popcount_peak_bytes", &cuda::popcount_peak_bytes);
-  m.def("popcount_peak_operations", &cuda::popcount_peak_operations);
+  m.def("popcount_peak_operations", [](int64_t iterations, int engine, int device) {
+    return cuda::popcount_peak_operations(iterations, static_cast<cuda::ConvEngine>(engine), device);
+  });
   m.def("quantized_activation", on_stream(quantized_activation_args, cuda::quantized_activation), unlocked);
   m.def("unpack", on_stream(unpack_args, cuda::unpack), unlocked);
 }

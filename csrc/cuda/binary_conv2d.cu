@@ -98,7 +98,7 @@ struct ConvPixel {
 template <class Engine>
 struct ConvShared {
   union {
-    ConvStage<Engine> stages[Engine::kStages];
+    typename Engine::Stage stages[Engine::kStages];
     ConvSums<Engine> sums;
   };
   ConvPixel pixels[Engine::kPixels];
@@ -134,7 +134,7 @@ __device__ inline ConvPixel conv_pixel(const ConvKernelArgs& args, int64_t pixel
 // Copies `kWords` words of each pixel and filter of the block, from word `k` of the window on, to their places.
 template <class Engine, int kWords>
 __device__ inline void load_words(const ConvKernelArgs& args, const ConvBlock& block, const ConvPixel* pixels,
-                                  ConvStage<Engine>& stage, int64_t k, int column) {
+                                  typename Engine::Stage& stage, int64_t k, int column) {
   constexpr int kRowThreads = kStageWords / 2;
   constexpr int kRows = kThreads / kRowThreads;  // that are copied at a time
   static_assert(Engine::kPixels % kRows == 0 && Engine::kFilters % kRows == 0);
@@ -150,7 +150,7 @@ __device__ inline void load_words(const ConvKernelArgs& args, const ConvBlock& b
   for (int row = 0; row < Engine::kPixels; row += kRows) {
     const int i = row + first;
     const bool valid = k < args.depth && pixels[i].contains(tap_row, tap_column);
-    copy_async<kWords * 8>(&stage.pixels[i][column], valid ? pixels[i].origin + offset : args.op.input, valid);
+    copy_async<kWords * 8>(stage.pixels.at(i, column), valid ? pixels[i].origin + offset : args.op.input, valid);
   }
   const uint64_t* weight = static_cast<const uint64_t*>(args.op.weight);
 #pragma unroll
@@ -158,13 +158,13 @@ __device__ inline void load_words(const ConvKernelArgs& args, const ConvBlock& b
     const int i = row + first;
     const bool valid = k < args.row_words && block.filter + i < args.filters;
     const int64_t filter = block.group * args.filters + block.filter + i;
-    copy_async<kWords * 8>(&stage.filters[i][column], valid ? weight + filter * args.row_words + k : weight, valid);
+    copy_async<kWords * 8>(stage.filters.at(i, column), valid ? weight + filter * args.row_words + k : weight, valid);
   }
 }
 
 template <class Engine>
 __device__ inline void load_stage(const ConvKernelArgs& args, const ConvBlock& block, const ConvPixel* pixels,
-                                  ConvStage<Engine>& stage, int64_t first) {
+                                  typename Engine::Stage& stage, int64_t first) {
   const int column = static_cast<int>(threadIdx.x) % (kStageWords / 2) * 2;
   if (args.whole) {
     load_words<Engine, 2>(args, block, pixels, stage, first + column, column);
@@ -259,20 +259,23 @@ __global__ void __launch_bounds__(kThreads, 2) binary_conv2d_kernel(ConvKernelAr
     for (int i = static_cast<int>(threadIdx.x); i < Engine::kPixels; i += kThreads) {
       shared.pixels[i] = conv_pixel(args, block.pixel + i, block.group);
     }
+    Engine::prepare(shared.stages);
     __syncthreads();
-    constexpr int kAhead = Engine::kStages - 1;
+    constexpr int kAhead = Engine::kStages - 1 - Engine::kPending;
 #pragma unroll 1
     for (int i = 0; i < kAhead; ++i) {
-      if (i * kStageWords < args.depth) load_stage(args, block, shared.pixels, shared.stages[i], i * kStageWords);
+      if (i * kStageWords < args.depth)
+        load_stage<Engine>(args, block, shared.pixels, shared.stages[i], i * kStageWords);
       commit_copies();
     }
     Engine engine;
     int stage = 0, next = kAhead;
     for (int64_t k = 0; k < args.depth; k += kStageWords) {
       wait_copies<kAhead - 1>();
-      __syncthreads();  // the copies of all, and the stage that was read last may be written
+      Engine::publish();
+      __syncthreads();  // the copies of all, and the stage that is no longer read may be written
       if (k + kAhead * kStageWords < args.depth) {
-        load_stage(args, block, shared.pixels, shared.stages[next], k + kAhead * kStageWords);
+        load_stage<Engine>(args, block, shared.pixels, shared.stages[next], k + kAhead * kStageWords);
       }
       commit_copies();
       const int64_t left = args.depth - k;
@@ -281,6 +284,7 @@ __global__ void __launch_bounds__(kThreads, 2) binary_conv2d_kernel(ConvKernelAr
       next = next + 1 == Engine::kStages ? 0 : next + 1;
     }
     wait_copies<0>();
+    engine.finish();
     __syncthreads();
     engine.store(shared.sums);
     __syncthreads();
@@ -323,17 +327,39 @@ Status launch_blocks(ConvKernelArgs& args, Stream stream) {
                 stream, args);
 }
 
-Status launch_engine(ConvKernelArgs& args, Stream stream) {
-  const int device_architecture = architecture(stream.device);
-  if (device_architecture < 0) return Status::cuda_error;
-  return has_bit_matrices(device_architecture) ? launch_blocks<TensorEngine>(args, stream)
-                                               : launch_blocks<PopcountEngine>(args, stream);
+bool has_engine(ConvEngine engine, int architecture) {
+  switch (engine) {
+    case ConvEngine::popcount:
+      return true;
+    case ConvEngine::mma:
+      return has_bit_matrices(architecture);
+    case ConvEngine::wgmma:
+      return has_warpgroup_bit_matrices(architecture);
+  }
+  return false;
+}
+
+Status launch_engine(ConvKernelArgs& args, ConvEngine engine, Stream stream) {
+  switch (engine) {
+    case ConvEngine::popcount:
+      return launch_blocks<PopcountEngine>(args, stream);
+    case ConvEngine::mma:
+      return launch_blocks<MmaEngine>(args, stream);
+    case ConvEngine::wgmma:
+      return launch_blocks<WgmmaEngine>(args, stream);
+  }
+  return Status::bad_argument;
 }
 
 }  // namespace
 
-const char* binary_conv2d_engine(int device) noexcept {
-  return has_bit_matrices(architecture(device)) ? "mma.sync m16n8k256 and.popc" : "xor and popc";
+// wgmma is for those who ask for it, until a GPU has shown it to be right and faster.
+ConvEngine binary_conv2d_default_engine(int device) noexcept {
+  return has_bit_matrices(architecture(device)) ? ConvEngine::mma : ConvEngine::popcount;
+}
+
+bool binary_conv2d_has_engine(ConvEngine engine, int device) noexcept {
+  return has_engine(engine, architecture(device));
 }
 
 int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept { return WeightLayout(shape).bytes; }
@@ -365,9 +391,12 @@ int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept {
              : 0;
 }
 
-Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, Stream stream) noexcept {
+Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, ConvEngine engine, Stream stream) noexcept {
   const ConvShape& s = args.shape;
   if (!valid(s)) return Status::bad_shape;
+  const int device_architecture = architecture(stream.device);
+  if (device_architecture < 0) return Status::cuda_error;
+  if (!has_engine(engine, device_architecture)) return Status::unsupported_isa;
   if (workspace_bytes < binary_conv2d_workspace_bytes(args)) return Status::small_workspace;
   if (out_pixels(s) == 0 || s.filters == 0) return Status::ok;
   const WeightLayout layout(s);
@@ -389,10 +418,10 @@ Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, Stre
   kernel_args.by_out_height = make_divisor(s.out_height);
   kernel_args.by_words = make_divisor(kernel_args.words);
   kernel_args.by_kernel_width = make_divisor(s.kernel_width);
-  if (!conv_blocks_share_words(args)) return launch_engine(kernel_args, stream);
+  if (!conv_blocks_share_words(args)) return launch_engine(kernel_args, engine, stream);
   kernel_args.op.output_kind = ConvOutput::int32;
   kernel_args.op.output = args.workspace;
-  const Status status = launch_engine(kernel_args, stream);
+  const Status status = launch_engine(kernel_args, engine, stream);
   if (status != Status::ok) return status;
   const int64_t row_halves = words_for(args.thresholds * s.filters) * 2;
   const PackKernelArgs pack_args{args, static_cast<const int32_t*>(args.workspace), out_pixels(s) * row_halves,

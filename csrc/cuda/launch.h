@@ -11,6 +11,8 @@
 #include "core/ops/binarize.h"
 #include "core/ops/binary_avg_pool2d.h"
 #include "core/ops/binary_conv2d.h"
+#include "core/ops/binary_conv2d_input_grad.h"
+#include "core/ops/binary_conv2d_weight_grad.h"
 #include "core/ops/binary_max_pool2d.h"
 #include "core/ops/channel_dequantize.h"
 #include "core/ops/group_dequantize.h"
@@ -21,6 +23,13 @@
 #include "core/ops/unpack.h"
 
 namespace lowbit::cuda {
+
+// What makes the inner products of the convolution (binary_conv2d_engines.cuh). All give the same bits.
+enum class ConvEngine : int {
+  popcount = 0,  // XOR and POPC on the plain cores: every architecture
+  mma = 1,       // mma.sync m16n8k256 and.popc: 8.0 to 9.0
+  wgmma = 2,     // wgmma m64n144k256 and.popc: 9.0, where the module was built for 9.0a
+};
 
 struct Stream {
   int device;
@@ -34,21 +43,30 @@ Status batch_norm_relu_backward(const BatchNormReluBackwardArgs& args, Stream st
 Status batch_norm_relu_quantize(const BatchNormReluQuantizeArgs& args, Stream stream) noexcept;
 Status binarize(const BinarizeArgs& args, Stream stream) noexcept;
 Status binary_avg_pool2d(const BinaryAvgPool2dArgs& args, Stream stream) noexcept;
-Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, Stream stream) noexcept;
+// Status::unsupported_isa for an engine that the device does not have.
+Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, ConvEngine engine, Stream stream) noexcept;
 // Writes the private weight copy from words [filters, kernel_height, kernel_width, words_per_group], tail bits 0.
 Status binary_conv2d_block_weight(const ConvShape& shape, const uint64_t* words, void* blocked, Stream stream) noexcept;
-const char* binary_conv2d_engine(int device) noexcept;                // what the inner products are made with
-int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept;  // of that copy, the same for every device
+ConvEngine binary_conv2d_default_engine(int device) noexcept;
+bool binary_conv2d_has_engine(ConvEngine engine, int device) noexcept;
+int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept;  // of that copy, the same for every engine
 int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept;
+int64_t binary_conv2d_input_grad_workspace_bytes(const BinaryConv2dInputGradArgs& args) noexcept;
+Status binary_conv2d_input_grad(const BinaryConv2dInputGradArgs& args, int64_t workspace_bytes, Stream stream) noexcept;
+int64_t binary_conv2d_weight_grad_workspace_bytes(const BinaryConv2dWeightGradArgs& args) noexcept;
+Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t workspace_bytes,
+                                 Stream stream) noexcept;
 Status binary_max_pool2d(const BinaryMaxPool2dArgs& args, Stream stream) noexcept;
 Status channel_dequantize(const ChannelDequantizeArgs& args, Stream stream) noexcept;
 Status group_dequantize(const GroupDequantizeArgs& args, Stream stream) noexcept;
 Status group_quantize(const GroupQuantizeArgs& args, Stream stream) noexcept;
 Status masked_gradient(const MaskedGradientArgs& args, Stream stream) noexcept;
-// Status::unsupported_isa where the device has no instruction for bit matrices.
-Status popcount_peak(const PopcountPeakArgs& args, Stream stream) noexcept;
-int64_t popcount_peak_bytes(int device) noexcept;                           // of its counts
-int64_t popcount_peak_operations(int64_t iterations, int device) noexcept;  // 2 for each multiply-add of two bits
+// The rate of an engine's matrix instruction. Status::unsupported_isa for one that the device does not have, and for
+// popcount, which has none.
+Status popcount_peak(const PopcountPeakArgs& args, ConvEngine engine, Stream stream) noexcept;
+int64_t popcount_peak_bytes(int device) noexcept;  // of its counts
+// 2 for each multiply-add of two bits.
+int64_t popcount_peak_operations(int64_t iterations, ConvEngine engine, int device) noexcept;
 Status quantized_activation(const QuantizedActivationArgs& args, Stream stream) noexcept;
 Status unpack(const UnpackArgs& args, Stream stream) noexcept;
 

@@ -470,6 +470,7 @@ def _binary_conv2d(
     if input.dtype != torch.int64:
         raise TypeError(f"binary_conv2d: input must be int64 words, got {input.dtype}")
     kind = _check_epilogue(filters, scale, bias, residual, threshold, flip, out_dtype, plan.out_size)
+    weight_pointer = _pointer(weight, input, "binary_conv2d: weight")  # before its size, which depends on the device
     if weight.numel() != plan.weight_bytes:
         raise ValueError(
             f"binary_conv2d: weight was not packed for {filters} filters, kernel {list(kernel)}, {channels} input "
@@ -491,7 +492,7 @@ def _binary_conv2d(
     code = ENCODINGS[encoding]
     size = native.binary_conv2d_workspace_bytes(plan.shape, code, padding_value, kind, thresholds)
     status = native.binary_conv2d(
-        plan.shape, code, padding_value, kind, input.data_ptr(), _pointer(weight, input, "binary_conv2d: weight"),
+        plan.shape, code, padding_value, kind, input.data_ptr(), weight_pointer,
         _pointer(scale, input, "binary_conv2d: scale"), 0 if scale is None or scale.numel() == 1 else 1,
         _pointer(bias, input, "binary_conv2d: bias"), _pointer(residual, input, "binary_conv2d: residual"),
         0 if residual is None else FLOAT_TYPES[residual.dtype], _pointer(threshold, input, "binary_conv2d: threshold"),

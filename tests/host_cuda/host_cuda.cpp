@@ -51,6 +51,10 @@ struct Fiber {
   const void* argument = nullptr;
   std::deque<std::vector<Copy>> groups;  // committed
   std::vector<Copy> open;
+  std::deque<std::vector<std::function<void()>>> product_groups;
+  std::vector<std::function<void()>> open_products;
+  bool product_fenced = false;
+  int unfenced_copies = 0;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
 #endif
@@ -79,6 +83,7 @@ const std::function<void()>* kernel_body = nullptr;
 void* shared = nullptr;
 std::vector<int> sequence;  // threads in the order they run
 size_t started = 0;
+int unfenced_copies = 0;  // of all threads
 int exited = 0;
 int at_barrier = 0;
 uint64_t barriers = 0;
@@ -136,6 +141,11 @@ void fiber_main() {
         if (!group.empty()) fail("the thread ends with copies that it did not wait for");
       }
       running->groups.clear();
+      if (!running->open_products.empty() || !running->product_groups.empty()) {
+        fail("the thread ends with products that it did not wait for");
+      }
+      running->product_fenced = false;
+      running->unfenced_copies = 0;
       ++exited;
       release_barrier();
     }
@@ -167,7 +177,7 @@ void run_block() {
   for (int i = 0; i < threads; ++i) sequence[static_cast<size_t>(i)] = order == Order::reverse ? threads - 1 - i : i;
   if (order == Order::shuffled) std::shuffle(sequence.begin(), sequence.end(), engine);
   started = 0;
-  exited = at_barrier = 0;
+  exited = at_barrier = unfenced_copies = 0;
   meetings.clear();
   std::vector<Fiber*> waiting;
   while (exited < threads) {
@@ -292,10 +302,51 @@ void async_commit() {
 
 void async_wait(int groups_left) {
   while (running->groups.size() > static_cast<size_t>(groups_left)) {
-    for (const Copy& copy : running->groups.front()) memcpy(copy.target, copy.bytes.data(), copy.bytes.size());
+    for (const Copy& copy : running->groups.front()) {
+      memcpy(copy.target, copy.bytes.data(), copy.bytes.size());
+      ++running->unfenced_copies;
+      ++unfenced_copies;
+    }
     running->groups.pop_front();
   }
 }
+
+void product_fence() { running->product_fenced = true; }
+
+void proxy_fence() {
+  unfenced_copies -= running->unfenced_copies;
+  running->unfenced_copies = 0;
+}
+
+void require_product_fences() {
+  if (!running->product_fenced) fail("a product without a fence before it");
+  if (unfenced_copies != 0) fail("a product may not see copies that no proxy fence followed");
+}
+
+void product(std::function<void()> finish) { running->open_products.push_back(std::move(finish)); }
+
+void product_commit() {
+  running->product_groups.push_back(std::move(running->open_products));
+  running->open_products.clear();
+}
+
+void product_wait(int groups_left) {
+  while (running->product_groups.size() > static_cast<size_t>(groups_left)) {
+    for (const auto& finish : running->product_groups.front()) finish();
+    running->product_groups.pop_front();
+  }
+  running->product_fenced = false;
+}
+
+namespace {
+constexpr uint32_t kSharedBase = 1024;  // not 0: an address is no offset
+}
+
+uint32_t shared_address(const void* pointer) {
+  return kSharedBase + static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - static_cast<uint8_t*>(shared));
+}
+
+const void* shared_pointer(uint32_t address) { return static_cast<const uint8_t*>(shared) + address - kSharedBase; }
 
 }  // namespace host_cuda
 

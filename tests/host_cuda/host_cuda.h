@@ -131,6 +131,19 @@ void async_copy(void* shared, const void* global, size_t bytes, size_t valid_byt
 void async_commit();
 void async_wait(int groups_left);
 
+// Products of a warpgroup that are done when they are waited for: `finish` runs then. They see what copies wrote after
+// proxy_fence() alone, and ask for product_fence() since the last wait.
+void product_fence();
+void proxy_fence();
+void require_product_fences();
+void product(std::function<void()> finish);
+void product_commit();
+void product_wait(int groups_left);
+
+// Shared memory as a 32-bit address space of its own.
+uint32_t shared_address(const void* pointer);
+const void* shared_pointer(uint32_t address);
+
 }  // namespace host_cuda
 
 // --- barriers and warps

@@ -20,6 +20,8 @@ constexpr Test kTests[] = {
     {"binarize", test_binarize},
     {"binary_avg_pool2d", test_binary_avg_pool2d},
     {"binary_conv2d", test_binary_conv2d},
+    {"binary_conv2d_input_grad", test_binary_conv2d_input_grad},
+    {"binary_conv2d_weight_grad", test_binary_conv2d_weight_grad},
     {"binary_max_pool2d", test_binary_max_pool2d},
     {"channel_dequantize", test_channel_dequantize},
     {"group_dequantize", test_group_dequantize},

@@ -9,10 +9,12 @@ namespace lowbit::test {
 namespace {
 
 constexpr int64_t kMostProducts = 400000;
+constexpr std::initializer_list<cuda::ConvEngine> kEngines = {cuda::ConvEngine::popcount, cuda::ConvEngine::mma,
+                                                              cuda::ConvEngine::wgmma};
 
 template <class Output>
 void check_output(BinaryConv2dArgs args, const void* scalar_weight, const void* weight, Random& random,
-                  std::initializer_list<int> architectures) {
+                  std::initializer_list<cuda::ConvEngine> engines) {
   const ConvShape& s = args.shape;
   const bool bits = args.thresholds > 0;
   const int64_t row = bits ? words_for(args.thresholds * s.filters) : s.filters;
@@ -22,9 +24,8 @@ void check_output(BinaryConv2dArgs args, const void* scalar_weight, const void* 
   Workspace workspace(scalar::binary_conv2d_workspace_bytes(args));
   scalar::binary_conv2d(args, 0, scalar::binary_conv2d_items(args), workspace.data());
 
-  for (const int architecture : architectures) {
-    host_cuda::set_architecture(architecture);
-    const std::string what = "sm_" + std::to_string(architecture) + ": " + describe(s) + ", encoding " +
+  for (const cuda::ConvEngine engine : engines) {
+    const std::string what = "engine " + std::to_string(static_cast<int>(engine)) + ": " + describe(s) + ", encoding " +
                              std::to_string(static_cast<int>(args.encoding)) + ", padding " +
                              std::to_string(args.padding_value) + ", output " +
                              std::to_string(static_cast<int>(args.output_kind)) + ", thresholds " +
@@ -35,10 +36,10 @@ void check_output(BinaryConv2dArgs args, const void* scalar_weight, const void* 
     Buffer<int32_t> accumulators(cuda::binary_conv2d_workspace_bytes(args) / 4);
     args.workspace = accumulators.data();
     if (accumulators.size() > 0 &&
-        cuda::binary_conv2d(args, accumulators.bytes() - 1, kStream) != Status::small_workspace) {
+        cuda::binary_conv2d(args, accumulators.bytes() - 1, engine, kStream) != Status::small_workspace) {
       fail(what + ": a small workspace is taken");
     }
-    expect_ok(what, cuda::binary_conv2d(args, accumulators.bytes(), kStream));
+    expect_ok(what, cuda::binary_conv2d(args, accumulators.bytes(), engine, kStream));
     expect_same(what, got, expected);
   }
 }
@@ -89,27 +90,60 @@ void check(Random& random) {
   }
   args.flip = random.coin() ? flip.data() : nullptr;
 
-  // An architecture of each engine.
   args.output_kind = ConvOutput::int32;
-  check_output<uint32_t>(args, scalar_weight.data(), weight.data(), random, {75, 90});
+  check_output<uint32_t>(args, scalar_weight.data(), weight.data(), random, kEngines);
   args.output_kind = ConvOutput::float32;
-  check_output<uint32_t>(args, scalar_weight.data(), weight.data(), random, {random.pick({75, 90})});
+  check_output<uint32_t>(args, scalar_weight.data(), weight.data(), random, {random.pick(kEngines)});
   args.output_kind = random.pick({ConvOutput::bfloat16, ConvOutput::float16});
-  check_output<uint16_t>(args, scalar_weight.data(), weight.data(), random, {random.pick({75, 90})});
+  check_output<uint16_t>(args, scalar_weight.data(), weight.data(), random, {random.pick(kEngines)});
   for (int64_t thresholds = 1; thresholds <= 2; ++thresholds) {
     args.thresholds = thresholds;
     args.output_kind = ConvOutput::bits_by_integer;
     args.threshold = integer_threshold.data();
-    check_output<uint64_t>(args, scalar_weight.data(), weight.data(), random, {random.pick({75, 90})});
+    check_output<uint64_t>(args, scalar_weight.data(), weight.data(), random, {random.pick(kEngines)});
     args.output_kind = ConvOutput::bits_by_float;
     args.threshold = float_threshold.data();
-    check_output<uint64_t>(args, scalar_weight.data(), weight.data(), random, {random.pick({75, 90})});
+    check_output<uint64_t>(args, scalar_weight.data(), weight.data(), random, {random.pick(kEngines)});
   }
+}
+
+// Which architecture has which engines, and what becomes of a wish for another.
+void check_engines() {
+  struct {
+    int architecture;
+    cuda::ConvEngine by_default;
+    bool mma, wgmma;
+  } const expected[] = {
+      {75, cuda::ConvEngine::popcount, false, false},  {80, cuda::ConvEngine::mma, true, false},
+      {90, cuda::ConvEngine::mma, true, true},         {100, cuda::ConvEngine::popcount, false, false},
+      {120, cuda::ConvEngine::popcount, false, false},
+  };
+  BinaryConv2dArgs args{};
+  args.shape = {0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1};
+  for (const auto& device : expected) {
+    host_cuda::set_architecture(device.architecture);
+    const std::string what = "sm_" + std::to_string(device.architecture);
+    const auto runs = [&](cuda::ConvEngine engine) {
+      const bool has = cuda::binary_conv2d_has_engine(engine, kStream.device);
+      const Status status = cuda::binary_conv2d(args, 0, engine, kStream);
+      if (status != (has ? Status::ok : Status::unsupported_isa))
+        fail(what + ": an engine is not what it is said to be");
+      return has;
+    };
+    if (cuda::binary_conv2d_default_engine(kStream.device) != device.by_default) fail(what + ": default engine");
+    if (!runs(cuda::ConvEngine::popcount)) fail(what + ": engine popcount");
+    if (runs(cuda::ConvEngine::mma) != device.mma) fail(what + ": engine mma");
+    if (runs(cuda::ConvEngine::wgmma) != device.wgmma) fail(what + ": engine wgmma");
+  }
+  host_cuda::set_architecture(90);
+  if (cuda::binary_conv2d(args, 0, cuda::ConvEngine::mma, {7, nullptr}) != Status::cuda_error)
+    fail("device 7 is taken");
 }
 
 }  // namespace
 
 void test_binary_conv2d(Random& random, int cases) {
+  check_engines();
   for (int i = 0; i < cases; i += 2) check(random);  // slow: half the cases
 }
 

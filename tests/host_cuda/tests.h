@@ -22,6 +22,8 @@ void test_batch_norm_relu_quantize(Random& random, int cases);
 void test_binarize(Random& random, int cases);
 void test_binary_avg_pool2d(Random& random, int cases);
 void test_binary_conv2d(Random& random, int cases);
+void test_binary_conv2d_input_grad(Random& random, int cases);
+void test_binary_conv2d_weight_grad(Random& random, int cases);
 void test_binary_max_pool2d(Random& random, int cases);
 void test_channel_dequantize(Random& random, int cases);
 void test_device(Random& random, int cases);

@@ -1,12 +1,15 @@
 // grad_weight[o, tap, c] = sum over output pixels of grad_output[n, y, x, o] * a[n, h, w, c] in float32; the activation
 // a in {-1, +1} (sign) or {0, 1} (step) is read from bits, padding_value where the tap falls into the padding.
-// Deterministic: every element is summed by one thread in a fixed order.
+// Deterministic: every element is summed in a fixed order.
 #pragma once
 
 #include "core/conv_shape.h"
 #include "core/status.h"
 
 namespace lowbit {
+
+// The scalar and the CUDA kernel add the partial sums of so many pixels each: rounding errors grow slower.
+constexpr int64_t kPixelsPerPartialSum = 1024;
 
 struct BinaryConv2dWeightGradArgs {
   ConvShape shape;

@@ -9,7 +9,7 @@ namespace lowbit {
 
 struct PopcountPeakArgs {
   int64_t iterations;
-  uint32_t* counts;  // what each thread has counted, modulo 2^32: 4096 an iteration; or the tensor core is mistaken
+  uint32_t* counts;  // of each thread, modulo 2^32: a quarter of its bit pairs; or the tensor core is mistaken
 };
 
 }  // namespace lowbit

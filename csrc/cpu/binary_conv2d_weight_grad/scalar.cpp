@@ -4,8 +4,6 @@
 namespace lowbit::scalar {
 namespace {
 
-constexpr int64_t kPixelsPerPartialSum = 1024;  // sums over more pixels add partial sums: rounding errors grow slower
-
 // sums[c] += a[c] * grad
 void add_pixel(Encoding encoding, const uint64_t* input, int64_t channels, float grad, float* sums) {
   const uint32_t grad_bits = float_to_bits(grad);

@@ -1,0 +1,179 @@
+"""What a GPU adds to a call: streams, graphs, several devices, tensors that lie elsewhere. Skipped where there is none.
+
+Every comparison is with the CPU's scalar level, whose bits the CUDA kernels give.
+"""
+
+import pytest
+import torch
+
+from conftest import DEVICES, running_on
+from lowbit_ext import _native
+from lowbit_ext.antithetic import ops as antithetic_ops
+from lowbit_ext.binary import binarize, conv2d, ops, pack_weight
+from lowbit_ext.packed import unpack_op
+
+GPUS = torch.cuda.device_count()
+needs_gpu = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
+needs_two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+
+SHAPE = (66, (3, 3), (1, 1), (1,) * 4, (1, 1), 1)  # filters that share words, kernel, stride, padding, dilation, groups
+
+
+def operands(where="cpu", seed=0):
+    """Tensors of the calls of every_operator, the same on every device."""
+    rng = torch.Generator().manual_seed(seed)
+    tensors = {
+        "x": torch.randn(16, 70, 9, 8, generator=rng),  # 1152 pixels: more than one partial sum of the weight gradient
+        "weight": torch.randn(66, 70, 3, 3, generator=rng),
+        "grad": torch.randn(16, 66, 9, 8, generator=rng),
+        "scale": torch.rand(66, generator=rng),
+        "threshold": torch.randint(-9, 9, (2, 66), generator=rng, dtype=torch.int32),
+        "logits": torch.randn(16, 70, generator=rng),
+        "values": torch.randn(16, 4, generator=rng),
+    }
+    return {name: tensor.to(where) for name, tensor in tensors.items()}
+
+
+def every_operator(t):
+    """Results of one call of each operator, with and without a workspace."""
+    words, mask = ops.binarize_with_mask(t["x"], 0.0, "sign")
+    weight = pack_weight(t["weight"])
+    conv = (70, *SHAPE, "sign", 0)
+    levels, inside = ops.quantized_activation_with_mask(t["x"], "ternary", 0.0, 1.0, False)
+    bits, ratio = antithetic_ops.antithetic_sample(t["logits"], None, 4, "dirichlet", "sample", torch.tensor(5), 0)
+    no = None
+    return {
+        "words": words,
+        "mask": mask,
+        "unpacked": unpack_op(words, 70, -1.0, 1.0, torch.float32),
+        "int32": ops.binary_conv2d(words, weight.blocked, no, no, no, no, no, *conv, torch.int32),
+        "float": ops.binary_conv2d(words, weight.blocked, t["scale"], t["scale"], t["grad"], no, no, *conv,
+                                   torch.float32),
+        "bits": ops.binary_conv2d(words, weight.blocked, no, no, no, t["threshold"], no, *conv, torch.int32),
+        "input gradient": ops.binary_conv2d_input_grad(t["grad"], weight.words, t["scale"], mask, list(t["x"].shape),
+                                                       *SHAPE),
+        "weight gradient": ops.binary_conv2d_weight_grad(t["grad"], words, *conv),
+        "max": ops.binary_max_pool2d(words, no, 70, (2, 2), (2, 2), (0, 0), (1, 1), False),
+        "mean": ops.binary_avg_pool2d(words, 70, (3, 3), (2, 2), (1, 1), False, True, 0, "sign"),
+        "levels": levels,
+        "inside": inside,
+        "masked": ops.masked_gradient(t["x"], inside),
+        "samples": bits,
+        "gradient": antithetic_ops.antithetic_gradient(bits, t["values"], ratio, 70, "sample"),
+    }  # fmt: skip
+
+
+def scalar_results(seed=0):
+    with running_on("scalar"):
+        return every_operator(operands(seed=seed))
+
+
+def assert_same(got, expected):
+    for name, tensor in expected.items():
+        assert torch.equal(got[name].cpu(), tensor), name
+
+
+@pytest.mark.parametrize("kernels", [name for name in DEVICES if name != "cpu"])
+def test_every_operator(kernels):
+    expected = scalar_results()
+    with running_on(kernels):
+        got = every_operator(operands("cuda" if kernels == "cuda" else "cpu"))
+    assert_same(got, expected)
+
+
+@needs_gpu
+def test_current_stream_is_used():
+    late, stream = operands("cuda", seed=1), torch.cuda.Stream()
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in late.items()}
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # cycles: kernels of another stream would find zeros
+        for name, tensor in late.items():
+            tensors[name].copy_(tensor)
+        got = every_operator(tensors)
+    stream.synchronize()
+    assert_same(got, scalar_results(seed=1))
+
+
+@needs_gpu
+def test_graph_replays_on_new_values():
+    tensors, late = operands("cuda"), operands("cuda", seed=1)
+    every_operator(tensors)  # what is loaded or chosen at first use
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = every_operator(tensors)
+    every_operator(tensors)  # workspaces of the graph and of calls beside it are not the same
+    for name, tensor in late.items():
+        tensors[name].copy_(tensor)
+    graph.replay()
+    assert_same(got, scalar_results(seed=1))
+
+
+@needs_gpu
+def test_compile_with_graphs():
+    """torch's graphs refuse memory that outlives the call: a workspace must not."""
+    t = operands("cuda")
+    weight = pack_weight(t["weight"])
+
+    def network(x):
+        return conv2d(binarize(x), weight, padding=1, threshold=t["threshold"]).unpack()
+
+    compiled = torch.compile(network, mode="reduce-overhead")
+    for seed in range(4):
+        x = operands("cuda", seed)["x"]
+        assert torch.equal(compiled(x), network(x))
+
+
+@needs_gpu
+def test_backward_runs_on_the_stream_of_the_forward():
+    x, weight = (torch.randn(size, device="cuda").requires_grad_() for size in [(4, 70, 9, 8), (66, 70, 3, 3)])
+    conv2d(x, weight, padding=1).square().sum().backward()
+    expected = x.grad.clone(), weight.grad.clone()
+    x.grad = weight.grad = None
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)
+        conv2d(x, weight, padding=1).square().sum().backward()
+    torch.cuda.synchronize()
+    assert torch.equal(x.grad, expected[0])
+    assert torch.equal(weight.grad, expected[1])
+
+
+@needs_gpu
+def test_slices_and_permutations():
+    x = torch.randn(3, 70, 10, 9)
+    for change in (lambda x: x[:, 1:, ::2], lambda x: x.permute(3, 1, 0, 2), lambda x: x[1:].flatten(1).t()):
+        assert torch.equal(binarize(change(x.cuda())).words.cpu(), binarize(change(x)).words)
+    words = binarize(x).words
+    pooled = ops.binary_max_pool2d(words[:, ::2], None, 70, (2, 2), (2, 2), (0, 0), (1, 1), False)
+    got = ops.binary_max_pool2d(words.cuda()[:, ::2], None, 70, (2, 2), (2, 2), (0, 0), (1, 1), False)
+    assert torch.equal(got.cpu(), pooled)
+
+
+@needs_gpu
+def test_tensors_of_different_devices_are_refused():
+    t = operands("cuda")
+    words, weight = binarize(t["x"]).words, pack_weight(t["weight"])
+    conv = (70, *SHAPE, "sign", 0)
+    here = f"must be on {t['x'].device} like the input, got cpu"
+    with pytest.raises(ValueError, match=f"binary_conv2d: scale {here}"):
+        ops.binary_conv2d(words, weight.blocked, t["scale"].cpu(), None, None, None, None, *conv, torch.float32)
+    with pytest.raises(ValueError, match=f"binary_conv2d_weight_grad: input {here}"):
+        ops.binary_conv2d_weight_grad(t["grad"], words.cpu(), *conv)
+    with pytest.raises(ValueError, match=f"antithetic_gradient: bits {here}"):
+        antithetic_ops.antithetic_gradient(torch.zeros(16, 70, dtype=torch.uint8), t["values"], None, 70, "sample")
+    with pytest.raises(ValueError, match=f"must be on the CPU like the input, got {t['x'].device}"):
+        conv2d(t["x"].cpu(), weight, padding=1)
+
+
+@needs_two_gpus
+def test_second_device_while_the_first_is_current():
+    got = every_operator(operands("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    assert all(tensor.device.index == 1 for tensor in got.values())
+    assert_same(got, scalar_results())
+
+
+@needs_gpu
+def test_device_that_is_not_there():
+    with pytest.raises(RuntimeError, match=rf"^lowbit_ext: no CUDA device {GPUS}: "):
+        _native.cuda_kernels(GPUS)
