@@ -1,16 +1,16 @@
-"""lowmem: forward to the bit, gradients against the float64 formulas, flat errors by depth, refusals."""
+"""lowmem.LowMemBlock and quantize: gradients against the float64 formulas, forward to the bit, refusals."""
 
 import copy
+import re
 
 import pytest
 import torch
-import torch.nn.functional as F
-from reference import lowmem as reference
 from torch import nn
 
-from lowbit_ext import lowmem, models
-from lowbit_ext.lowmem import blocks, convert, report
-
+from lowbit_ext import lowmem
+from lowbit_ext.lowmem import LowMemBlock, blocks, dequantize, dequantize4, quantize, quantize4
+from lowmem_networks import joined, relative, step
+from reference import lowmem as reference
 
 
 @pytest.fixture(autouse=True)
@@ -18,56 +18,21 @@ def _seed():
     torch.manual_seed(20260101)
 
 
-class PostActivation(nn.Module):
-    """Two convolutions, each with batch norm, and the sum behind ReLU; one ReLU module, in place, for both."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding="same"), nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        y += x
-        return F.dropout(self.relu(y), 0.25, training=self.training)
-
-
-NETWORKS = {
-    "preact": lambda: models.preact_resnet(8, in_channels=1, widths=(4, 8, 8)),
-    "bottleneck": lambda: models.preact_resnet(164, in_channels=1, widths=(2, 3, 4)),
-    "post": lambda: nn.Sequential(
-        nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), PostActivation(5), PostActivation(5), nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(), nn.Linear(5, 10),
-    ),
-    "vgg": lambda: nn.Sequential(
-        nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(5, 7, 3, padding=1),
-        nn.BatchNorm2d(7), nn.ReLU(), nn.AvgPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(63, 9), nn.BatchNorm1d(9),
-        nn.ReLU(), nn.Linear(9, 10),
-    ),
-    "mlp": lambda: nn.Sequential(
-        nn.Flatten(), nn.Linear(144, 33), nn.ReLU(), nn.Linear(33, 9), nn.ReLU(), nn.Linear(9, 10)
-    ),
-}  # fmt: skip
-IMAGES = (6, 1, 12, 12)
-
-
-def step(model, seed=1):
-    torch.manual_seed(seed)
-    out = model(torch.randn(IMAGES))
-    F.cross_entropy(out, torch.arange(IMAGES[0]) % 10).backward()
-    return out
-
-
-@pytest.mark.parametrize("bits", blocks.BITS)
-def test_block_has_the_formulas_gradients(bits):
-    norm, conv = nn.BatchNorm2d(9), nn.Conv2d(9, 4, 3, padding=1, bias=False)
-    with torch.no_grad():  # both signs, almost and exactly zero, and ratios beyond the range
+def odd_norm():
+    """A batch norm with scales of both signs, almost and exactly zero, and ratios beyond the range."""
+    norm = nn.BatchNorm2d(9)
+    with torch.no_grad():
         norm.weight.copy_(torch.tensor([1, -1, 0.3, -0.3, 2.0, 1e-3, 0.0, 0.0, -1]))
         norm.bias.copy_(torch.tensor([0, 0.5, 3, -3, -1, 0.01, 0.5, -0.5, 10.0]))
-    x = torch.randn(8, 9, 7, 7, requires_grad=True)
-    out = blocks.LowMemBlock(norm, conv, bits=bits)(x)
+    return norm
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bits", blocks.BITS)
+def test_block_has_the_formulas_gradients(bits, layout):
+    norm, conv = odd_norm(), nn.Conv2d(9, 4, 3, padding=1, bias=False)
+    x = torch.randn(8, 9, 7, 7).contiguous(memory_format=layout).requires_grad_()
+    out = LowMemBlock(norm, conv, bits=bits)(x)
     grad = torch.randn_like(out)
     out.backward(grad)
     found = (out.detach(), x.grad, norm.weight.grad, norm.bias.grad, conv.weight.grad)
@@ -76,105 +41,106 @@ def test_block_has_the_formulas_gradients(bits):
         blocks.RANGES[bits], padding=1,
     )  # fmt: skip
     for got, want in zip(found, expected, strict=True):
+        # float32 sums of some 400 terms
         torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6 * float(want.abs().max()))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_forward_and_buffers_are_identical(name):
-    plain = NETWORKS[name]()
-    converted = convert(copy.deepcopy(plain))
-    for _ in range(2):
-        assert torch.equal(step(converted), step(plain))
-    state = converted.state_dict()
-    assert state.keys() == plain.state_dict().keys()
-    assert all(torch.equal(state[key], value) for key, value in plain.state_dict().items())
-    plain.eval(), converted.eval()
-    assert torch.equal(step(converted), step(plain))
-    with torch.no_grad():
-        assert torch.equal(converted(torch.ones(IMAGES)), plain(torch.ones(IMAGES)))
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_eight_bits_are_close_to_the_exact_gradient(name):
-    plain = NETWORKS[name]()
-    converted = convert(copy.deepcopy(plain), 8, 12.0)
-    step(plain), step(converted)
-    exact = torch.cat([p.grad.flatten() for p in plain.parameters()])
-    names = dict(converted.named_parameters())
-    found = torch.cat([names[key].grad.flatten() for key, _ in plain.named_parameters()])
-    assert F.cosine_similarity(found, exact, dim=0) > 0.99
-
-
-def test_error_does_not_grow_with_depth():
-    errors = []
-    for depth in (20, 56):
-        torch.manual_seed(0)
-        plain = models.preact_resnet(depth, in_channels=1, widths=(4, 8, 16))
-        converted = convert(copy.deepcopy(plain))
-        step(plain), step(converted)
-        names = dict(converted.named_parameters())
-        relative = [
-            float((names[key].grad - p.grad).norm() / p.grad.norm())
-            for key, p in plain.named_parameters() if p.dim() == 4 and key != "conv.weight"
-        ]  # fmt: skip
-        errors.append(sum(relative) / len(relative))
-    assert errors[1] < 1.5 * errors[0]
-
-
-def test_shares_parameters_and_leaves_the_model_alone():
-    plain = NETWORKS["preact"]()
-    converted = convert(plain)
-    assert {id(p) for p in converted.parameters()} == {id(p) for p in plain.parameters()}
-    assert type(plain.bn) is nn.BatchNorm2d
-    copied = copy.deepcopy(converted)
-    assert report(copied) == report(converted)
-    assert torch.equal(step(copied), step(plain))
-
-
-def test_report_names_what_was_left():
-    left = {entry.name: entry.how for entry in report(convert(NETWORKS["vgg"]())) if not entry.converted}
-    assert left == {"0": "its input has no codes"}
-    model = NETWORKS["vgg"]()
-    model[1].register_forward_hook(lambda *_: None)
-    assert {"1": "hooks watch its result"}.items() <= {
-        entry.name: entry.how for entry in report(convert(model)) if not entry.converted
-    }.items()
-    with pytest.raises(ValueError, match="not made by convert"):
-        report(model)
-
-
-def test_retain_graph_gives_the_same_gradients():
-    converted = convert(NETWORKS["vgg"]())
-    loss = converted(torch.randn(IMAGES)).square().sum()
-    loss.backward(retain_graph=True)
-    first = [p.grad.clone() for p in converted.parameters()]
-    converted.zero_grad()
-    loss.backward()
-    assert all(torch.equal(p.grad, grad) for p, grad in zip(converted.parameters(), first, strict=True))
-
-
-def test_second_derivative_is_refused():
-    converted = convert(NETWORKS["preact"]())
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(converted(torch.randn(IMAGES)).sum(), list(converted.parameters()), create_graph=True)
-
-
-def test_autocast():
-    plain = NETWORKS["preact"]()
-    converted = convert(copy.deepcopy(plain))
-    with torch.autocast("cpu", torch.bfloat16):
-        x = torch.randn(IMAGES)
-        expected, got = plain(x), converted(x)
-    assert torch.equal(got, expected)
-    got.float().square().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in converted.parameters())
-
-
-@pytest.mark.parametrize(("arguments", "error", "message"), [
-    ((nn.ReLU(), 3), ValueError, "bits must be 2, 4 or 8, got 3"), ((3,), TypeError, "must be a torch.nn.Module"),
-    ((nn.ReLU(), True), TypeError, "bits must be an int"), ((nn.ReLU(), 4, -1.0), ValueError, "range must be a positive"),
-    ((nn.ReLU(), 4, "6"), TypeError, "range must be a number"),
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pool", [
+    None, nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.MaxPool2d((1, 3)),
+    nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AvgPool2d(2, divisor_override=3),
 ])  # fmt: skip
-def test_refuses(arguments, error, message):
-    with pytest.raises(error, match=message):
-        convert(*arguments)
+def test_block_with_pooling_is_the_plain_one(pool, training):
+    """Forward to the bit; with wide and fine codes the gradients of the plain layers, through the pooling exactly."""
+    norm, conv = odd_norm(), nn.Conv2d(9, 4, 3, padding=1)
+    plain = nn.Sequential(copy.deepcopy(norm), nn.ReLU(), pool or nn.Identity(), copy.deepcopy(conv)).train(training)
+    block = LowMemBlock(norm, conv, pool, bits=8, range=12.0).train(training)
+    got, expected = step(block, (8, 9, 7, 8)), step(plain, (8, 9, 7, 8))
+    assert torch.equal(got[0], expected[0])
+    assert all(map(torch.equal, block.buffers(), plain.buffers()))
+    grads = [torch.cat([p.grad.flatten() for p in network.parameters()]) for network in (block, plain)]
+    assert relative(*grads) < 0.05
+    assert torch.equal(got[2]["layer.bias"], expected[2]["3.bias"])
+
+
+def test_block_of_linear_layers():
+    norm, layer = nn.BatchNorm1d(9), nn.Linear(9, 4)
+    plain = nn.Sequential(copy.deepcopy(norm), nn.ReLU(), copy.deepcopy(layer))
+    assert torch.equal(step(LowMemBlock(norm, layer), (8, 9))[0], step(plain, (8, 9))[0])
+    norm, layer = odd_norm(), nn.Linear(9 * 4, 4)
+    plain = nn.Sequential(copy.deepcopy(norm), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), copy.deepcopy(layer))
+    block = LowMemBlock(norm, layer, nn.MaxPool2d(2), bits=8, range=12.0)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(8, 9, 4, 4).contiguous(memory_format=layout)
+        block.zero_grad(), plain.zero_grad()
+        got, expected = block(x), plain(x)
+        assert torch.equal(got, expected)
+        got.square().sum().backward(), expected.square().sum().backward()
+        grads = [torch.cat([p.grad.flatten() for p in network.parameters()]) for network in (block, plain)]
+        assert relative(*grads) < 0.05
+
+
+def test_block_shares_its_layers_parameters():
+    norm, conv = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)
+    block = LowMemBlock(norm, conv)
+    assert [id(p) for p in block.parameters()] == [id(p) for p in (*norm.parameters(), *conv.parameters())]
+    assert block.norm.running_mean is norm.running_mean
+    copied = copy.deepcopy(block)
+    assert all(map(torch.equal, joined(step(copied, (4, 3, 6, 6))), joined(step(block, (4, 3, 6, 6)))))
+
+
+def at(name, call, error, message):
+    return pytest.param(call, error, message, id=name)
+
+
+NORM, CONV = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)
+X = torch.ones(4, 6)
+WRONG_CALLS = [
+    at("norm", lambda: LowMemBlock(nn.GroupNorm(3, 3), CONV), TypeError,
+       "LowMemBlock: norm must be an nn.BatchNorm1d, 2d or 3d, got GroupNorm"),
+    at("layer", lambda: LowMemBlock(NORM, nn.ReLU()), TypeError,
+       "LowMemBlock: layer must be an nn.Conv1d, 2d, 3d or nn.Linear: ReLU keeps its input"),
+    at("padding", lambda: LowMemBlock(NORM, nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")), TypeError,
+       "LowMemBlock: layer must be an nn.Conv1d, 2d, 3d or nn.Linear: padding_mode 'reflect' keeps the padded input"),
+    at("pool", lambda: LowMemBlock(NORM, CONV, nn.AdaptiveAvgPool2d(1)), TypeError,
+       "LowMemBlock: pool must be an nn.MaxPool2d or nn.AvgPool2d, got AdaptiveAvgPool2d(output_size=1)"),
+    at("block bits", lambda: LowMemBlock(NORM, CONV, bits=5), ValueError,
+       "LowMemBlock: bits must be 2, 4 or 8, got 5"),
+    at("block bits type", lambda: LowMemBlock(NORM, CONV, bits=4.0), TypeError,
+       "LowMemBlock: bits must be an int, got float"),
+    at("range", lambda: LowMemBlock(NORM, CONV, range=0), ValueError,
+       "LowMemBlock: range must be a positive number of standard deviations, got 0"),
+    at("range type", lambda: LowMemBlock(NORM, CONV, range="8"), TypeError,
+       "LowMemBlock: range must be a number or None, got str"),
+    at("one value", lambda: LowMemBlock(NORM, nn.Conv2d(3, 4, 1))(torch.ones(1, 3, 1, 1)), ValueError,
+       "Expected more than 1 value per channel when training, got input size torch.Size([1, 3, 1, 1])"),
+    at("quantize dtype", lambda: quantize(X.int()), TypeError,
+       "group_quantize: input must be float32, bfloat16 or float16, got torch.int32"),
+    at("quantize bits", lambda: quantize(X, 3), ValueError, "group_quantize: bits must be 2, 4 or 8, got 3"),
+    at("dequantize shape", lambda: dequantize(quantize(X), torch.empty(6, 4)), ValueError,
+       "dequantize: out must be contiguous (4, 6), got (6, 4) with strides (4, 1)"),
+    at("dequantize4", lambda: dequantize4(quantize(X, 2)), ValueError,
+       "dequantize4: expected codes of 4 bits, got 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), WRONG_CALLS)
+def test_refuses(call, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+def test_quantize4_and_back():
+    x = torch.randn(40, 40)
+    quantized = quantize4(x)
+    assert isinstance(quantized, lowmem.Codes)
+    assert quantized.nbytes == 800 + 4 * 7
+    groups = nn.functional.pad(x.flatten(), (0, 192), value=float(x[0, 0])).reshape(7, 256)
+    half_codes = (groups.amax(1) - groups.amin(1)) / 30 * 1.02  # minimum and scale are bfloat16
+    assert ((dequantize4(quantized) - x).flatten().abs() <= half_codes.repeat_interleave(256)[:1600] + 0.02).all()
+    out = torch.empty(40, 40)
+    assert dequantize4(quantized, out) is out
+    assert torch.equal(out, dequantize(quantized))
+    own = torch.Generator().manual_seed(3)
+    first = quantize4(x, stochastic=True, generator=own)
+    assert torch.equal(first.codes, quantize4(x, stochastic=True, generator=own.manual_seed(3)).codes)

@@ -7,6 +7,7 @@ from torch.library import opcheck
 from conftest import generator
 from lowbit_ext import PackedTensor, _oplib
 from lowbit_ext.binary import binarize, conv2d, linear, max_pool2d, pack_weight
+from lowbit_ext.lowmem.ops import batch_norm_relu_quantize, group_quantize
 
 GEOMETRY = (5, [3, 3], [1, 1], [1, 1, 1, 1], [1, 1], 1)  # filters, kernel, stride, padding, dilation, groups
 
@@ -24,6 +25,11 @@ def samples(layout):
     grad = torch.randn(2, 5, 6, 7, generator=rng)
     thresholds = torch.zeros(2, 5, dtype=torch.int32)
     conv = (70, *GEOMETRY, "sign", 0)
+    # Codes of low-memory back-propagation.
+    channel, numbers = (4, 6.0), [torch.rand(70, generator=rng) + 0.5 for _ in range(4)]
+    last = layout == "channels_last"
+    codes = batch_norm_relu_quantize(x, *numbers, *channel, None)
+    groups = group_quantize(x, 4, False, None, 0)
     logits = torch.randn(70, 6, generator=rng).t() if layout == "permuted" else torch.randn(6, 70, generator=rng)
     return {
         "lowbit::binarize": [
@@ -48,6 +54,24 @@ def samples(layout):
              [2, 70, 6, 7], *GEOMETRY),
         ],
         "lowbit::binary_conv2d_weight_grad": [(grad, words, *conv)],
+        "lowbit::batch_norm_relu_quantize": [
+            (x, *numbers, *channel, None), (x, *numbers, 2, 8.0, x.clone()),
+            (x.bfloat16(), *numbers, 8, 9.0, x.bfloat16()),
+        ],
+        "lowbit::channel_dequantize": [
+            (codes, *numbers[:2], [2, 70, 6, 7], last, torch.float32, *channel, True),
+            (codes, *numbers[:2], [2, 70, 6, 7], last, torch.float16, *channel, False),
+        ],
+        "lowbit::batch_norm_relu_backward": [
+            (torch.randn(2, 70, 6, 7, generator=rng), codes, *numbers[:3], *channel, True, True),
+            (x, codes, *numbers[:3], *channel, False, False),
+        ],
+        "lowbit::group_quantize": [
+            (x, 4, False, None, 0), (x.relu(), 2, True, None, 0), (x, 8, False, torch.tensor(3), 7),
+        ],
+        "lowbit::group_dequantize": [(*groups, [2, 70, 6, 7], last, torch.bfloat16, 4)],
+        "lowbit::group_dequantize_into": [(*groups, 4, torch.empty(2, 70, 6, 7))],
+        "lowbit::group_quantize_saved": [(x, 4, None), (x.relu(), 2, torch.tensor(3))],
         "lowbit::antithetic_sample": [
             (logits, None, 4, "dirichlet", "sample", torch.tensor(1), 0),
             (logits, -logits.abs(), 9, "gaussian", "dimension", torch.tensor(1), 7),

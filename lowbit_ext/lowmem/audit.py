@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit_ext.lowmem import blocks, codes, ops
 from lowbit_ext.lowmem.convert import convert
 from lowbit_ext.lowmem.hooks import saved_tensors
+
+METHODS = ("convert", "hooks", "naive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,7 @@ class LayerError:
     Attributes:
         name: of the parameter.
         relative: norm of the difference over the norm of the exact gradient; NaN where that is 0.
-        cosine: of the angle between the two.
+        cosine: of the angle between the two; NaN where one of them is 0.
     """
 
     name: str
@@ -36,42 +39,69 @@ def gradient_audit(
     """Compares exact and approximate gradients of one batch, parameter by parameter.
 
     Args:
-        model: not modified: copies of it run, from the same state of torch's generator.
+        model: not modified: copies of it run, from the same state of torch's generators, which is restored.
         loss: loss(model, batch) is the scalar to differentiate.
         batch: whatever `loss` takes.
-        bits, range: as in `convert`.
-        method: "convert", or "hooks" for `saved_tensors`.
-        stochastic: for "hooks".
+        bits: 2, 4 or 8.
+        range: for "convert", see there.
+        method: "convert"; "hooks" for `saved_tensors`; "naive" for a forward pass that goes on with the rounded result
+            of every layer, in groups of 256, as networks with quantised activations do.
+        stochastic: stochastic rounding, for "hooks" and "naive".
 
     Returns:
         One LayerError for every parameter that has a gradient, in the model's order.
 
     Raises:
-        ValueError: another method.
+        TypeError: model is no module, or bits or range no number.
+        ValueError: another method, bits or range; `range` or `stochastic` with a method that has none.
     """
-    if method not in ("convert", "hooks"):
-        raise ValueError(f"gradient_audit: method must be 'convert' or 'hooks', got {method!r}")
-    state = torch.random.get_rng_state()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"gradient_audit: model must be a torch.nn.Module, got {type(model).__name__}")
+    if method not in METHODS:
+        raise ValueError(f"gradient_audit: method must be one of {', '.join(METHODS)}, got {method!r}")
+    blocks.check_settings("gradient_audit", bits, range)
+    if range is not None and method != "convert":
+        raise ValueError(f"gradient_audit: method {method!r} has no range: its codes span minimum to maximum")
+    if stochastic and method == "convert":
+        raise ValueError("gradient_audit: method 'convert' rounds to the nearest code alone")
+    exact = _gradients(copy.deepcopy(model), loss, batch)
+    # Seeds of their own: dropout draws the same numbers in both runs.
+    generator = torch.Generator().manual_seed(0)
+    if method == "convert":
+        rounded = _gradients(convert(copy.deepcopy(model), bits, range), loss, batch)
+    elif method == "hooks":
+        with saved_tensors(bits, stochastic, min_numel=0, generator=generator):
+            rounded = _gradients(copy.deepcopy(model), loss, batch)
+    else:
+        rounded = _gradients(_rounding(copy.deepcopy(model), bits, stochastic, generator), loss, batch)
+    return [_error(name, grad, rounded[name]) for name, grad in exact.items()]
 
-    def gradients(run: nn.Module) -> dict[str, Tensor]:
-        torch.random.set_rng_state(state)
-        value = loss(run, batch)
-        names = {name: parameter for name, parameter in run.named_parameters() if parameter.requires_grad}
-        found = torch.autograd.grad(value, list(names.values()), allow_unused=True)
-        return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
 
-    try:
-        exact = gradients(copy.deepcopy(model))
-        if method == "convert":
-            rounded = gradients(convert(copy.deepcopy(model), bits, range))
-        else:
-            with saved_tensors(bits, stochastic, min_numel=0):
-                rounded = gradients(copy.deepcopy(model))
-    finally:
-        torch.random.set_rng_state(state)
-    errors = []
-    for name, grad in exact.items():
-        a, b = grad.double().flatten(), rounded[name].double().flatten()
-        relative, cosine = (a - b).norm() / a.norm(), a @ b / (a.norm() * b.norm())
-        errors.append(LayerError(name, float(relative), float(cosine)))
-    return errors
+def _gradients(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any) -> dict[str, Tensor]:
+    names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.random.fork_rng():
+        found = torch.autograd.grad(loss(model, batch), list(names.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
+
+
+def _rounding(model: nn.Module, bits: int, stochastic: bool, generator: torch.Generator) -> nn.Module:
+    """The model with the results of its innermost layers rounded; their gradient passes as it is."""
+
+    def round_result(module: nn.Module, _: Any, result: Any) -> Any:
+        if not isinstance(result, Tensor) or result.dtype not in ops.FLOAT_TYPES:
+            return result
+        quantized = codes.quantize(
+            result, bits, stochastic=stochastic, positive=isinstance(module, nn.ReLU), generator=generator
+        )
+        return result + (codes.dequantize(quantized) - result).detach()
+
+    for module in model.modules():
+        if not any(True for _ in module.children()):
+            module.register_forward_hook(round_result)
+    return model
+
+
+def _error(name: str, exact: Tensor, rounded: Tensor) -> LayerError:
+    a, b = exact.double().flatten(), rounded.double().flatten()
+    relative, cosine = (a - b).norm() / a.norm(), a @ b / (a.norm() * b.norm())
+    return LayerError(name, float(relative), float(cosine))

@@ -1,8 +1,8 @@
 """Layers whose backward pass reads codes of a few bits: batch norm, ReLU, pooling, convolution and linear layers.
 
 A batch norm, with the ReLU behind it, gives its exact result and the codes of it. Convolutions and linear layers that
-read the result, through pooling or not, keep no input: the gradient of their weight reads the same codes. Everything that
-passes backward between layers is exact but for the variance term of the batch norm: errors do not build up with depth.
+read the result, through pooling or not, keep no input: the gradient of their weight reads the same codes. What passes
+backward between layers is exact but for the variance term of the batch norm: errors do not build up with depth.
 
 Source: Chakrabarti and Moseley, "Backprop with approximate activations for memory-efficient network training", NeurIPS
 2019, section 3.
@@ -72,7 +72,7 @@ def _refuse_second_order(name: str) -> None:
 
 
 def _version(x: Tensor) -> int:
-    """How often x was written in place. torch.compile does not tell; there convert() has looked for writes in the graph."""
+    """How often x was written in place. torch.compile does not tell: there convert() has looked through the graph."""
     return 0 if torch.compiler.is_compiling() else x._version
 
 
@@ -86,6 +86,7 @@ def _read(meta: Stored, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tens
     """The activation from its codes, pooled as it was."""
     if meta.kind == "group":
         codes, scale_minimum = tensors
+        scale_minimum = scale_minimum.view(torch.bfloat16)
         value = ops.group_dequantize(codes, scale_minimum, meta.shape, meta.channels_last, dtype, meta.bits)
     else:
         codes, gamma, beta = tensors
@@ -121,9 +122,12 @@ class _BatchNorm(torch.autograd.Function):
         codes = ops.batch_norm_relu_quantize(
             x, batch_mean, invstd, ones, zeros, bits, span, y if relu else None
         )
-        ledger.stands_for(codes, (2 if relu else 1) * x.nbytes)  # torch keeps the input, and the ReLU's result
-        ctx.save_for_backward(codes, invstd, ones, zeros)
-        ctx.settings = bits, span, relu, training
+        # torch keeps the input, the batch's statistics, and the ReLU's result.
+        ledger.stands_for(codes, x, *((batch_mean, invstd) if training else ()), *((y,) if relu else ()))
+        for extra in (invstd, ones, zeros):
+            ledger.stands_for(extra)
+        ctx.save_for_backward(codes, invstd.view(torch.uint8), ones, zeros)  # as bytes: saved_tensors() codes floats
+        ctx.settings, ctx.statistics = (bits, span, relu, training), invstd.dtype
         ctx.mark_non_differentiable(codes, ones, zeros)
         return y, codes, ones, zeros
 
@@ -132,7 +136,7 @@ class _BatchNorm(torch.autograd.Function):
         _refuse_second_order("batch norm")
         codes, invstd, gamma, beta = ctx.saved_tensors
         grad_input, grad_gamma, grad_beta = ops.batch_norm_relu_backward(
-            grad, codes, gamma, beta, invstd, *ctx.settings
+            grad, codes, gamma, beta, invstd.view(ctx.statistics), *ctx.settings
         )
         need = ctx.needs_input_grad
         return (
@@ -150,7 +154,9 @@ class _ReLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         out = x.relu()
         codes, scale_minimum = ops.group_quantize(out, bits, True, None, 0)
-        ledger.stands_for(codes, out.nbytes)
+        scale_minimum = scale_minimum.view(torch.uint8)  # as bytes: saved_tensors() codes floats
+        ledger.stands_for(codes, out)
+        ledger.stands_for(scale_minimum)
         ctx.save_for_backward(codes, scale_minimum)
         ctx.settings = tuple(x.shape), ops.is_channels_last(out), bits
         ctx.mark_non_differentiable(codes, scale_minimum)
@@ -160,7 +166,9 @@ class _ReLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         _refuse_second_order("ReLU")
         shape, channels_last, bits = ctx.settings
-        value = ops.group_dequantize(*ctx.saved_tensors, shape, channels_last, grad.dtype, bits)
+        codes, scale_minimum = ctx.saved_tensors
+        scale_minimum = scale_minimum.view(torch.bfloat16)
+        value = ops.group_dequantize(codes, scale_minimum, shape, channels_last, grad.dtype, bits)
         return torch.ops.aten.threshold_backward(grad, value, 0), None
 
 
@@ -177,7 +185,7 @@ class _BatchNormCodes(nn.modules.batchnorm._BatchNorm):
     """What the batch norms below share: forward(x, relu) -> (result, codes or None), or `alone` the result."""
 
     bits: int
-    span: float
+    ratio: tuple[int, int]  # span: torch.compile takes float attributes for variables, out of reach of a backward pass
     alone: bool
 
     @classmethod
@@ -185,7 +193,7 @@ class _BatchNormCodes(nn.modules.batchnorm._BatchNorm):
         """The same layer with codes: the same parameters, buffers and hooks."""
         made = cls.__new__(cls)
         made.__dict__.update(_shared(module))
-        made.bits, made.span, made.alone = bits, span, alone
+        made.bits, made.ratio, made.alone = bits, span.as_integer_ratio(), alone
         return made
 
     def forward(self, x: Tensor, relu: bool = False) -> Any:
@@ -208,13 +216,14 @@ class _BatchNormCodes(nn.modules.batchnorm._BatchNorm):
         if training and x.numel() == x.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
         tracked = not self.training or self.track_running_stats
+        span = self.ratio[0] / self.ratio[1]
         out, *tensors = _BatchNorm.apply(
             x, self.weight, self.bias, self.running_mean if tracked else None, self.running_var if tracked else None,
-            training, momentum, self.eps, relu, self.bits, self.span,
+            training, momentum, self.eps, relu, self.bits, span,
         )  # fmt: skip
         shape, channels_last = tuple(x.shape), ops.is_channels_last(out)
         return out, Stored(
-            tuple(tensors), "channel", self.bits, self.span, relu, shape, channels_last, out.dtype, _version(out)
+            tuple(tensors), "channel", self.bits, span, relu, shape, channels_last, out.dtype, _version(out)
         )
 
 
@@ -243,8 +252,9 @@ class _MaxPool(torch.autograd.Function):
         )
         ctx.pool, ctx.shape, ctx.channels_last = pool, tuple(x.shape), ops.is_channels_last(x)
         step = indices - _corners(pool, x.shape[-1], out)
-        row = torch.div(step, x.shape[-1], rounding_mode="floor")
-        ctx.save_for_backward((row * pool.kernel[1] + step - row * x.shape[-1]).to(torch.uint8))
+        place = _in_lines(step, x.shape[-1], pool.kernel[1], pool).to(torch.uint8)
+        ledger.stands_for(place, x, indices)
+        ctx.save_for_backward(place)
         return out
 
     @staticmethod
@@ -252,9 +262,7 @@ class _MaxPool(torch.autograd.Function):
         _refuse_second_order("max-pooling")
         (place,) = ctx.saved_tensors
         pool, width = ctx.pool, ctx.shape[-1]
-        place = place.to(torch.int64)
-        row = torch.div(place, pool.kernel[1], rounding_mode="floor")
-        indices = _corners(pool, width, grad) + row * width + place - row * pool.kernel[1]
+        indices = _corners(pool, width, grad) + _in_lines(place, pool.kernel[1], width, pool)
         # Only shape and layout of the input matter to the derivative.
         layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
         like = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
@@ -269,6 +277,14 @@ def _corners(pool: Pool, width: int, out: Tensor) -> Tensor:
     rows = torch.arange(out.shape[-2], device=out.device) * pool.stride[0] - pool.padding[0]
     columns = torch.arange(out.shape[-1], device=out.device) * pool.stride[1] - pool.padding[1]
     return rows[:, None] * width + columns
+
+
+def _in_lines(step: Tensor, old: int, new: int, pool: Pool) -> Tensor:
+    """Steps within a window, in lines of `new` elements instead of `old` where the image's do not fit a byte."""
+    if max(old, new) * (pool.kernel[0] - 1) + pool.kernel[1] <= 256:
+        return step
+    step = step.to(torch.int64)
+    return step + torch.div(step, old, rounding_mode="floor") * (new - old)
 
 
 class _AvgPool(torch.autograd.Function):
@@ -311,10 +327,11 @@ class _Conv(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Callable[..., Tensor],
         geometry: tuple[Any, ...], meta: Stored, *tensors: Tensor,
     ) -> Tensor:  # fmt: skip
+        ledger.stands_for(tensors[0], x)
         stride, padding, dilation, groups = geometry
         out = call(x, weight, bias, stride, padding, dilation, groups)
         ctx.save_for_backward(weight, *tensors)
-        ctx.geometry, ctx.meta, ctx.dtype = geometry, meta, x.dtype
+        ctx.geometry, ctx.meta, ctx.shape, ctx.dtype = geometry, meta, x.shape, x.dtype
         ctx.bias_sizes = None if bias is None else list(bias.shape)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out
@@ -325,7 +342,8 @@ class _Conv(torch.autograd.Function):
         weight, *tensors = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         need = list(ctx.needs_input_grad[:3])
-        x = _read(ctx.meta, tuple(tensors), grad.dtype)
+        # Without a gradient of the weight only the sizes of the input matter.
+        x = _read(ctx.meta, tuple(tensors), grad.dtype) if need[1] else grad.new_empty(1).expand(ctx.shape)
         grads = torch.ops.aten.convolution_backward(
             grad, x, weight.to(grad.dtype), ctx.bias_sizes, stride, padding, dilation, False,
             [0] * len(stride), groups, need,
@@ -342,6 +360,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, meta: Stored, *tensors: Tensor
     ) -> Tensor:
+        ledger.stands_for(tensors[0], x)
         ctx.save_for_backward(weight, *tensors)
         ctx.meta, ctx.dtype, ctx.bias_dtype = meta, x.dtype, None if bias is None else bias.dtype
         ctx.features = x.shape[-1]

@@ -338,7 +338,7 @@ class _Converter:
             if type(module) is not nn.Identity or source in self.flat:
                 self.flat.add(node)
         elif module is not None and not isinstance(module, nn.Identity | nn.Flatten):
-            if not layer and any(True for _ in module.children()):
+            if (not layer or isinstance(module, nn.Sequential)) and any(True for _ in module.children()):
                 name = _join(self.prefix, str(node.target))
                 self.changed[module] = _convert(module, name, self.bits, self.span, self.found)
             else:
@@ -426,6 +426,10 @@ class _Value:
     name: str
 
 
+def _by_name(value: Any) -> Any:
+    return _Value(value.name) if isinstance(value, fx.Node) else value
+
+
 class _Converted(fx.GraphModule):
     """A graph on a model's own tree of layers.
 
@@ -453,10 +457,8 @@ class _Converted(fx.GraphModule):
         state = {name: value for name, value in vars(self).items() if name not in _OF_GRAPHS}
         nodes = []
         for node in self.graph.nodes:
-            args, kwargs = fx.node.map_aggregate(
-                (node.args, node.kwargs), lambda value: _Value(value.name) if isinstance(value, fx.Node) else value
-            )
-            nodes.append((node.op, node.target, args, kwargs, node.name))
+            arguments: Any = (node.args, node.kwargs)
+            nodes.append((node.op, node.target, *fx.node.map_aggregate(arguments, _by_name), node.name))
         return state, nodes
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -3,161 +3,270 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import weakref
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lowbit_ext.lowmem import codes, ledger, ops
+from lowbit_ext import _oplib
+from lowbit_ext.lowmem import blocks, ledger, ops
+
+# Between a parameter and what an operation keeps of it: views, and the copies that autocast makes.
+_OF_LEAF = ("ToCopyBackward0", "TBackward0", "TransposeBackward0", "PermuteBackward0", "ViewBackward0")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Bools:
-    """A boolean tensor as a bit an element."""
-
-    words: Tensor
-    shape: tuple[int, ...]
+# --- coding -----------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Integers:
-    """An int64 tensor in a narrower type."""
-
-    values: Tensor
+def _quantize(x: Tensor, bits: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    return ops.group_quantize(x, bits, x.numel() > 0 and bool(x.amin() == 0), seed, 0)
 
 
-_Packed = Tensor | codes.Codes | _Bools | _Integers
+def _quantize_fake(x: Tensor, bits: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    return ops.group_quantize(x, bits, False, seed, 0)
 
 
-def _pack_bools(x: Tensor) -> _Bools:
-    flat = torch.nn.functional.pad(x.reshape(-1).to(torch.uint8), (0, -x.numel() % 8)).reshape(-1, 8)
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=x.device)
-    return _Bools((flat * weights).sum(1, dtype=torch.uint8), tuple(x.shape))
+# group_quantize, `positive` where the smallest element is 0, as a ReLU's: elsewhere to raise small elements from code 0
+# would be a bias for nothing. An operator, so that a compiled graph decides at every call.
+_quantize_saved = _oplib.define(
+    "group_quantize_saved(Tensor x, int bits, Tensor? seed) -> (Tensor, Tensor)",
+    cpu=_quantize, cuda=_quantize, fake=_quantize_fake,
+)  # fmt: skip
 
 
-def _unpack_bools(packed: _Bools) -> Tensor:
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.words.device)
-    count = torch.Size(packed.shape).numel()
-    return (packed.words[:, None] >> shifts & 1).reshape(-1)[:count].reshape(packed.shape).bool()
+def _flat(x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+    """Elements in the order of memory, without a copy of a dense x; dimensions from the outermost, and their sizes."""
+    order = tuple(sorted(range(x.dim()), key=lambda dim: (x.stride()[dim], x.shape[dim]), reverse=True))
+    ordered = x.permute(order)
+    return ordered.reshape(-1), order, tuple(ordered.shape)
 
 
-def _narrow(x: Tensor) -> Tensor | _Integers:
-    low, high = (int(value) for value in torch.aminmax(x))
+def _unflat(flat: Tensor, order: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return flat.reshape(shape).permute(places)
+
+
+def _pack_bools(flat: Tensor) -> Tensor:
+    rows = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).reshape(-1, 8)
+    return (rows << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
+
+
+def _unpack_bools(words: Tensor, count: int) -> Tensor:
+    shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
+    return (words[:, None] >> shifts & 1).reshape(-1)[:count].bool()
+
+
+def _narrow(flat: Tensor) -> Tensor:
+    low, high = (int(value) for value in torch.aminmax(flat))
     for dtype in (torch.uint8, torch.int16, torch.int32):
         limits = torch.iinfo(dtype)
         if limits.min <= low and high <= limits.max:
-            return _Integers(x.to(dtype))
-    return x
+            return flat.to(dtype)
+    return flat.clone()
 
 
-class saved_tensors:  # noqa: N801  # a context manager, named like torch's
+def _seed(stochastic: bool, generator: torch.Generator | None = None) -> Tensor | None:
+    return torch.randint(-(2**63), 2**63 - 1, (), generator=generator) if stochastic else None
+
+
+# --- eager hooks ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Coded:
+    """Codes of a piece of a storage, which several operations may keep in several shapes.
+
+    Attributes:
+        tensors: codes, scales and minima of floats; words of bools; integers in a narrower type.
+        storage: keeps the storage's address from being used again: it is how the piece is known.
+    """
+
+    tensors: tuple[Tensor, ...]
+    bits: int
+    dtype: torch.dtype
+    count: int
+    storage: StorageWeakRef
+
+    def read(self) -> Tensor:
+        if self.dtype.is_floating_point:
+            return ops.group_dequantize(*self.tensors, (self.count,), False, self.dtype, self.bits)
+        if self.dtype == torch.bool:
+            return _unpack_bools(self.tensors[0], self.count)
+        return self.tensors[0].to(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """A tensor: codes of a piece of memory, and how it lies in there, see _flat."""
+
+    coded: _Coded
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class saved_tensors:
     """Context manager: float tensors that autograd keeps become codes, for any module and without changing it.
 
     Args:
         bits: 2, 4 or 8, in groups of 256 with 0.125 bits more.
-        stochastic: stochastic rounding, whose error has mean 0; seeded from torch's generator.
+        stochastic: stochastic rounding, whose error has mean 0.
         min_numel: smaller tensors are kept as they are.
-        keep: tensors whose storages are kept as they are. Parameters and buffers of modules that run within the context
-            always are.
+        keep: tensors whose storages are kept as they are. Parameters and buffers of models that run within the context
+            always are, and so are leaves of the graph that want a gradient, and casts of either.
+        generator: gives the seeds of stochastic rounding; None: torch's own.
+        compiled: put the coding into the graphs of models compiled by torch.compile, which then return codes and need
+            not hold full precision until their end. Without it, such a model works as any other, but is coded after its
+            forward pass. In this form integers stay as they are; so do arguments and results of a compiled graph.
 
-    A storage that several operations keep is packed once. Tensors without negative elements keep their zeros exactly:
-    the mask of ReLU stays exact. Boolean tensors become a bit an element, int64 ones (indices of pooling) the narrowest
-    type. The gradients of everything else read rounded values, and errors build up with depth where a layer's input
-    gradient reads them: `convert` does better where it applies. Works with retain_graph, torch.utils.checkpoint and
-    autocast. There is no second derivative beyond what the rounded values give.
+    A piece of memory that several operations keep is packed once: the result of a ReLU, which the ReLU and the next
+    layer keep. Tensors whose smallest element is 0 keep their zeros exactly: the mask of ReLU stays exact. Boolean
+    tensors become a bit an element, int64 ones (indices of pooling) the narrowest type. Gradients read rounded values;
+    where a layer's input gradient does, as that of batch norm, GELU or attention, the error goes on to the layers in
+    front of it. `convert` keeps about half as much where it applies: one code for all that batch norm, ReLU and
+    convolution keep.
+
+    Works with retain_graph, torch.utils.checkpoint, autocast, DistributedDataParallel and `ledger`; of nested ones the
+    innermost counts. The context is for the forward pass; backward may run outside of it. A tensor that is modified in
+    place after it was packed is read as it was; one that was kept as it is raises, as without the context. Second
+    derivatives are those of the rounded values.
 
     Raises:
-        ValueError: bits or min_numel out of range.
+        TypeError: bits is no int.
+        ValueError: bits or min_numel out of range; `compiled` with a generator or `keep`.
+        RuntimeError: opened within compiled code, or `compiled` within a ledger, which cannot see into a graph. In the
+            backward pass: a tensor that was kept was modified in place.
 
     Source:
         Chen et al., "ActNN", ICML 2021.
     """
 
     def __init__(
-        self, bits: int = 4, stochastic: bool = False, min_numel: int = 1024, keep: Iterable[Tensor] = ()
-    ) -> None:
-        if bits not in ops.BITS:
-            raise ValueError(f"saved_tensors: bits must be 2, 4 or 8, got {bits}")
+        self, bits: int = 4, stochastic: bool = False, min_numel: int = 1024, keep: Iterable[Tensor] = (), *,
+        generator: torch.Generator | None = None, compiled: bool = False,
+    ) -> None:  # fmt: skip
+        blocks.check_settings("saved_tensors", bits, None)
         if min_numel < 0:
             raise ValueError(f"saved_tensors: min_numel must not be negative, got {min_numel}")
-        self.bits, self.stochastic, self.min_numel = bits, stochastic, min_numel
-        self._kept = {tensor.untyped_storage()._cdata for tensor in keep}
-        self._sizes: list[set[tuple[int, ...]]] = []  # of the parameters of the modules that run, innermost last
-        self._packed: dict[tuple[Any, ...], tuple[StorageWeakRef, _Packed]] = {}
-        self._hooks: list[Any] = []
+        keep = tuple(keep)
+        if compiled and (generator is not None or keep):
+            raise ValueError("saved_tensors: compiled hooks take neither a generator nor tensors to keep")
+        self.bits, self.stochastic, self.min_numel, self.compiled = bits, stochastic, min_numel, compiled
+        self._generator = generator
+        self._held = ledger.Held(keep)
+        self._coded: weakref.WeakValueDictionary[tuple[Any, ...], _Coded] = weakref.WeakValueDictionary()
+        self._entered: list[torch.autograd.graph.saved_tensors_hooks] = []
 
-    def _enter_module(self, module: nn.Module, _: Any) -> None:
-        sizes = set()
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            self._kept.add(tensor.untyped_storage()._cdata)
-            if tensor.dim() > 1:
-                sizes |= {tuple(tensor.shape), tuple(tensor.shape[::-1])}
-        self._sizes.append(sizes)
+    def _is_held(self, x: Tensor) -> bool:
+        """Whether x is memory that is there anyway, or a cast of a parameter, which exact gradients rest on."""
+        modules = ledger.running_modules()
+        if modules:
+            self._held.add_model(modules[-1])
+        if x in self._held or isinstance(x, nn.Parameter):
+            return True
+        if x.requires_grad:
+            node = x.grad_fn
+            while node is not None and node.name() in _OF_LEAF:
+                node = node.next_functions[0][0]
+            return node is None or node.name() == "torch::autograd::AccumulateGrad"
+        # Casts of frozen parameters have no history: their sizes must tell.
+        frozen = modules[0].parameters(recurse=False) if modules else ()
+        sizes = [tuple(p.shape) for p in frozen if p.dim() > 1 and p.dtype != x.dtype]
+        return tuple(x.shape) in sizes or tuple(x.shape)[::-1] in sizes
 
-    def _leave_module(self, *_: Any) -> None:
-        if self._sizes:
-            self._sizes.pop()
-
-    def _is_weight(self, x: Tensor) -> bool:
-        # Autocast keeps a copy of the weight in a narrower type: another storage, the same size.
-        return x.dtype != torch.float32 and bool(self._sizes) and tuple(x.shape) in self._sizes[-1]
-
-    def _pack_new(self, x: Tensor) -> _Packed:
-        if x.dtype == torch.bool:
-            return _pack_bools(x)
-        if x.dtype == torch.int64:
-            return _narrow(x)
-        positive = bool(x.amin() >= 0)
-        return codes.quantize(x, self.bits, stochastic=self.stochastic, positive=positive)
-
-    def _pack(self, x: Tensor) -> _Packed:
-        storage = x.untyped_storage()
-        suited = x.dtype in ops.FLOAT_TYPES or x.dtype in (torch.bool, torch.int64)
-        if (
-            type(x) not in (Tensor, nn.Parameter) or not suited or x.numel() < max(self.min_numel, 1)
-            or storage._cdata in self._kept or self._is_weight(x)
-        ):  # fmt: skip
-            ledger.record(x)
-            return x
-        key = (storage._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype, x._version)
-        found = self._packed.get(key)
-        if found is not None and not found[0].expired():
-            return found[1]
-        packed = self._pack_new(x)
-        self._packed[key] = StorageWeakRef(storage), packed
-        if isinstance(packed, codes.Codes):
-            ledger.record(packed.codes, x.nbytes)
-            ledger.record(packed.scale_minimum, packed.scale_minimum.nbytes)
-        elif isinstance(packed, Tensor):
-            ledger.record(packed)
+    def _encode(self, flat: Tensor) -> _Coded:
+        if flat.dtype == torch.bool:
+            tensors: tuple[Tensor, ...] = (_pack_bools(flat),)
+        elif flat.dtype == torch.int64:
+            tensors = (_narrow(flat),)
         else:
-            ledger.record(packed.words if isinstance(packed, _Bools) else packed.values, x.nbytes)
-        return packed
+            tensors = _quantize_saved(flat, self.bits, _seed(self.stochastic, self._generator))
+        return _Coded(tensors, self.bits, flat.dtype, flat.numel(), StorageWeakRef(flat.untyped_storage()))
+
+    def _pack(self, x: Tensor) -> ledger.Kept | _Packed:
+        if not _is_suited(x, self.min_numel, (*ops.FLOAT_TYPES, torch.bool, torch.int64)) or self._is_held(x):
+            ledger.record(x)
+            return ledger.Kept.of(x)
+        flat, order, shape = _flat(x.detach())
+        key = (flat.untyped_storage()._cdata, flat.storage_offset(), flat.numel(), flat.dtype, x._version)
+        coded = self._coded.get(key)
+        if coded is None:
+            coded = self._coded[key] = self._encode(flat)
+        for kept in coded.tensors:
+            ledger.record(kept, x)
+        return _Packed(coded, order, shape)
 
     @staticmethod
-    def _unpack(packed: _Packed) -> Tensor:
-        if isinstance(packed, codes.Codes):
-            return codes.dequantize(packed)
-        if isinstance(packed, _Bools):
-            return _unpack_bools(packed)
-        return packed.values.long() if isinstance(packed, _Integers) else packed
+    def _unpack(packed: ledger.Kept | _Packed) -> Tensor:
+        if isinstance(packed, ledger.Kept):
+            return packed.read("saved_tensors")
+        return _unflat(packed.coded.read(), packed.order, packed.shape)
 
     def __enter__(self) -> saved_tensors:
-        self._hooks = [
-            nn.modules.module.register_module_forward_pre_hook(self._enter_module),
-            nn.modules.module.register_module_forward_hook(self._leave_module, always_call=True),
-        ]
-        self._saved = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        self._saved.__enter__()
+        if torch.compiler.is_compiling():
+            raise RuntimeError("saved_tensors: open it round the call of a compiled function, not within")
+        if self.compiled and ledger.is_open():
+            raise RuntimeError("saved_tensors: a ledger cannot see into compiled graphs: open it within this context")
+        hooks: Any = (self._pack, self._unpack)
+        if self.compiled:
+            hooks = _traced_hooks(self.bits, self.stochastic, self.min_numel)
+        saved = torch.autograd.graph.saved_tensors_hooks(*hooks)
+        saved.__enter__()
+        self._entered.append(saved)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._saved.__exit__(kind, error, trace)
-        for hook in self._hooks:
-            hook.remove()
-        self._packed.clear()
+        self._entered.pop().__exit__(kind, error, trace)
+
+
+def _is_suited(x: Tensor, min_numel: int, dtypes: Iterable[torch.dtype]) -> bool:
+    plain = x.layout is torch.strided and x.dtype in dtypes
+    return plain and type(x) in (Tensor, nn.Parameter) and x.numel() >= max(min_numel, 1)
+
+
+# --- hooks within compiled graphs -------------------------------------------------------------------------------------
+
+
+def _pack_traced(x: Tensor, bits: int, stochastic: bool, min_numel: int) -> tuple[Any, ...]:
+    if x.dtype not in (*ops.FLOAT_TYPES, torch.bool) or x.numel() < max(min_numel, 1) or isinstance(x, nn.Parameter):
+        return (x.detach(),)
+    flat, order, shape = _flat(x)
+    if x.dtype == torch.bool:
+        tensors: tuple[Tensor, ...] = (_pack_bools(flat),)
+    else:
+        tensors = _quantize_saved(flat, bits, _seed(stochastic))
+    return (*tensors, x.dtype, order, shape)
+
+
+def _unpack_traced(packed: tuple[Any, ...], bits: int) -> Tensor:
+    if len(packed) == 1:
+        return packed[0]
+    *tensors, dtype, order, shape = packed
+    count = 1
+    for size in shape:
+        count *= size
+    if dtype == torch.bool:
+        flat = _unpack_bools(tensors[0], count)
+    else:
+        flat = ops.group_dequantize(*tensors, (count,), False, dtype, bits)
+    return _unflat(flat, order, shape)
+
+
+@functools.cache
+def _traced_hooks(bits: int, stochastic: bool, min_numel: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The pair of hooks as torch.fx graphs, as torch.compile wants them.
+
+    The same pair for the same settings: it compiles anew for another one.
+    """
+    hooks = []
+    for function, settings in ((_pack_traced, (bits, stochastic, min_numel)), (_unpack_traced, (bits,))):
+        graph = fx.Graph()
+        graph.output(graph.call_function(function, (graph.placeholder("x"), *settings)))
+        hooks.append(fx.GraphModule({}, graph))
+    return hooks[0], hooks[1]

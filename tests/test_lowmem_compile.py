@@ -1,0 +1,259 @@
+"""lowmem under torch.compile, whole graphs and any batch size, and in processes with DistributedDataParallel."""
+
+import copy
+import socket
+
+import pytest
+import torch
+from torch import nn
+
+from lowbit_ext.lowmem import LowMemBlock, convert, ledger, saved_tensors
+from lowmem_networks import joined, make, relative, step
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(20260101)
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def compiled():
+    """Compiles whole graphs; by default without machine code, which takes long and changes nothing that we do."""
+
+    def compile(model, backend="aot_eager", **options):
+        return torch.compile(model, fullgraph=True, backend=backend, **options)
+
+    return compile
+
+
+# --- converted models -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["post", "vgg", "mlp", "1d", "3d", "attributes", "shared", "not affine"])
+def test_converted_models_train_compiled(compiled, name):
+    """The same gradients as eager, to the rounding of float32 in sums of another order, at any batch size."""
+    plain, shape = make(name)
+    model = convert(plain, 4, 7.5)
+    if name in ("post", "attributes"):
+        model.eval()  # a compiled dropout draws other numbers
+    # torch 2.13 cannot trace an autograd.Function twice with the same float (eps) where every float is dynamic.
+    fast = compiled(copy.deepcopy(model), dynamic=None if name == "shared" else True)
+    for batch in (shape[0], 5, 7):
+        got, expected = (step(network, (batch, *shape[1:])) for network in (fast, model))
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
+        assert relative(joined(got), joined(expected)) < 1e-5
+    for got, expected in zip(fast.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_machine_code(compiled):
+    """Inductor, whose float sums have another order."""
+    model = convert(nn.Sequential(LowMemBlock(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), nn.ReLU()))
+    got, expected = (step(network, (4, 3, 6, 6)) for network in (compiled(copy.deepcopy(model), "inductor"), model))
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
+    assert relative(joined(got), joined(expected)) < 1e-5
+
+
+def test_modes_and_no_grad(compiled):
+    plain, shape = make("vgg")
+    model = convert(plain)
+    fast = compiled(model)
+    x = torch.randn(shape)
+    fast(x)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(fast(x), model(x))
+    assert torch.equal(fast(x), model(x))
+
+
+def test_a_ledger_sees_what_a_compiled_model_keeps(compiled):
+    plain, shape = make("vgg")
+    model = convert(plain)
+    with ledger(model) as eager:
+        model(torch.randn(shape))
+    with ledger(model) as book:
+        compiled(model)(torch.randn(shape))
+    codes = [sum(e.stored for e in b.entries if e.dtype == torch.uint8 and len(e.shape) == 3) for b in (eager, book)]
+    assert codes[0] == codes[1] > 0
+    # The input, two statistics a channel, and no activation.
+    assert {entry.shape for entry in book.full_precision if entry.stored > 1000} == {shape}
+
+
+# --- hooks round compiled models --------------------------------------------------------------------------------------
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.GELU(), nn.BatchNorm2d(8),
+        nn.Flatten(), nn.Linear(8 * 36, 64), nn.Sigmoid(), nn.Linear(64, 8),
+    )  # fmt: skip
+
+
+SHAPE = (16, 3, 16, 16)
+
+
+def kept(model, context):
+    """Tensors in the hands of a compiled graph's node, with large floats alone."""
+    x = torch.randn(SHAPE)
+    with context:
+        out = model(x)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()} | {x.untyped_storage().data_ptr()}
+    return [
+        tensor for tensor in out.grad_fn.saved_tensors
+        if tensor.numel() >= 1024 and tensor.untyped_storage().data_ptr() not in parameters
+    ]  # fmt: skip
+
+
+def test_hooks_round_a_compiled_model(compiled):
+    """They run after its forward pass, on what the graph returns."""
+    model = network()
+    exact = step(model, SHAPE)
+    fast = compiled(model)
+    assert relative(joined(step(fast, SHAPE)), joined(exact)) < 1e-5
+    with saved_tensors(8):
+        got = step(fast, SHAPE)
+    torch.testing.assert_close(got[0], exact[0], rtol=1e-5, atol=1e-5)
+    assert 1e-5 < relative(joined(got), joined(exact)) < 0.01
+    with ledger(model) as book, saved_tensors(4):
+        fast(torch.randn(SHAPE))
+    assert all(entry.stored < 4096 for entry in book.full_precision)
+
+
+def test_hooks_within_compiled_graphs(compiled):
+    """The graph itself keeps codes: no float activation leaves it."""
+    model = network()
+    exact = step(model, SHAPE)
+    fast = compiled(model)
+    for bits, bound in ((8, 0.01), (4, 0.1)):
+        with saved_tensors(bits, compiled=True):
+            got = step(fast, SHAPE)
+        torch.testing.assert_close(got[0], exact[0], rtol=1e-5, atol=1e-5)
+        assert 1e-5 < relative(joined(got), joined(exact)) < bound
+    assert any(tensor.is_floating_point() for tensor in kept(fast, torch.enable_grad()))
+    inside = kept(fast, saved_tensors(4, compiled=True))
+    assert sum(tensor.nbytes for tensor in inside if tensor.is_floating_point()) == 0
+    assert inside
+    # The settings are the graph's; without them it is the plain one again.
+    assert relative(joined(step(fast, SHAPE)), joined(exact)) < 1e-5
+
+
+def test_hooks_within_machine_code(compiled):
+    """Inductor lays activations out as it likes."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    exact = step(model, SHAPE)
+    with saved_tensors(8, compiled=True):
+        got = step(compiled(model, "inductor"), SHAPE)
+    assert 1e-7 < relative(joined(got), joined(exact)) < 0.01
+
+
+def test_compiled_hooks_at_any_batch_size(compiled):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(2048, 8))
+    fast = compiled(model, dynamic=True)
+    for batch in (16, 5, 9):
+        exact = step(model, (batch, *SHAPE[1:]))
+        with saved_tensors(8, compiled=True):
+            got = step(fast, (batch, *SHAPE[1:]))
+        assert relative(joined(got), joined(exact)) < 0.01
+
+
+def test_compiled_hooks_keep_relu_masks(compiled):
+    x = torch.randn(64, 64) * 10.0 ** torch.randint(-6, 3, (64, 64))
+    x = x.requires_grad_()
+    with saved_tensors(2, compiled=True):
+        out = compiled(lambda x: torch.relu(x * 1) * 2)(x)
+    grad = torch.autograd.grad(out.sum(), x)[0]
+    assert torch.equal(grad, 2.0 * (x > 0))
+
+
+def test_compiled_stochastic_hooks_are_reproducible(compiled):
+    model = network()
+    fast = compiled(model)
+    runs = []
+    for seed in (1, 1, 2):
+        with saved_tensors(4, stochastic=True, compiled=True):
+            runs.append(joined(step(fast, SHAPE, seed)))
+    assert torch.equal(runs[0], runs[1])
+    with saved_tensors(4, compiled=True):
+        assert not torch.equal(runs[0], joined(step(fast, SHAPE, 1)))
+
+
+def test_compiled_hooks_in_eager_code():
+    """The same pair of hooks serves what is not compiled."""
+    model = network()
+    exact = step(model, SHAPE)
+    with saved_tensors(8, compiled=True):
+        got = step(model, SHAPE)
+    assert torch.equal(got[0], exact[0])
+    assert 0 < relative(joined(got), joined(exact)) < 0.01
+    mask = torch.rand(64, 64) < 0.5
+    x = torch.randn(64, 64).requires_grad_()
+    with saved_tensors(8, compiled=True):
+        out = torch.where(mask, x, 0).double().cumsum(0)
+    assert torch.equal(torch.autograd.grad(out[-1].sum(), x)[0], mask.float())
+
+
+def test_a_ledger_counts_compiled_hooks_from_within(compiled):
+    fast = compiled(network())
+    with saved_tensors(4, compiled=True), ledger() as book:
+        fast(torch.randn(SHAPE))
+    assert book.stored < book.equivalent / 3
+
+
+def test_contexts_are_refused_within_compiled_code(compiled):
+    def run(x):
+        with saved_tensors(4):
+            return x.exp()
+
+    with pytest.raises(Exception, match="open it round the call of a compiled function"):
+        compiled(run)(torch.randn(4, 4).requires_grad_())
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def distributed_steps(rank, port, models, batches, expected):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        for index, model in enumerate(models):
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            with saved_tensors(4, min_numel=0) if index == 1 else torch.enable_grad():
+                out = wrapped(batches[rank])
+            out.square().mean().backward()
+            for parameter, want in zip(model.parameters(), expected[index], strict=True):
+                torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
+def test_distributed_data_parallel():
+    """A converted model, and a plain one within saved_tensors: gradients are the means of the processes' own."""
+    plain, shape = make("vgg")
+    models = [convert(copy.deepcopy(plain)), plain]
+    batches = torch.randn(2, *shape)
+    expected = []
+    for index, model in enumerate(models):
+        state = copy.deepcopy(model.state_dict())
+        totals = [torch.zeros_like(p) for p in model.parameters()]
+        for batch in batches:
+            model.load_state_dict(state)
+            model.zero_grad()
+            with saved_tensors(4, min_numel=0) if index == 1 else torch.enable_grad():
+                out = model(batch)
+            out.square().mean().backward()
+            for total, p in zip(totals, model.parameters(), strict=True):
+                total += p.grad / 2
+        model.load_state_dict(state)
+        model.zero_grad()
+        expected.append(totals)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    processes = torch.multiprocessing.spawn(
+        distributed_steps, (port, models, batches, expected), nprocs=2, join=False
+    )
+    # join() raises what a process raised, and is True when all are done.
+    assert any(processes.join(timeout=60) for _ in range(2)), "the processes hang"
+    assert all(total.abs().sum() > 0 for totals in expected for total in totals)
