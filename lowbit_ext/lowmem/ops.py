@@ -151,7 +151,7 @@ def _quantize(
         _native.pointer(target, x, f"{op}: y"), codes.data_ptr(), grid.data_ptr(),
     )
     _native.check(op, status)
-    if y is not None and target is not y:
+    if y is not None and target is not None and target is not y:
         y.copy_(target)
     return codes
 
