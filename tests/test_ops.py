@@ -5,9 +5,8 @@ import torch
 from torch.library import opcheck
 
 from conftest import generator
-from lowbit_ext import PackedTensor, _oplib
+from lowbit_ext import PackedTensor, _oplib, lowmem
 from lowbit_ext.binary import binarize, conv2d, linear, max_pool2d, pack_weight
-from lowbit_ext.lowmem.ops import batch_norm_relu_quantize, group_quantize
 
 GEOMETRY = (5, [3, 3], [1, 1], [1, 1, 1, 1], [1, 1], 1)  # filters, kernel, stride, padding, dilation, groups
 
@@ -25,12 +24,13 @@ def samples(layout):
     grad = torch.randn(2, 5, 6, 7, generator=rng)
     thresholds = torch.zeros(2, 5, dtype=torch.int32)
     conv = (70, *GEOMETRY, "sign", 0)
-    # Codes of low-memory back-propagation.
-    channel, numbers = (4, 6.0), [torch.rand(70, generator=rng) + 0.5 for _ in range(4)]
-    last = layout == "channels_last"
-    codes = batch_norm_relu_quantize(x, *numbers, *channel, None)
-    groups = group_quantize(x, 4, False, None, 0)
     logits = torch.randn(70, 6, generator=rng).t() if layout == "permuted" else torch.randn(6, 70, generator=rng)
+    statistics, affine = (torch.zeros(70), torch.ones(70)), (torch.randn(70, generator=rng), torch.ones(70))
+    last = layout == "channels_last"
+    codes = torch.zeros((2, 6, 7, 35) if last else (2, 70, 21), dtype=torch.uint8)
+    flat = torch.zeros(x.numel() // 2, dtype=torch.uint8)
+    scale_minimum = torch.ones(-(-x.numel() // lowmem.ops.GROUP), 2, dtype=torch.bfloat16)
+    last_or_dense = x.clone() if last else x.contiguous()
     return {
         "lowbit::binarize": [
             (x, None, None, 0.0, "sign"),
@@ -54,24 +54,7 @@ def samples(layout):
              [2, 70, 6, 7], *GEOMETRY),
         ],
         "lowbit::binary_conv2d_weight_grad": [(grad, words, *conv)],
-        "lowbit::batch_norm_relu_quantize": [
-            (x, *numbers, *channel, None), (x, *numbers, 2, 8.0, x.clone()),
-            (x.bfloat16(), *numbers, 8, 9.0, x.bfloat16()),
-        ],
-        "lowbit::channel_dequantize": [
-            (codes, *numbers[:2], [2, 70, 6, 7], last, torch.float32, *channel, True),
-            (codes, *numbers[:2], [2, 70, 6, 7], last, torch.float16, *channel, False),
-        ],
-        "lowbit::batch_norm_relu_backward": [
-            (torch.randn(2, 70, 6, 7, generator=rng), codes, *numbers[:3], *channel, True, True),
-            (x, codes, *numbers[:3], *channel, False, False),
-        ],
-        "lowbit::group_quantize": [
-            (x, 4, False, None, 0), (x.relu(), 2, True, None, 0), (x, 8, False, torch.tensor(3), 7),
-        ],
-        "lowbit::group_dequantize": [(*groups, [2, 70, 6, 7], last, torch.bfloat16, 4)],
-        "lowbit::group_dequantize_into": [(*groups, 4, torch.empty(2, 70, 6, 7))],
-        "lowbit::group_quantize_saved": [(x, 4, None), (x.relu(), 2, torch.tensor(3))],
+        "lowbit::group_quantize_saved": [(x, 4, None), (x.relu(), 2, torch.tensor(3, device="cpu"))],
         "lowbit::antithetic_sample": [
             (logits, None, 4, "dirichlet", "sample", torch.tensor(1), 0),
             (logits, -logits.abs(), 9, "gaussian", "dimension", torch.tensor(1), 7),
@@ -80,6 +63,21 @@ def samples(layout):
             (torch.ones(6, 70, dtype=torch.uint8), torch.randn(6, 4), logits, 70, "sample"),
             (torch.ones(4, 6, 2, dtype=torch.int64), torch.randn(6, 4), None, 70, "dimension"),
         ],
+        "lowbit::batch_norm_relu_quantize": [
+            (x, *statistics, *affine, 4, 8.0, x.clone()),
+            (x.bfloat16(), *statistics, *affine, 2, 6.0, None),
+        ],
+        "lowbit::channel_dequantize": [
+            (codes, *affine, [2, 70, 6, 7], last, dtype, 4, 8.0, relu)
+            for dtype, relu in ((torch.float32, True), (torch.float16, False))
+        ],
+        "lowbit::batch_norm_relu_backward": [
+            (x, codes, *affine, statistics[1], 4, 8.0, relu, training)
+            for relu, training in ((True, True), (False, False))
+        ],
+        "lowbit::group_quantize": [(x, 4, False, None, 0), (x, 2, True, torch.tensor(1, device="cpu"), 16)],
+        "lowbit::group_dequantize": [(flat, scale_minimum, [2, 70, 6, 7], last, torch.float16, 4)],
+        "lowbit::group_dequantize_into": [(flat, scale_minimum, 4, last_or_dense)],
         "lowbit::binary_max_pool2d": [(words, None, 70, [2, 2], [2, 2], [0, 0], [1, 1], False)],
         "lowbit::binary_avg_pool2d": [(words, 70, [3, 3], [2, 2], [1, 1], True, True, 0, "sign")],
     }

@@ -42,6 +42,7 @@ template <int kCount>
 __device__ inline PackCodes<kCount> load_codes(const uint8_t* from, int bits, int count, bool whole) {
   uint64_t word = 0;
   if (!whole) {
+#pragma unroll 1
     for (int byte = 0; 8 * byte < count * bits; ++byte) word |= uint64_t{from[byte]} << (8 * byte);
   } else if (kCount * bits == 64) {
     word = *reinterpret_cast<const uint64_t*>(from);
@@ -64,6 +65,7 @@ __device__ inline void store_codes(uint8_t* to, const PackCodes<kCount>& codes, 
 #pragma unroll
   for (int four = 0; four < kCount / 4; ++four) word |= uint64_t{codes.fours[four]} << (four * 4 * bits);
   if (!whole) {
+#pragma unroll 1
     for (int byte = 0; 8 * byte < count * bits; ++byte) to[byte] = static_cast<uint8_t>(word >> (8 * byte));
   } else if (kCount * bits == 64) {
     *reinterpret_cast<uint64_t*>(to) = word;

@@ -34,16 +34,14 @@ __global__ void __launch_bounds__(kThreads) group_dequantize_kernel(DequantizeKe
   for (int pack = 0; pack < kPacks; ++pack) {
     const int64_t first = first_of(pack), group = first / kGroup;
     const int count = count_of(first);
-    if (count == 0) continue;
     codes[pack] = load_codes<kCount>(args.op.codes + first * bits / 8, bits, count, args.vector && count == kCount);
-    scale[pack] = args.op.scale_minimum[2 * group];
-    minimum[pack] = args.op.scale_minimum[2 * group + 1];
+    scale[pack] = count > 0 ? args.op.scale_minimum[2 * group] : 0;
+    minimum[pack] = count > 0 ? args.op.scale_minimum[2 * group + 1] : 0;
   }
 #pragma unroll
   for (int pack = 0; pack < kPacks; ++pack) {
     const int64_t first = first_of(pack);
     const int count = count_of(first);
-    if (count == 0) continue;
     Values<kType> values;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {

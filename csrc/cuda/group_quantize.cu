@@ -56,15 +56,16 @@ __global__ void __launch_bounds__(kThreads) group_quantize_kernel(QuantizeKernel
     for (int i = 0; i < kPhiloxOutputs; ++i) words[i][lane] = counter[i].value;
     __syncwarp();
   }
+  float x[kPacks][kCount];  // NaN past the end, which counts for nothing and has code 0
   float low = __builtin_inff(), high = -__builtin_inff();
 #pragma unroll
   for (int pack = 0; pack < kPacks; ++pack) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const float x = to_float<kType>(values[pack].values[i]);
-      const bool valid = first_of(pack) + i < left;
-      low = valid && x < low ? x : low;
-      high = valid && x > high ? x : high;
+      const float value = to_float<kType>(values[pack].values[i]);
+      x[pack][i] = first_of(pack) + i < left ? value : __builtin_nanf("");
+      low = x[pack][i] < low ? x[pack][i] : low;
+      high = x[pack][i] > high ? x[pack][i] : high;
     }
   }
 #pragma unroll
@@ -82,31 +83,33 @@ __global__ void __launch_bounds__(kThreads) group_quantize_kernel(QuantizeKernel
     args.op.scale_minimum[2 * group] = scale.scale;
     args.op.scale_minimum[2 * group + 1] = scale.minimum;
   }
+  PackCodes<kCount> codes[kPacks];
 #pragma unroll
   for (int pack = 0; pack < kPacks; ++pack) {
     const int first = first_of(pack), slot = first / kRoundingBlocks;
-    if (first >= left) break;
-    Pack<uint32_t, kCount> block_words{};
-    if (args.op.stochastic) {
-      const uint32_t* from = words[slot / 4] + first % kRoundingBlocks;
+    float thresholds[kCount];
 #pragma unroll
-      for (int i = 0; i < kCount; i += 4) {
-        const auto four = *reinterpret_cast<const Pack<uint32_t>*>(from + i);
+    for (int i = 0; i < kCount; i += 4) {
+      Pack<uint32_t> four{};
+      if (args.op.stochastic)
+        four = *reinterpret_cast<const Pack<uint32_t>*>(&words[slot / 4][first % kRoundingBlocks + i]);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) block_words.values[i + j] = four.values[j];
+      for (int j = 0; j < 4; ++j) {
+        const float threshold = rounding_threshold(rounding_bits(four.values[j], slot));
+        thresholds[i + j] = args.op.stochastic ? threshold : 0.5f;
       }
     }
-    PackCodes<kCount> codes;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const float threshold =
-          args.op.stochastic ? rounding_threshold(rounding_bits(block_words.values[i], slot)) : 0.5f;
-      const float code = group_code(to_float<kType>(values[pack].values[i]), minimum, scale.inverse, threshold, last,
-                                    args.op.positive);
-      if (first + i < left) codes.put(i, bits, static_cast<uint32_t>(static_cast<int32_t>(code)));
+      const float code = group_code(x[pack][i], minimum, scale.inverse, thresholds[i], last, args.op.positive);
+      codes[pack].put(i, bits, static_cast<uint32_t>(static_cast<int32_t>(code)));
     }
+  }
+#pragma unroll
+  for (int pack = 0; pack < kPacks; ++pack) {
+    const int first = first_of(pack);
     const int count = left - first < kCount ? left - first : kCount;
-    store_codes(args.op.codes + (group * kGroup + first) * bits / 8, codes, bits, count, is_whole(first));
+    store_codes(args.op.codes + (group * kGroup + first) * bits / 8, codes[pack], bits, count, is_whole(first));
   }
 }
 

@@ -47,7 +47,7 @@ def quantize(
             are a function of a seed and the element, the same on every instruction set and number of threads. Otherwise
             to the nearest code.
         positive: zero and negative elements, and they alone, become exactly 0: for results of ReLU.
-        generator: gives the seed; None: torch's own.
+        generator: gives the seed; None: torch's own of the CPU. One of a GPU makes the call wait for that GPU.
 
     Returns:
         Codes. A NaN becomes its group's minimum.
@@ -61,7 +61,10 @@ def quantize(
     Source:
         groups and stochastic rounding: Chen et al., "ActNN", ICML 2021, section 3.
     """
-    seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator) if stochastic else None
+    seed = None
+    if stochastic:
+        device = "cpu" if generator is None else generator.device
+        seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=device).cpu()
     codes, scale_minimum = ops.group_quantize(x.detach(), bits, positive, seed, 0)
     return Codes(codes, scale_minimum, bits, tuple(x.shape), x.dtype, ops.is_channels_last(x))
 

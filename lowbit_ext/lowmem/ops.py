@@ -1,4 +1,4 @@
-"""Operators of low-memory back-propagation: schema, fake and launcher of each. Raw: blocks.py and codes.py are the way in.
+"""Operators of low-memory back-propagation: schema, fake and launcher of each. Raw; blocks.py and codes.py call them.
 
 Codes are uint8 of `bits` bits each, the lowest bits of a byte first. Channel codes have a padded row for every run of
 memory: (N, C, bytes of the spatial elements), or (N, *spatial, bytes of C) of a channels_last tensor. Group codes are
@@ -151,7 +151,7 @@ def _quantize(
         _native.pointer(target, x, f"{op}: y"), codes.data_ptr(), grid.data_ptr(),
     )
     _native.check(op, status)
-    if y is not None and target is not y:
+    if y is not None and target is not None and target is not y:
         y.copy_(target)
     return codes
 
@@ -168,6 +168,7 @@ batch_norm_relu_quantize = _oplib.define(
     "batch_norm_relu_quantize(Tensor x, Tensor mean, Tensor invstd, Tensor gamma, Tensor beta, int bits, float span, "
     "Tensor(a!)? y) -> Tensor",
     cpu=_quantize,
+    cuda=_quantize,
     fake=_quantize_fake,
 )
 
@@ -217,6 +218,7 @@ channel_dequantize = _oplib.define(
     "channel_dequantize(Tensor codes, Tensor gamma, Tensor beta, SymInt[] shape, bool channels_last, ScalarType dtype, "
     "int bits, float span, bool relu) -> Tensor",
     cpu=_dequantize,
+    cuda=_dequantize,
     fake=_dequantize_fake,
 )
 
@@ -244,7 +246,8 @@ def _backward(
     grad = as_layout(grad, channels_last)
     rows = _rows(grad.shape, channels_last)
     grad_input = empty(grad, grad.shape, grad.dtype, channels_last)
-    grad_gamma, grad_beta = grad.new_empty((2, rows.channels), dtype=torch.float32).unbind()
+    grad_gamma = grad.new_empty(rows.channels, dtype=torch.float32)
+    grad_beta = grad.new_empty(rows.channels, dtype=torch.float32)
     sums = grad.new_empty((rows.chunks, 2, rows.channels), dtype=torch.float64)
     grid = grad.new_empty((6, rows.grid_width), dtype=torch.float32)
     codes = codes.contiguous()
@@ -255,7 +258,7 @@ def _backward(
         grad_beta.data_ptr(), sums.data_ptr(), grid.data_ptr(),
     )
     _native.check(op, status)
-    return grad_input, grad_gamma.clone(), grad_beta.clone()
+    return grad_input, grad_gamma, grad_beta
 
 
 def _backward_fake(
@@ -273,6 +276,7 @@ batch_norm_relu_backward = _oplib.define(
     "batch_norm_relu_backward(Tensor grad, Tensor codes, Tensor gamma, Tensor beta, Tensor invstd, int bits, "
     "float span, bool relu, bool training) -> (Tensor, Tensor, Tensor)",
     cpu=_backward,
+    cuda=_backward,
     fake=_backward_fake,
 )
 
@@ -285,10 +289,14 @@ def _group_sizes(count: int, bits: int) -> tuple[int, int]:
 
 
 def _check_group_quantize(x: Tensor, bits: int, seed: Tensor | None) -> None:
-    _check_float("group_quantize", "input", x)
-    _check_bits("group_quantize", bits)
-    if seed is not None and (seed.dtype != torch.int64 or seed.dim() != 0):
-        raise ValueError(f"group_quantize: seed must be an int64 scalar, got {seed.dtype} {tuple(seed.shape)}")
+    op = "group_quantize"
+    _check_float(op, "input", x)
+    _check_bits(op, bits)
+    # The number itself goes to the kernel: reading it from a GPU would wait for everything before.
+    if seed is not None and (seed.dtype != torch.int64 or seed.dim() != 0 or not seed.is_cpu):
+        raise ValueError(
+            f"{op}: seed must be an int64 scalar on the CPU, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
+        )
 
 
 def _group_quantize(x: Tensor, bits: int, positive: bool, seed: Tensor | None, offset: int) -> tuple[Tensor, Tensor]:
@@ -297,10 +305,10 @@ def _group_quantize(x: Tensor, bits: int, positive: bool, seed: Tensor | None, o
     length, groups = _group_sizes(x.numel(), bits)
     codes = x.new_empty(length, dtype=torch.uint8)
     scale_minimum = x.new_empty((groups, 2), dtype=torch.bfloat16)
-    number = 0 if seed is None else int(seed) % 2**64
+    key = 0 if seed is None else int(seed) & (2**64 - 1)
     status = _native.kernels(x).group_quantize(
-        x.data_ptr(), FLOAT_TYPES[x.dtype], x.numel(), bits, positive, seed is not None, number, offset,
-        codes.data_ptr(), scale_minimum.data_ptr(),
+        x.data_ptr(), FLOAT_TYPES[x.dtype], x.numel(), bits, positive, seed is not None, key,
+        offset & (2**64 - 1), codes.data_ptr(), scale_minimum.data_ptr(),
     )
     _native.check("group_quantize", status)
     return codes, scale_minimum
@@ -314,11 +322,12 @@ def _group_quantize_fake(
     return x.new_empty(length, dtype=torch.uint8), x.new_empty((groups, 2), dtype=torch.bfloat16)
 
 
-# Codes in memory order, and scale and minimum of each group. `positive`: minimum 0, and code 0 for x <= 0 alone. `seed`:
-# stochastic rounding, a function of (seed, offset, element); None: nearest.
+# Codes in memory order, and scale and minimum of each group. `positive`: minimum 0, and code 0 for x <= 0 alone.
+# `seed`: stochastic rounding, a function of (seed, offset, element); None: nearest.
 group_quantize = _oplib.define(
     "group_quantize(Tensor x, int bits, bool positive, Tensor? seed, int offset) -> (Tensor, Tensor)",
     cpu=_group_quantize,
+    cuda=_group_quantize,
     fake=_group_quantize_fake,
 )
 
@@ -363,6 +372,7 @@ def _group_dequantize_into_fake(codes: Tensor, scale_minimum: Tensor, bits: int,
 group_dequantize_into = _oplib.define(
     "group_dequantize_into(Tensor codes, Tensor scale_minimum, int bits, Tensor(a!) output) -> ()",
     cpu=_group_dequantize_into,
+    cuda=_group_dequantize_into,
     fake=_group_dequantize_into_fake,
 )
 
@@ -388,5 +398,6 @@ group_dequantize = _oplib.define(
     "group_dequantize(Tensor codes, Tensor scale_minimum, SymInt[] shape, bool channels_last, ScalarType dtype, "
     "int bits) -> Tensor",
     cpu=_group_dequantize,
+    cuda=_group_dequantize,
     fake=_group_dequantize_fake,
 )

@@ -1,13 +1,14 @@
 """Float64 definitions of low-memory back-propagation, from the paper's formulas, without the kernels.
 
-A channel normalised by its own statistics has the standard deviation 1: one fixed `span` fits every channel and no scale
-is stored. The code of an element is that of u = sign(gamma) xhat, on a grid of n = 2^bits cells that has an edge at y = 0,
-so that the sign of y, which is ReLU's mask, is exact.
+A channel normalised by its own statistics has the standard deviation 1: one fixed `span` fits every channel and no
+scale is stored. The code of an element is that of u = sign(gamma) xhat, on a grid of n = 2^bits cells that has an edge
+at y = 0, so that the sign of y, which is ReLU's mask, is exact.
 
 Source: Chakrabarti and Moseley, "Backprop with approximate activations for memory-efficient network training",
 NeurIPS 2019, section 3.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -28,11 +29,16 @@ def _grid(gamma, beta, bits, span):
 
 
 def channel_codes(xhat, y, gamma, beta, bits, span):
-    """Codes of normalised elements xhat (N, C, ...) whose scaled ones are y = gamma xhat + beta; y decides the sign."""
+    """Codes of normalised elements xhat (N, C, ...) whose scaled ones are y = gamma xhat + beta; y decides the sign.
+
+    A NaN counts as far below. y None: without ReLU, nothing decides the sign but the code.
+    """
     n, edge, shift = (value if isinstance(value, int) else _per_channel(value, xhat)
                       for value in _grid(gamma, beta, bits, span))  # fmt: skip
     sign = torch.where(_per_channel(gamma, xhat) < 0, -1.0, 1.0)
-    code = (torch.floor(sign * xhat.double() * (n / span) + edge) + n // 2).clamp(0, n - 1)
+    code = (torch.floor(sign * xhat.double() * (n / span) + edge) + n // 2).nan_to_num(0.0).clamp(0, n - 1)
+    if y is None:
+        return code.long()
     code = torch.where(y > 0, torch.maximum(code, shift), torch.minimum(code, shift - 1))
     return code.clamp(0, n - 1).long()
 
@@ -81,18 +87,63 @@ def block(x, gamma, beta, weight, grad, eps, bits, span, **conv):
     return out, *batch_norm_relu_backward(grad_relu, codes, gamma, beta, invstd, bits, span), grad_weight
 
 
-def group_codes(x, bits, group=256, uniform=None):
-    """(codes, scale, minimum) of a flat tensor in groups: scale and minimum in bfloat16, the scale rounded up.
+def _bfloat16(values, up):
+    """The nearest bfloat16 above, or below: eight bits from the leading one on."""
+    _, exponent = torch.frexp(values)
+    spacing = torch.ldexp(torch.ones_like(values), (exponent - 8).clamp(min=-133))
+    greatest = 255.0 * 2.0**120
+    if up:
+        return ((values / spacing).ceil() * spacing).clamp(max=greatest)
+    below = (values / spacing).floor() * spacing
+    return torch.where(below < -greatest, -torch.inf, below)
+
+
+def group_codes(x, bits, positive=False, thresholds=0.5):
+    """(codes, scale, minimum) of a flat tensor in groups of 256: code = floor((x - minimum) / scale + threshold).
+
+    Scale and minimum are bfloat16, the scale rounded up and the minimum down, so that the codes cover the group; they
+    do not see a NaN, whose code is 0.
 
     Args:
-        uniform: numbers in [0, 1) for stochastic rounding, floor(t + uniform); None rounds to nearest, halves up.
+        positive: the minimum is 0, and the code 0 for x <= 0 alone.
+        thresholds: 1/2, to the nearest and halves up, or one in (0, 1) an element: stochastic rounding.
     """
-    flat = F.pad(x.double().reshape(-1), (0, -x.numel() % group))
-    groups = flat.reshape(-1, group)
-    valid = (torch.arange(groups.numel()) < x.numel()).reshape(groups.shape)
-    low = torch.where(valid, groups, torch.inf).amin(1).float().bfloat16().double()
-    high = torch.where(valid, groups, -torch.inf).amax(1)
-    scale = ((high - low) / (2**bits - 1)).float().bfloat16().double()
-    offset = 0.5 if uniform is None else F.pad(uniform.double().reshape(-1), (0, -x.numel() % group)).reshape(-1, group)
-    steps = (groups - low[:, None]) / scale.where(scale > 0, torch.ones_like(scale))[:, None]
-    return torch.floor(steps + offset).clamp(0, 2**bits - 1).reshape(-1)[: x.numel()].long(), scale, low
+    last = 2**bits - 1
+    padding = (0, -x.numel() % 256)
+    groups = F.pad(x.double().reshape(-1), padding, value=torch.nan).reshape(-1, 256)
+    low = torch.where(groups.isnan(), torch.inf, groups).amin(1)
+    high = torch.where(groups.isnan(), -torch.inf, groups).amax(1)
+    minimum = torch.where((low > high) | positive, 0.0, _bfloat16(low, up=False) + 0.0)
+    extent = high - minimum
+    scale = torch.where(extent > 0, _bfloat16(extent / last, up=True), 0.0)
+    if isinstance(thresholds, torch.Tensor):
+        thresholds = F.pad(thresholds.double(), padding).reshape(-1, 256)
+    steps = torch.where(scale > 0, 1 / scale, 0.0)[:, None] * (groups - minimum[:, None])
+    codes = (steps + thresholds).floor().nan_to_num(0.0).clamp(0, last)
+    if positive:
+        codes = torch.where(groups > 0, codes.clamp(min=1), 0.0)
+    return codes.reshape(-1)[: x.numel()].long(), scale, minimum
+
+
+def rounding_thresholds(count, seed, offset):
+    """Thresholds of stochastic rounding, sixteen bits an element: (bits + 1/2) / 65536.
+
+    Of Philox4x32-10 with the key `seed` a group takes sixteen blocks, numbered from `offset` on. Element e of the group
+    has the lower half of word e // 64 of block e % 16, rotated right by 8 (e // 16 % 4) bits.
+    """
+    element = np.arange(count, dtype=np.uint64)
+    block = element // 256 * 16 + element % 16 + np.uint64(offset)  # modulo 2^64
+    mask = np.uint64(0xFFFFFFFF)
+    words = [block & mask, block >> np.uint64(32), np.zeros_like(block), np.zeros_like(block)]
+    keys = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+    for _ in range(10):
+        first, second = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
+        words = [
+            second >> np.uint64(32) ^ words[1] ^ np.uint64(keys[0]), second & mask,
+            first >> np.uint64(32) ^ words[3] ^ np.uint64(keys[1]), first & mask,
+        ]  # fmt: skip
+        keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    slot = element % np.uint64(256) // np.uint64(16)
+    word = np.choose((slot // np.uint64(4)).astype(int), words)
+    turned = (word << np.uint64(32) | word) >> (slot % np.uint64(4) * np.uint64(8))
+    return torch.from_numpy(((turned & np.uint64(0xFFFF)).astype(float) + 0.5) / 65536)
