@@ -66,7 +66,7 @@ def _row(case: Case, config: Config) -> BatchNormRow:
     data, grad = (torch.randn(shape).contiguous(memory_format=order) for _ in range(2))
     x = data.clone().requires_grad_()
     norm = nn.BatchNorm2d(case.channels)
-    coded = blocks.BatchNorm2d.like(norm, BITS, blocks.RANGES[BITS])
+    coded = blocks.BatchNorm2d.like(norm, BITS, codes.RANGES[BITS])
 
     def torchs(value: Tensor) -> Tensor:
         return norm(value).relu()
@@ -76,7 +76,7 @@ def _row(case: Case, config: Config) -> BatchNormRow:
 
     require_equal(f"batch norm and ReLU {case}", ours(x), torchs(x))
     zeros, ones = torch.zeros(case.channels), torch.ones(case.channels)
-    settings = BITS, blocks.RANGES[BITS]
+    settings = BITS, codes.RANGES[BITS]
     y = data.clone()
     codes = ops.batch_norm_relu_quantize(data, zeros, ones, ones, zeros, *settings, y)
     timings = measure(

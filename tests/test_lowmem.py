@@ -8,7 +8,16 @@ import torch
 from torch import nn
 
 from lowbit_ext import lowmem
-from lowbit_ext.lowmem import LowMemBlock, blocks, dequantize, dequantize4, quantize, quantize4
+from lowbit_ext.lowmem import (
+    LowMemBlock,
+    codes,
+    dequantize,
+    dequantize4,
+    ops,
+    quantize,
+    quantize4,
+    quantize_channels,
+)  # fmt: skip
 from lowmem_networks import joined, relative, step
 from reference import lowmem as reference
 
@@ -28,7 +37,7 @@ def odd_norm():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("bits", blocks.BITS)
+@pytest.mark.parametrize("bits", ops.BITS)
 def test_block_has_the_formulas_gradients(bits, layout):
     norm, conv = odd_norm(), nn.Conv2d(9, 4, 3, padding=1, bias=False)
     x = torch.randn(8, 9, 7, 7).contiguous(memory_format=layout).requires_grad_()
@@ -38,7 +47,7 @@ def test_block_has_the_formulas_gradients(bits, layout):
     found = (out.detach(), x.grad, norm.weight.grad, norm.bias.grad, conv.weight.grad)
     expected = reference.block(
         x.detach(), norm.weight.detach(), norm.bias.detach(), conv.weight.detach(), grad, norm.eps, bits,
-        blocks.RANGES[bits], padding=1,
+        codes.RANGES[bits], padding=1,
     )  # fmt: skip
     for got, want in zip(found, expected, strict=True):
         # float32 sums of some 400 terms
@@ -119,6 +128,14 @@ WRONG_CALLS = [
     at("quantize bits", lambda: quantize(X, 3), ValueError, "group_quantize: bits must be 2, 4 or 8, got 3"),
     at("dequantize shape", lambda: dequantize(quantize(X), torch.empty(6, 4)), ValueError,
        "dequantize: out must be contiguous (4, 6), got (6, 4) with strides (4, 1)"),
+    at("quantize_channels vector", lambda: quantize_channels(torch.ones(4)), ValueError,
+       "quantize_channels: x must be (N, C, ...), got (4,)"),
+    at("quantize_channels range", lambda: quantize_channels(X, range=-1), ValueError,
+       "quantize_channels: range must be a positive number of standard deviations, got -1"),
+    at("quantize_channels dtype", lambda: quantize_channels(X.long()), TypeError,
+       "batch_norm_relu_quantize: input must be float32, bfloat16 or float16, got torch.int64"),
+    at("dequantize channels", lambda: dequantize(quantize_channels(X), torch.empty(6, 4)), ValueError,
+       "dequantize: out must be contiguous (4, 6), got (6, 4) with strides (4, 1)"),
     at("dequantize4", lambda: dequantize4(quantize(X, 2)), ValueError,
        "dequantize4: expected codes of 4 bits, got 2"),
 ]  # fmt: skip
@@ -144,3 +161,39 @@ def test_quantize4_and_back():
     own = torch.Generator().manual_seed(3)
     first = quantize4(x, stochastic=True, generator=own)
     assert torch.equal(first.codes, quantize4(x, stochastic=True, generator=own.manual_seed(3)).codes)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", ops.BITS)
+def test_quantize_channels_and_back(bits, dtype, layout):
+    x = (torch.randn(8, 5, 6, 7) * torch.tensor([0.1, 1, 10, 1, 0]).view(-1, 1, 1)
+         + torch.tensor([0.0, 0.3, -4, 3, 0.5]).view(-1, 1, 1))  # fmt: skip
+    x = x.to(dtype).contiguous(memory_format=layout)
+    quantized = quantize_channels(x, bits)
+    assert isinstance(quantized, lowmem.ChannelCodes)
+    std, mean = torch.std_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(quantized.mean.double(), mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quantized.std.double(), std, atol=1e-5, rtol=1e-5)
+    span = codes.RANGES[bits]
+    found = dequantize(quantized)
+    assert found.dtype == dtype
+    assert found.stride() == x.stride()
+    # Half a cell within the grid, whose ends are half the range less a cell from the mean; the type's rounding.
+    half, ends = std.view(-1, 1, 1) * span / 2**bits / 2, std.view(-1, 1, 1) * span * (0.5 - 2.0**-bits)
+    inside = (x.double() - mean.view(-1, 1, 1)).abs() < ends
+    error = (found.double() - x.double()).abs()
+    bound = half * 1.001 + x.double().abs() * 2 * torch.finfo(dtype).eps + 1e-5
+    assert (error <= bound)[inside].all()
+    # An edge is at 0: signs survive in the channels whose grid reaches it.
+    assert ((found < 0) == (x < 0))[:, :3].all() or bits == 2
+    out = torch.empty_like(x)
+    assert dequantize(quantized, out) is out
+    assert torch.equal(out, found)
+
+
+def test_range_of_channels():
+    x = torch.randn(64, 3, 5)
+    wide, narrow = (quantize_channels(x, 4, range=span) for span in (20.0, 6.0))
+    assert (dequantize(wide) - x).square().mean() > 3 * (dequantize(narrow) - x).square().mean()
+    assert wide.span == 20.0

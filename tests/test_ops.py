@@ -71,6 +71,7 @@ def samples(layout):
             (codes, *affine, [2, 70, 6, 7], last, dtype, 4, 8.0, relu)
             for dtype, relu in ((torch.float32, True), (torch.float16, False))
         ],
+        "lowbit::channel_dequantize_into": [(codes, *affine, last, 4, 8.0, True, last_or_dense)],
         "lowbit::batch_norm_relu_backward": [
             (x, codes, *affine, statistics[1], 4, 8.0, relu, training)
             for relu, training in ((True, True), (False, False))

@@ -9,12 +9,20 @@ Source: Chakrabarti and Moseley, "Backprop with approximate activations for memo
 
 from lowbit_ext.lowmem.audit import LayerError, gradient_audit
 from lowbit_ext.lowmem.blocks import LowMemBlock
-from lowbit_ext.lowmem.codes import Codes, dequantize, dequantize4, quantize, quantize4
+from lowbit_ext.lowmem.codes import (
+    ChannelCodes,
+    Codes,
+    dequantize,
+    dequantize4,
+    quantize,
+    quantize4,
+    quantize_channels,
+)  # fmt: skip
 from lowbit_ext.lowmem.convert import Conversion, convert, report
 from lowbit_ext.lowmem.hooks import saved_tensors
 from lowbit_ext.lowmem.ledger import Ledger, ledger
 
 __all__ = [
-    "Codes", "Conversion", "LayerError", "Ledger", "LowMemBlock", "convert", "dequantize", "dequantize4",
-    "gradient_audit", "ledger", "quantize", "quantize4", "report", "saved_tensors",
+    "ChannelCodes", "Codes", "Conversion", "LayerError", "Ledger", "LowMemBlock", "convert", "dequantize",
+    "dequantize4", "gradient_audit", "ledger", "quantize", "quantize4", "quantize_channels", "report", "saved_tensors",
 ]  # fmt: skip

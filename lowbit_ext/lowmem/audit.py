@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit_ext.lowmem import blocks, codes, ops
+from lowbit_ext.lowmem import codes, ops
 from lowbit_ext.lowmem.convert import convert
 from lowbit_ext.lowmem.hooks import saved_tensors
 
@@ -59,7 +59,7 @@ def gradient_audit(
         raise TypeError(f"gradient_audit: model must be a torch.nn.Module, got {type(model).__name__}")
     if method not in METHODS:
         raise ValueError(f"gradient_audit: method must be one of {', '.join(METHODS)}, got {method!r}")
-    blocks.check_settings("gradient_audit", bits, range)
+    codes.check_settings("gradient_audit", bits, range)
     if range is not None and method != "convert":
         raise ValueError(f"gradient_audit: method {method!r} has no range: its codes span minimum to maximum")
     if stochastic and method == "convert":

@@ -18,11 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit_ext.lowmem import ledger, ops
-
-BITS = ops.BITS
-
-# Standard deviations that a channel's codes span. The paper has 6; on ResNets 8 and 9 have smaller gradient errors.
-RANGES = {2: 6.0, 4: 8.0, 8: 9.0}
+from lowbit_ext.lowmem.codes import check_settings
 
 
 class Pool(NamedTuple):
@@ -479,21 +475,6 @@ def unreadable(layer: nn.Module) -> str | None:
         ):
             return "padding 'same' of an even kernel is not symmetric"
     return None
-
-
-def check_settings(name: str, bits: int, range: float | None) -> float:
-    """The span for these settings, or an error."""
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(f"{name}: bits must be an int, got {type(bits).__name__}")
-    if bits not in BITS:
-        raise ValueError(f"{name}: bits must be 2, 4 or 8, got {bits}")
-    if range is None:
-        return RANGES[bits]
-    if isinstance(range, bool) or not isinstance(range, int | float):
-        raise TypeError(f"{name}: range must be a number or None, got {type(range).__name__}")
-    if not 0 < range < float("inf"):
-        raise ValueError(f"{name}: range must be a positive number of standard deviations, got {range}")
-    return float(range)
 
 
 class LowMemBlock(nn.Module):

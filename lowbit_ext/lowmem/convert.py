@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lowbit_ext.lowmem import blocks
+from lowbit_ext.lowmem.codes import check_settings
 
 __all__ = ["Conversion", "convert", "report"]
 
@@ -94,7 +95,7 @@ def convert(model: nn.Module, bits: int = 4, range: float | None = None) -> nn.M
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
-    span = blocks.check_settings("convert", bits, range)
+    span = check_settings("convert", bits, range)
     found: list[Conversion] = []
     result = _convert(model, "", bits, span, found)
     vars(result)[_REPORT] = tuple(found)

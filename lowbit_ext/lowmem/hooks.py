@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lowbit_ext import _oplib
-from lowbit_ext.lowmem import blocks, ledger, ops
+from lowbit_ext.lowmem import ledger, ops
+from lowbit_ext.lowmem.codes import check_settings
 
 # Between a parameter and what an operation keeps of it: views, and the copies that autocast makes.
 _OF_LEAF = ("ToCopyBackward0", "TBackward0", "TransposeBackward0", "PermuteBackward0", "ViewBackward0")
@@ -149,7 +150,7 @@ class saved_tensors:
         self, bits: int = 4, stochastic: bool = False, min_numel: int = 1024, keep: Iterable[Tensor] = (), *,
         generator: torch.Generator | None = None, compiled: bool = False,
     ) -> None:  # fmt: skip
-        blocks.check_settings("saved_tensors", bits, None)
+        check_settings("saved_tensors", bits, None)
         if min_numel < 0:
             raise ValueError(f"saved_tensors: min_numel must not be negative, got {min_numel}")
         keep = tuple(keep)

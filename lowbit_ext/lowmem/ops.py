@@ -187,21 +187,50 @@ def _check_dequantize(
     _check_codes(op, codes, shape, channels_last, bits)
 
 
+def _dequantize_into(
+    codes: Tensor, gamma: Tensor, beta: Tensor, channels_last: bool, bits: int, span: float, relu: bool,
+    output: Tensor,
+) -> None:  # fmt: skip
+    op = "channel_dequantize"
+    _check_dequantize(codes, gamma, beta, output.shape, channels_last, output.dtype, bits, span)
+    if as_layout(output, channels_last) is not output:
+        order = "channels_last" if channels_last else "contiguous"
+        raise ValueError(f"{op}: out must be {order}, got strides {output.stride()} for {tuple(output.shape)}")
+    rows = _rows(output.shape, channels_last)
+    grid = codes.new_empty((3, rows.grid_width), dtype=torch.float32)
+    codes = codes.contiguous()
+    floats = _Floats(op, codes, gamma=gamma, beta=beta)
+    status = _native.kernels(codes).channel_dequantize(
+        codes.data_ptr(), *rows, *floats.pointers, bits, span, relu, _native.pointer(output, codes, f"{op}: out"),
+        FLOAT_TYPES[output.dtype], grid.data_ptr(),
+    )
+    _native.check(op, status)
+
+
+def _dequantize_into_fake(
+    codes: Tensor, gamma: Tensor, beta: Tensor, channels_last: bool, bits: int, span: float, relu: bool,
+    output: Tensor,
+) -> None:  # fmt: skip
+    _check_dequantize(codes, gamma, beta, output.shape, channels_last, output.dtype, bits, span)
+
+
+# What channel codes stand for, written into `output`: relu(gamma xhat + beta), or without ReLU.
+channel_dequantize_into = _oplib.define(
+    "channel_dequantize_into(Tensor codes, Tensor gamma, Tensor beta, bool channels_last, int bits, float span, "
+    "bool relu, Tensor(a!) output) -> ()",
+    cpu=_dequantize_into,
+    cuda=_dequantize_into,
+    fake=_dequantize_into_fake,
+)
+
+
 def _dequantize(
     codes: Tensor, gamma: Tensor, beta: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype,
     bits: int, span: float, relu: bool,
 ) -> Tensor:  # fmt: skip
     _check_dequantize(codes, gamma, beta, shape, channels_last, dtype, bits, span)
-    rows = _rows(shape, channels_last)
     output = empty(codes, shape, dtype, channels_last)
-    grid = codes.new_empty((3, rows.grid_width), dtype=torch.float32)
-    codes = codes.contiguous()
-    floats = _Floats("channel_dequantize", codes, gamma=gamma, beta=beta)
-    status = _native.kernels(codes).channel_dequantize(
-        codes.data_ptr(), *rows, *floats.pointers, bits, span, relu, output.data_ptr(), FLOAT_TYPES[dtype],
-        grid.data_ptr(),
-    )
-    _native.check("channel_dequantize", status)
+    _dequantize_into(codes, gamma, beta, channels_last, bits, span, relu, output)
     return output
 
 
@@ -213,7 +242,7 @@ def _dequantize_fake(
     return empty(codes, shape, dtype, channels_last)
 
 
-# What channel codes stand for: relu(gamma xhat + beta), or without ReLU.
+# The same in a new tensor.
 channel_dequantize = _oplib.define(
     "channel_dequantize(Tensor codes, Tensor gamma, Tensor beta, SymInt[] shape, bool channels_last, ScalarType dtype, "
     "int bits, float span, bool relu) -> Tensor",
