@@ -10,6 +10,7 @@ from torch import nn
 from lowbit_ext import lowmem
 from lowbit_ext.lowmem import (
     LowMemBlock,
+    blocks,
     codes,
     dequantize,
     dequantize4,
@@ -17,8 +18,8 @@ from lowbit_ext.lowmem import (
     quantize,
     quantize4,
     quantize_channels,
-)  # fmt: skip
-from lowmem_networks import joined, relative, step
+)
+from lowmem_networks import joined, make, relative, step
 from reference import lowmem as reference
 
 
@@ -70,6 +71,42 @@ def test_block_with_pooling_is_the_plain_one(pool, training):
     grads = [torch.cat([p.grad.flatten() for p in network.parameters()]) for network in (block, plain)]
     assert relative(*grads) < 0.05
     assert torch.equal(got[2]["layer.bias"], expected[2]["3.bias"])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["preact", "vgg", "mlp"])
+def test_large_activations_share_memory(monkeypatch, name, layout):
+    """The same gradients to the bit whether a backward pass unpacks into fresh or into kept memory."""
+    model, shape = make(name)
+    model, x = lowmem.convert(model), torch.randn(shape)
+    if x.dim() == 4:
+        model, x = model.to(memory_format=layout), x.contiguous(memory_format=layout)
+    gradients = []
+    for threshold in (blocks._FRESH_BYTES, 0):
+        monkeypatch.setattr(blocks, "_FRESH_BYTES", threshold)
+        monkeypatch.setattr(blocks, "_workspace", blocks._Workspace())
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert (blocks._workspace.memory.nbytes > 0) == (threshold == 0)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("width", [7, 127, 128, 254, 255, 256, 300])
+@pytest.mark.parametrize("pool", [((2, 2), (2, 2), (0, 0)), ((3, 3), (1, 2), (1, 1)), ((1, 7), (1, 3), (0, 3)),
+                                  ((7, 1), (3, 1), (3, 0))])  # fmt: skip
+def test_places_of_maxima_fit_a_byte(pool, width):
+    """Wide images, where a step to the window's next line is more than a byte holds."""
+    x = torch.randn(2, 3, 9, width).contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = blocks._MaxPool.apply(x, blocks.Pool("max", *pool))
+    (place,) = out.grad_fn.saved_tensors
+    assert place.dtype == torch.uint8
+    same = x.detach().clone().requires_grad_()
+    expected = nn.functional.max_pool2d(same, *pool)
+    grad = torch.randint(-4, 5, out.shape).float()  # exact sums
+    out.backward(grad), expected.backward(grad)
+    assert torch.equal(out, expected)
+    assert torch.equal(x.grad, same.grad)
 
 
 def test_block_of_linear_layers():
