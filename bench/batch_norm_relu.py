@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from harness import Config, Row, column, measure, percent_of_rate, require_equal
 from lowbit_ext.lowmem import blocks, ops
+from lowbit_ext.lowmem.codes import RANGES
 
 CAPTION = (
     "relu(batch_norm(x)) in training, fp32. torch: its two operators, which keep x and the result; ours: torch's batch "
-    "norm, then one pass that makes its ReLU and the codes; the gradient from the codes alone. Kernels alone (quantise, "
-    "dequantise, gradient) in percent of the bandwidth of a copy into a fresh tensor, which dequantise and gradient "
-    "allocate too; quantise writes the result in place."
+    "norm, then one pass that makes its ReLU and the codes; the gradient from the codes alone. Kernels alone (quantise "
+    "in place, dequantise and gradient into fresh tensors) in percent of a copy's bandwidth into a fresh tensor."
 )
 BITS = 4
 
@@ -66,7 +66,7 @@ def _row(case: Case, config: Config) -> BatchNormRow:
     data, grad = (torch.randn(shape).contiguous(memory_format=order) for _ in range(2))
     x = data.clone().requires_grad_()
     norm = nn.BatchNorm2d(case.channels)
-    coded = blocks.BatchNorm2d.like(norm, BITS, codes.RANGES[BITS])
+    coded = blocks.BatchNorm2d.like(norm, BITS, RANGES[BITS])
 
     def torchs(value: Tensor) -> Tensor:
         return norm(value).relu()
@@ -76,7 +76,7 @@ def _row(case: Case, config: Config) -> BatchNormRow:
 
     require_equal(f"batch norm and ReLU {case}", ours(x), torchs(x))
     zeros, ones = torch.zeros(case.channels), torch.ones(case.channels)
-    settings = BITS, codes.RANGES[BITS]
+    settings = BITS, RANGES[BITS]
     y = data.clone()
     codes = ops.batch_norm_relu_quantize(data, zeros, ones, ones, zeros, *settings, y)
     timings = measure(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-import io
+import logging
 import types
 import warnings
 from collections.abc import Callable
@@ -210,14 +209,18 @@ def emulated_binary_conv2d(x: Tensor, weight: Tensor, padding: int) -> Tensor:
 
 @functools.cache
 def _optional(package: str) -> types.ModuleType | None:
-    """A package, or None, said once, where it is not installed."""
+    """A module of a package, or None, said once, where it is not installed."""
+    logging.disable(logging.WARNING)  # they report each of their CUDA libraries that does not load
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(package)
     except ImportError:
-        print(f'{package} is not installed, its columns stay empty: pip install "lowbit-ext[bench]"')
+        name = package.split(".")[0]
+        print(f'{name} is not installed, its columns stay empty: pip install "lowbit-ext[bench]"')
         return None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def torchao_groups(x: Tensor, bits: int) -> tuple[Call | None, Call | None]:
