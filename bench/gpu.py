@@ -35,6 +35,7 @@ from harness import (
 )
 from lowbit_ext import _native, binary
 from lowbit_ext.binary import ops
+from lowbit_ext.lowmem import ops as lowmem
 
 GRAPH_CALLS = 10  # in one graph: the pause between two replays is no part of a call
 PEAK_MICROSECONDS = 1000  # of one call of a limit: its launch is nothing beside
@@ -314,12 +315,53 @@ def memory_rows(gpu: Gpu, seconds: float, shape: tuple[int, ...] = (256, 64, 56,
                                  2 * size + bits, x, gpu, seconds)  # fmt: skip
 
 
+def code_rows(gpu: Gpu, seconds: float, shape: tuple[int, ...] = (256, 64, 56, 56)) -> Iterator[Row]:
+    """The kernels of low-memory back-propagation at 4 bits on tensors larger than the second-level cache."""
+    torch.manual_seed(0)
+    seed, settings = torch.tensor(1), (4, 8.0)
+    with gpu.engine(next(iter(gpu.kernels))), torch.inference_mode():
+        ones, zeros = torch.ones(shape[1], device=gpu.device), torch.zeros(shape[1], device=gpu.device)
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = torch.randn(shape, device=gpu.device).to(dtype).contiguous(memory_format=layout)
+                last, size = layout == torch.channels_last, x.numel() * x.element_size()
+                what, y, out = f"{DTYPE_NAMES[dtype]} {'NHWC' if last else 'NCHW'}", x.clone(), torch.empty_like(x)
+                codes = lowmem.batch_norm_relu_quantize(x, zeros, ones, ones, zeros, *settings, y)
+                require_equal(f"batch_norm_relu_quantize {what}", y, x.relu())
+                lowmem.channel_dequantize_into(codes, ones, zeros, last, *settings, True, out)
+                require_equal(f"mask of the codes {what}", out > 0, x > 0)
+                calls = {
+                    "batch_norm_relu_quantize": (3 * size + codes.numel(), lambda x=x, y=y: (
+                        lowmem.batch_norm_relu_quantize(x, zeros, ones, ones, zeros, *settings, y)
+                    )),
+                    "channel_dequantize": (size + codes.numel(), lambda codes=codes, last=last, out=out: (
+                        lowmem.channel_dequantize_into(codes, ones, zeros, last, *settings, True, out)
+                    )),
+                    "batch_norm_relu_backward": (3 * size + 2 * codes.numel(), lambda x=x, codes=codes: (
+                        lowmem.batch_norm_relu_backward(x, codes, ones, zeros, ones, *settings, True, True)
+                    )),
+                }  # fmt: skip
+                if not last:  # the rest does not see the order
+                    groups = lowmem.group_quantize(x, 4, False, None, 0)
+                    moved = size + sum(part.numel() * part.element_size() for part in groups)
+                    calls |= {
+                        "group_quantize": (moved, lambda x=x: lowmem.group_quantize(x, 4, False, None, 0)),
+                        "group_quantize stochastic": (moved, lambda x=x: lowmem.group_quantize(x, 4, False, seed, 0)),
+                        "group_dequantize": (moved, lambda groups=groups, out=out: (
+                            lowmem.group_dequantize_into(*groups, 4, out)
+                        )),
+                    }  # fmt: skip
+                for name, (moved, call) in calls.items():
+                    yield memory_row(f"{name} {what}", call, moved, x, gpu, seconds)
+
+
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 BENCHMARKS: dict[str, Callable[[Gpu, float], Iterator[Row]]] = {
     "popcount_peak": peak_rows,
     "binary_conv2d": conv_rows,
     "memory": memory_rows,
+    "codes": code_rows,
 }
 
 

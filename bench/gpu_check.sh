@@ -93,7 +93,7 @@ for engine in $engines; do
   [[ $engine == popcount ]] || step "peak-$engine" 30 "$PYTHON" bench/gpu.py --only popcount_peak --engines "$engine" \
     --out "$OUT/$engine"
 done
-step bench-memory 60 "$PYTHON" bench/gpu.py --only memory --out "$OUT"
+step bench-memory 60 "$PYTHON" bench/gpu.py --only memory codes --out "$OUT"
 for engine in $engines; do
   [[ $engine == popcount && $engines == *" "* ]] ||
     step "bench-$engine" 90 "$PYTHON" bench/gpu.py --only binary_conv2d --engines "$engine" --out "$OUT/$engine"

@@ -44,6 +44,7 @@ def test_rows_by_host_cuda(bench, capsys):
         rows.append(bench.conv_row(bench.Case(64, 6, 1), engine, gpu, peak, 0.0))
     rows.append(bench.conv_row(bench.Case(128, 1, 17, 1), "popcount", gpu, peak, 0.0))
     rows += bench.memory_rows(gpu, 0.0, (2, 64, 4, 4))
+    rows += bench.code_rows(gpu, 0.0, (2, 64, 4, 4))
     for row in rows:
         bench.print_row(row, heading=True)
         assert all(value is not None for value in dataclasses.asdict(row).values()), row

@@ -10,6 +10,7 @@ from conftest import DEVICES, running_on
 from lowbit_ext import _native
 from lowbit_ext.antithetic import ops as antithetic_ops
 from lowbit_ext.binary import binarize, conv2d, ops, pack_weight
+from lowbit_ext.lowmem import ops as lowmem_ops
 from lowbit_ext.packed import unpack_op
 
 GPUS = torch.cuda.device_count()
@@ -30,6 +31,8 @@ def operands(where="cpu", seed=0):
         "threshold": torch.randint(-9, 9, (2, 66), generator=rng, dtype=torch.int32),
         "logits": torch.randn(16, 70, generator=rng),
         "values": torch.randn(16, 4, generator=rng),
+        "gain": torch.rand(70, generator=rng) + 0.5,
+        "shift": torch.randn(70, generator=rng),
     }
     return {name: tensor.to(where) for name, tensor in tensors.items()}
 
@@ -42,6 +45,11 @@ def every_operator(t):
     levels, inside = ops.quantized_activation_with_mask(t["x"], "ternary", 0.0, 1.0, False)
     bits, ratio = antithetic_ops.antithetic_sample(t["logits"], None, 4, "dirichlet", "sample", torch.tensor(5), 0)
     no = None
+    affine, grid = (t["gain"], t["shift"]), (4, 8.0)
+    relu = t["x"].clone()
+    codes = lowmem_ops.batch_norm_relu_quantize(t["x"], t["shift"], t["gain"], *affine, *grid, relu)
+    grads = lowmem_ops.batch_norm_relu_backward(t["x"], codes, *affine, t["gain"], *grid, True, True)
+    groups, scales = lowmem_ops.group_quantize(t["x"], 4, False, torch.tensor(5), 0)
     return {
         "words": words,
         "mask": mask,
@@ -60,6 +68,15 @@ def every_operator(t):
         "masked": ops.masked_gradient(t["x"], inside),
         "samples": bits,
         "gradient": antithetic_ops.antithetic_gradient(bits, t["values"], ratio, 70, "sample"),
+        "relu": relu,
+        "codes": codes,
+        "value": lowmem_ops.channel_dequantize(codes, *affine, list(t["x"].shape), False, torch.float32, *grid, True),
+        "grad of x": grads[0],
+        "grad of gain": grads[1],
+        "grad of shift": grads[2],
+        "groups": groups,
+        "scales": scales,
+        "group value": lowmem_ops.group_dequantize(groups, scales, list(t["x"].shape), False, torch.float32, 4),
     }  # fmt: skip
 
 
