@@ -33,6 +33,14 @@ REQUIRED = [
     (r"quantized_activation_kernel", r"STG\.E\.128"),
     (r"masked_gradient_kernel", r"LDG\.E\.128"),
     (r"masked_gradient_kernel", r"STG\.E\.128"),
+    (r"batch_norm_relu_quantize_kernel", r"LDG\.E\.128"),
+    (r"batch_norm_relu_quantize_kernel", r"STG\.E\.128"),
+    (r"batch_norm_relu_backward_kernel", r"LDG\.E\.128"),
+    (r"batch_norm_relu_backward_kernel", r"STG\.E\.128"),
+    (r"sum_(pixels|rows)_kernel", r"LDG\.E\.128"),
+    (r"channel_dequantize_kernel", r"STG\.E\.128"),
+    (r"group_quantize_kernel", r"LDG\.E\.128"),
+    (r"group_dequantize_kernel", r"STG\.E\.128"),
 ]
 # The same of single architectures.
 REQUIRED_ON = {

@@ -30,16 +30,15 @@ struct Decoder {
   }
 };
 
-// Terms of a piece: pack `term` of it is at elements and codes[...] as `place(term)` says; those past its end are
-// empty.
+// The pieces of neighbouring lanes, which have a pack of elements a term.
 template <FloatType kType>
 struct Pieces {
   static constexpr int kCount = Values<kType>::kCount;
   Pack<float, kCount> sums{}, products{};
 
-  struct Place {
+  struct Place {  // of a term
     int64_t element, byte;
-    int count;  // not above 0: none
+    int count;  // elements from there on; not above 0: none
   };
 
   // To shared memory.
