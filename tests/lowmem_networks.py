@@ -121,7 +121,7 @@ _SMALL = (4, 3, 8, 8)
 
 NETWORKS = {
     "preact": (lambda: models.preact_resnet(8, in_channels=1, widths=(4, 8, 8)), _IMAGES),
-    "bottleneck": (lambda: models.preact_resnet(164, in_channels=1, widths=(2, 3, 4)), _IMAGES),
+    "bottleneck": (lambda: models.PreActResNet(2, True, (2, 3, 4), 1, 10), _IMAGES),
     "post": (lambda: nn.Sequential(
         nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), PostActivation(5), PostActivation(5),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 10),
