@@ -55,7 +55,8 @@ MEMORY_S = 6.0  # what that process takes, most of it to start, for the estimate
 GIVE_BACK = ("MALLOC_MMAP_THRESHOLD_", "65536")
 PROBED_STEPS = 3  # for the estimate, behind one that warms up
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-AUDIT_DEPTHS, AUDIT_BATCH, AUDIT_METHODS = (20, 56, 164), 32, ("convert", "hooks")
+AUDIT_DEPTHS, AUDIT_BATCH = (20, 56, 164), 32
+AUDIT_METHODS = (("convert", 4), ("hooks", 4), ("naive", 8))  # naive: rounded in the forward pass too
 
 
 # --- what is compared -------------------------------------------------------------------------------------------------
@@ -543,7 +544,7 @@ def run_audit(options: argparse.Namespace, console: Console) -> None:
     layout = MEMORY_FORMATS[options.layout]
     console.print(
         f"Error of the gradients of pre-activation ResNets of depth {', '.join(map(str, AUDIT_DEPTHS))} at "
-        f"initialisation, 4 bits: {batch} images of {options.data}, {seeds_label(options.seeds)}, {options.layout}. "
+        f"initialisation: {batch} images of {options.data}, {seeds_label(options.seeds)}, {options.layout}. "
         "About a minute on two cores.",
         highlight=False,
     )
@@ -558,9 +559,9 @@ def run_audit(options: argparse.Namespace, console: Console) -> None:
                 ).to(options.device, memory_format=layout)
                 rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:batch]
                 examples = images[rows].to(options.device, memory_format=layout), labels[rows].to(options.device)
-                for method in AUDIT_METHODS:
-                    bar.update(task, description=f"depth {depth}, seed {seed}, {method}(4)")
-                    errors = lowmem.gradient_audit(model, audit_loss, examples, bits=4, method=method)
+                for method, bits in AUDIT_METHODS:
+                    bar.update(task, description=f"depth {depth}, seed {seed}, {method}({bits})")
+                    errors = lowmem.gradient_audit(model, audit_loss, examples, bits=bits, method=method)
                     found.setdefault((depth, method), []).append([e for e in errors if "conv" in e.name])
                     bar.advance(task, depth)
     table = report_table("Error of the convolutions' weight gradients, as a part of the gradient's norm")
@@ -569,11 +570,11 @@ def run_audit(options: argparse.Namespace, console: Console) -> None:
     for depth in AUDIT_DEPTHS:
         table.add_section()
         table.add_row(f"ResNet-{depth}", style="bold")
-        for method in AUDIT_METHODS:
+        for method, bits in AUDIT_METHODS:
             runs = found[depth, method]
             quarter = len(runs[0]) // 4
             table.add_row(
-                f"{method}(4)",
+                f"{method}({bits})",
                 spread([statistics.fmean(e.relative for e in errors) for errors in runs], 3),
                 spread([statistics.fmean(e.relative for e in errors[:quarter]) for errors in runs], 3),
                 spread([statistics.fmean(e.relative for e in errors[-quarter:]) for errors in runs], 3),
@@ -583,7 +584,13 @@ def run_audit(options: argparse.Namespace, console: Console) -> None:
     console.print(table)
     path = options.out / f"lowmem_audit_{options.data}.json"
     document = [
-        {"depth": depth, "method": method, "seed": seed, "layers": [dataclasses.asdict(error) for error in errors]}
+        {
+            "depth": depth,
+            "method": method,
+            "bits": dict(AUDIT_METHODS)[method],
+            "seed": seed,
+            "layers": [dataclasses.asdict(error) for error in errors],
+        }
         for (depth, method), runs in found.items()
         for seed, errors in zip(options.seeds, runs, strict=True)
     ]

@@ -177,6 +177,29 @@ def test_backward(backend, threads, dtype, bits, rng):
                 torch.testing.assert_close(got.double(), want, rtol=2e-7, atol=24 * 2.0**-22 * terms)
 
 
+@pytest.mark.parametrize("span", [6.0, 8.0, 9.0])
+@pytest.mark.parametrize("bits", ops.BITS)
+def test_mask_is_exact_for_every_ratio(backend, bits, span, rng):
+    """beta / gamma from -10 to 10, gamma of both signs: codes from `shift` on are what torch's batch norm leaves."""
+    ratio = torch.linspace(-10, 10, 401).repeat(2)
+    gamma = torch.where(torch.arange(802) < 401, 1.5, -0.7)
+    beta = ratio * gamma
+    near = torch.randn(64, 802, generator=rng) * 1e-4 - ratio  # xhat where y changes its sign
+    x = torch.cat([torch.randn(64, 802, generator=rng), near, 3 * torch.randn(64, 802, generator=rng)])
+    mean, invstd = torch.zeros(802), torch.ones(802)
+    y = torch.nn.functional.batch_norm(x, mean, invstd, gamma, beta, eps=0.0)
+    positive = y > 0
+    assert positive.any(0).all()
+    codes = ops.batch_norm_relu_quantize(x, mean, invstd, gamma, beta, bits, span, y)
+    assert torch.equal(y > 0, positive)
+    ones = torch.ones_like(x)
+    grad, _, count = ops.batch_norm_relu_backward(ones, codes, gamma, beta, invstd, bits, span, True, False)
+    assert torch.equal(grad != 0, positive)
+    assert torch.equal(count, positive.sum(0).float())
+    values = ops.channel_dequantize(codes, gamma, beta, x.shape, False, x.dtype, bits, span, True)
+    assert not values[~positive].any()
+
+
 def test_edges_of_channel_cells(backend):
     """A channel of 16 cells of half a standard deviation; their edges are exact numbers, of the cell above."""
     edges = torch.arange(-8, 9) / 2.0
