@@ -52,7 +52,8 @@ PYBIND11_MODULE(_cpu, m) {
         return PoolShape{batch,        height,     width,           channels,      kernel_height,
                          kernel_width, out_height, out_width,       stride_height, stride_width,
                          pad_top,      pad_left,   dilation_height, dilation_width};
-      }));
+      }))
+      .def("valid", [](const PoolShape& shape) { return valid(shape); });
 
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
 

@@ -1,6 +1,8 @@
 #include "cpu/launch.h"
 
+#include <algorithm>
 #include <atomic>
+#include <limits>
 
 #include "core/checks.h"
 #include "cpu/parallel.h"
@@ -20,8 +22,20 @@ int64_t grain_for(int64_t grain_total, int64_t per_item) {
   return per_item >= grain_total ? 1 : grain_total / (per_item > 0 ? per_item : 1);
 }
 
+// The product of sizes; the largest number where it is larger.
+template <class... Sizes>
+int64_t work(Sizes... sizes) {
+  int64_t product = 1;
+  return (multiply(product, sizes) && ...) ? product : std::numeric_limits<int64_t>::max();
+}
+
 int64_t macs(const ConvShape& shape) {
-  return out_pixels(shape) * shape.filters * taps(shape) * channels_per_group(shape);
+  return work(taps(shape), channels_per_group(shape), shape.filters, out_pixels(shape));
+}
+
+// Taps of a row of output pixels that lie inside the image, at most.
+int64_t row_taps(const PoolShape& shape) {
+  return work(std::min(shape.kernel_height, shape.height), std::min(shape.kernel_width, shape.width), shape.out_width);
 }
 
 template <class Args, class Kernel>
@@ -54,7 +68,9 @@ Status unpack(const UnpackArgs& args) noexcept {
 }
 
 Status align_groups(const AlignGroupsArgs& args) noexcept {
-  if (!addressable(args.pixels, args.groups, args.channels_per_group)) return Status::bad_shape;
+  if (args.channels_per_group < 1 || !addressable(args.pixels, args.groups, args.channels_per_group)) {
+    return Status::bad_shape;
+  }
   const int64_t bytes = 8 * args.groups * words_for(args.channels_per_group);
   parallel_for(args.pixels, grain_for(kGrainBytes, bytes),
                [&](int64_t begin, int64_t end, int) { kernels().align_groups(args, begin, end); });
@@ -64,7 +80,7 @@ Status align_groups(const AlignGroupsArgs& args) noexcept {
 Status binary_max_pool2d(const BinaryMaxPool2dArgs& args) noexcept {
   if (!valid(args.shape)) return Status::bad_shape;
   const PoolShape& shape = args.shape;
-  const int64_t bytes = 8 * shape.out_width * shape.kernel_height * shape.kernel_width * words_for(shape.channels);
+  const int64_t bytes = work(8, row_taps(shape), words_for(shape.channels));
   parallel_for(shape.batch * shape.out_height, grain_for(kGrainBytes, bytes),
                [&](int64_t begin, int64_t end, int) { kernels().binary_max_pool2d(args, begin, end); });
   return Status::ok;
@@ -73,7 +89,7 @@ Status binary_max_pool2d(const BinaryMaxPool2dArgs& args) noexcept {
 Status binary_avg_pool2d(const BinaryAvgPool2dArgs& args) noexcept {
   if (!valid(args.shape)) return Status::bad_shape;
   const PoolShape& shape = args.shape;
-  const int64_t bytes = shape.out_width * shape.kernel_height * shape.kernel_width * shape.channels;
+  const int64_t bytes = work(row_taps(shape), shape.channels);
   parallel_for(shape.batch * shape.out_height, grain_for(kGrainBytes, bytes),
                [&](int64_t begin, int64_t end, int) { kernels().binary_avg_pool2d(args, begin, end); });
   return Status::ok;

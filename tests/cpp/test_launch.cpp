@@ -30,10 +30,8 @@ void expect_refused(const char* what, Status status) {
   if (status != Status::bad_shape) fail(std::string(what) + " was not refused");
 }
 
-// An ordinary shape with one member set to `value` must be refused by every launcher that takes it.
-void refuse(const char* what, int64_t ConvShape::* member, int64_t value) {
-  ConvShape shape = ordinary_conv();
-  shape.*member = value;
+// Must be refused by every launcher that takes it.
+void refuse(const char* what, const ConvShape& shape) {
   if (valid(shape)) fail(std::string(what) + " counts as valid");
   BinaryConv2dArgs conv{};
   BinaryConv2dInputGradArgs input_grad{};
@@ -44,13 +42,86 @@ void refuse(const char* what, int64_t ConvShape::* member, int64_t value) {
   expect_refused(what, launch::binary_conv2d_weight_grad(weight_grad, 0));
 }
 
-void refuse(const char* what, int64_t PoolShape::* member, int64_t value) {
+void refuse(const char* what, const PoolShape& shape) {
+  if (valid(shape)) fail(std::string(what) + " counts as valid");
   BinaryMaxPool2dArgs max_pool{};
   BinaryAvgPool2dArgs avg_pool{};
-  max_pool.shape = avg_pool.shape = ordinary_pool();
-  max_pool.shape.*member = avg_pool.shape.*member = value;
+  max_pool.shape = avg_pool.shape = shape;
   expect_refused(what, launch::binary_max_pool2d(max_pool));
   expect_refused(what, launch::binary_avg_pool2d(avg_pool));
+}
+
+// An ordinary shape with one member set to `value`.
+void refuse(const char* what, int64_t ConvShape::* member, int64_t value) {
+  ConvShape shape = ordinary_conv();
+  shape.*member = value;
+  refuse(what, shape);
+}
+void refuse(const char* what, int64_t PoolShape::* member, int64_t value) {
+  PoolShape shape = ordinary_pool();
+  shape.*member = value;
+  refuse(what, shape);
+}
+
+// Windows that lie far apart, reach far or are framed by much padding, in one dimension or in both: whatever the
+// launchers ask for stays within int64, and workspaces that no machine has are refused before they are sized.
+void refuse_far_windows() {
+  for (int shift = 30; shift < 63; ++shift) {
+    const int64_t far = int64_t{1} << shift;
+    ConvShape conv = ordinary_conv();
+    conv.out_height = conv.out_width = 1;
+    if (shift >= 31) {
+      refuse("a far stride", [&] {
+        ConvShape s = conv;
+        s.stride_height = far;
+        return s;
+      }());
+      refuse("a far dilation", [&] {
+        ConvShape s = conv;
+        s.dilation_width = far;
+        return s;
+      }());
+    }
+    conv.stride_height = conv.stride_width = far;
+    conv.dilation_height = conv.dilation_width = far;
+    conv.pad_top = conv.pad_left = far;
+    conv.out_height = conv.out_width = 3;
+    refuse("far windows in a frame", conv);
+  }
+}
+
+// The most that passes: the sizes of all workspaces are numbers, and the pools stay inside their image.
+void accept_far_windows() {
+  constexpr int64_t kFar = int64_t{1} << 19;
+  ConvShape conv = ordinary_conv();
+  conv.dilation_height = conv.dilation_width = kFar;
+  conv.pad_top = conv.pad_left = kFar;
+  conv.stride_height = conv.stride_width = (int64_t{1} << 31) - 1;
+  conv.out_height = conv.out_width = 1;
+  if (!valid(conv)) fail("a far stride of a single window is refused");
+  BinaryConv2dArgs args{};
+  BinaryConv2dInputGradArgs input_grad{};
+  BinaryConv2dWeightGradArgs weight_grad{};
+  args.shape = input_grad.shape = weight_grad.shape = conv;
+  for (const int64_t bytes :
+       {launch::binary_conv2d_workspace_bytes(args), launch::binary_conv2d_input_grad_workspace_bytes(input_grad),
+        launch::binary_conv2d_weight_grad_workspace_bytes(weight_grad)}) {
+    if (bytes < 0 || bytes > kMostBytes) fail("a workspace of " + std::to_string(bytes) + " bytes");
+  }
+
+  PoolShape pool = ordinary_pool();
+  pool.channels = 1;
+  pool.kernel_height = pool.kernel_width = pool.stride_height = pool.stride_width = (int64_t{1} << 31) - 1;
+  pool.pad_top = pool.pad_left = int64_t{1} << 30;
+  pool.out_height = pool.out_width = 1;
+  Buffer<uint64_t> input(16), words(1);
+  Buffer<float> average(1);
+  for (int64_t i = 0; i < 16; ++i) input[i] = i == 9;
+  if (launch::binary_max_pool2d({pool, input.data(), nullptr, words.data()}) != Status::ok || words[0] != 1) {
+    fail("maximum over a window of 2^62");
+  }
+  const BinaryAvgPool2dArgs avg_pool{pool, Encoding::step, false, 0, input.data(), average.data()};
+  if (launch::binary_avg_pool2d(avg_pool) != Status::ok || average[0] != 0.0625f) fail("mean over a window of 2^62");
 }
 
 }  // namespace
@@ -72,6 +143,10 @@ void test_launch(Random&, int) {
   refuse("out_width 2^62", &ConvShape::out_width, kHuge);
   refuse("stride_height 0", &ConvShape::stride_height, 0);
   refuse("stride_width -1", &ConvShape::stride_width, -1);
+  refuse("stride_width 2^31", &ConvShape::stride_width, int64_t{1} << 31);
+  refuse("stride_height 2^61", &ConvShape::stride_height, int64_t{1} << 61);
+  refuse("dilation_width 2^62", &ConvShape::dilation_width, kHuge);
+  refuse("pad_top 2^62", &ConvShape::pad_top, kHuge);
   refuse("pad_top -1", &ConvShape::pad_top, -1);
   refuse("pad_left -1", &ConvShape::pad_left, -1);
   refuse("dilation_height 0", &ConvShape::dilation_height, 0);
@@ -86,7 +161,18 @@ void test_launch(Random&, int) {
   refuse("pool kernel_height 0", &PoolShape::kernel_height, 0);
   refuse("pool out_width 2^62", &PoolShape::out_width, kHuge);
   refuse("pool stride_width 0", &PoolShape::stride_width, 0);
+  refuse("pool stride_width 2^31", &PoolShape::stride_width, int64_t{1} << 31);
+  refuse("pool dilation_height 2^62", &PoolShape::dilation_height, kHuge);
   refuse("pool pad_top -1", &PoolShape::pad_top, -1);
+  refuse("pool pad_left 2^62", &PoolShape::pad_left, kHuge);
+  refuse("pool out_height 2^60, whose windows end past 2^63", &PoolShape::out_height, int64_t{1} << 60);
+  PoolShape large = ordinary_pool();  // sums of 2^30 bits past int32
+  large.channels = 1;
+  large.kernel_height = large.kernel_width = large.height = large.width = int64_t{1} << 15;
+  large.out_height = large.out_width = 1;
+  refuse("pool of 2^30 pixels", large);
+  refuse_far_windows();
+  accept_far_windows();
 
   BinarizeArgs binarize{};
   binarize.outer = binarize.channels = binarize.spatial = int64_t{1} << 30;
@@ -101,6 +187,9 @@ void test_launch(Random&, int) {
   AlignGroupsArgs align{};
   align.pixels = align.groups = align.channels_per_group = int64_t{1} << 30;
   expect_refused("align_groups of 2^90 channels", launch::align_groups(align));
+  align.pixels = align.groups = 1;
+  align.channels_per_group = 0;
+  expect_refused("align_groups of no channels", launch::align_groups(align));
 
   BinaryConv2dInputGradArgs input_grad{};
   input_grad.shape = ordinary_conv();

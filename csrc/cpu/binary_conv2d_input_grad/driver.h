@@ -60,7 +60,7 @@ class InputGrad {
 
     const int64_t span_height = (shape_.kernel_height - 1) * shape_.dilation_height;
     const int64_t span_width = (shape_.kernel_width - 1) * shape_.dilation_width;
-    ring_rows_ = span_height / shape_.stride_height + 1;
+    ring_rows_ = clamp(span_height / shape_.stride_height + 1, 1, shape_.out_height > 0 ? shape_.out_height : 1);
     const int64_t columns =
         kTableRingBytes / (ring_rows_ * steps_ * kTableBytes<Vector> + 1) - span_width / shape_.stride_width;
     const int64_t most_columns = shape_.stride_width * clamp(columns, 2 * Vector::kTileRows, kMostColumns);
