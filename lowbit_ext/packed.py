@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit_ext import _native, _oplib
+from lowbit_ext import _arguments, _native, _oplib
 
 WORD_BITS = 64
 
@@ -22,6 +23,27 @@ ENCODING_VALUES: dict[str, tuple[float, float]] = {"sign": (-1.0, 1.0), "step": 
 def words_for(channels: int) -> int:
     """Number of 64-bit words that hold `channels` bits."""
     return (channels + WORD_BITS - 1) // WORD_BITS
+
+
+def clear_tail(words: Tensor, channels: int) -> Tensor:
+    """Words (..., ceil(channels / 64)) with zeros past the last channel, which kernels take for granted.
+
+    The words themselves where channels fill them; else a copy, without a look at what they hold: a look would wait for
+    the device and leave nothing to trace.
+    """
+    bits = channels % WORD_BITS
+    if bits == 0:
+        return words
+    words = words.clone()
+    words.select(-1, -1).bitwise_and_((1 << bits) - 1)
+    return words
+
+
+def unchecked(kind: type[Any], **fields: Any) -> Any:
+    """An instance of a frozen dataclass from fields that are known to be right, as a kernel's results are."""
+    made = object.__new__(kind)
+    made.__dict__.update(fields)
+    return made
 
 
 def _unpack(words: Tensor, channels: int, low: float, high: float, dtype: torch.dtype) -> Tensor:
@@ -56,19 +78,26 @@ unpack_op = _oplib.define(
 )
 
 
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    return len(shape) <= len(to) and all(
+        size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(to), strict=False)
+    )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedTensor:
     """Bits of a tensor of logical shape (N, C, *spatial), channels packed into 64-bit words.
 
     Attributes:
-        words: int64, seen as unsigned, shape (N, *spatial, ceil(C / 64)), contiguous. Channel c is bit c % 64 of word
-            c // 64; bits past the last channel are 0.
+        words: int64, seen as unsigned, shape (N, *spatial, ceil(C / 64)). Channel c is bit c % 64 of word c // 64. Bits
+            past the last channel are 0: words given with others are copied and these cleared, whether they come from
+            a caller, a file, a pickle or a transformation.
         channels: C.
         encoding: "sign" (bit 1 is +1, bit 0 is -1) or "step" (bit 1 is 1, bit 0 is 0).
-        scale: optional factor of the values, a tensor that broadcasts against (N, C, *spatial).
+        scale: optional factor of the values, a float tensor that broadcasts against (N, C, *spatial).
 
     Raises:
-        TypeError, ValueError: words of the wrong dtype or last dimension, unknown encoding.
+        TypeError, ValueError: words of the wrong dtype or last dimension, unknown encoding, a scale that does not fit.
     """
 
     words: Tensor
@@ -77,17 +106,33 @@ class PackedTensor:
     scale: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if self.words.dtype != torch.int64:
-            raise TypeError(f"PackedTensor: words must be int64, got {self.words.dtype}")
-        if self.encoding not in ENCODING_VALUES:
-            raise ValueError(f"PackedTensor: encoding must be one of {list(ENCODING_VALUES)}, got {self.encoding!r}")
-        if self.words.dim() < 2 or self.words.shape[-1] != words_for(self.channels):
+        if not torch.compiler.is_compiling():
+            self._check()
+        object.__setattr__(self, "words", clear_tail(self.words, self.channels))
+
+    def _check(self) -> None:
+        words = _arguments.tensor("PackedTensor", "words", self.words)
+        if words.dtype != torch.int64:
+            raise TypeError(f"PackedTensor: words must be int64, got {words.dtype}")
+        object.__setattr__(self, "channels", _arguments.integer("PackedTensor", "channels", self.channels, 0))
+        _arguments.choice("PackedTensor", "encoding", self.encoding, tuple(ENCODING_VALUES))
+        if words.dim() < 2 or words.shape[-1] != words_for(self.channels):
             raise ValueError(
                 f"PackedTensor: {self.channels} channels need words of shape (N, ..., {words_for(self.channels)}), "
-                f"got {tuple(self.words.shape)}"
+                f"got {tuple(words.shape)}"
             )
+        if self.scale is None:
+            return
+        scale = _arguments.tensor_like("PackedTensor", "scale", self.scale, words)
+        if not scale.is_floating_point() or not _broadcasts(scale.shape, self.shape):
+            raise ValueError(
+                f"PackedTensor: scale must be a float tensor that broadcasts against {tuple(self.shape)}, "
+                f"got {scale.dtype} {tuple(scale.shape)}"
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     @property
     def shape(self) -> torch.Size:
@@ -105,9 +150,14 @@ class PackedTensor:
         return self.words.dim()
 
     def to(self, device: torch.device | str) -> PackedTensor:
-        """The same bits on another device."""
+        """The same bits on another device.
+
+        Raises:
+            TypeError, ValueError: no device. RuntimeError: torch cannot move tensors there.
+        """
+        device = _arguments.device("PackedTensor.to", "device", device)
         scale = None if self.scale is None else self.scale.to(device)
-        return dataclasses.replace(self, words=self.words.to(device), scale=scale)
+        return packed_words(self.words.to(device), self.channels, self.encoding, scale)
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values as a dense tensor of shape (N, C, *spatial), channels-last in memory.
@@ -118,9 +168,15 @@ class PackedTensor:
         Raises:
             TypeError: another dtype.
         """
+        _arguments.dtype("unpack", "dtype", dtype, _arguments.FLOATS)
         low, high = ENCODING_VALUES[self.encoding]
         values = unpack_op(self.words, self.channels, low, high, dtype).movedim(-1, 1)
         return values if self.scale is None else values * self.scale.to(dtype)
+
+
+def packed_words(words: Tensor, channels: int, encoding: str, scale: Tensor | None = None) -> PackedTensor:
+    """A PackedTensor of words that a kernel wrote, without its checks."""
+    return unchecked(PackedTensor, words=words, channels=channels, encoding=encoding, scale=scale)
 
 
 def _flatten(packed: PackedTensor) -> tuple[list[Any], Any]:
@@ -134,13 +190,13 @@ def _flatten_with_keys(packed: PackedTensor) -> tuple[list[Any], Any]:
 
 
 def _unflatten(tensors: Any, context: Any) -> PackedTensor:
-    # Transforms rebuild the structure with placeholders in place of tensors, so nothing is checked here.
-    packed = object.__new__(PackedTensor)
+    # Transforms rebuild the structure with placeholders in place of tensors, so nothing is checked here. Where they
+    # changed the words, `~` for one, the bits past the last channel may have changed as well.
     words, scale = tensors
     channels, encoding = context
-    for name, value in (("words", words), ("channels", channels), ("encoding", encoding), ("scale", scale)):
-        object.__setattr__(packed, name, value)
-    return packed
+    if isinstance(words, Tensor) and words.dtype == torch.int64 and words.shape[-1:] == (words_for(channels),):
+        words = clear_tail(words, channels)
+    return packed_words(words, channels, encoding, scale)
 
 
 torch.utils._pytree.register_pytree_node(

@@ -54,7 +54,7 @@ WRONG_CALLS = [
     at("PackedTensor words", lambda: PackedTensor(WORDS, 65), ValueError,
        "PackedTensor: 65 channels need words of shape (N, ..., 2), got (2, 5, 5, 1)"),
     at("PackedTensor encoding", lambda: PackedTensor(WORDS, 6, "gray"), ValueError,
-       "PackedTensor: encoding must be one of ['sign', 'step'], got 'gray'"),
+       "PackedTensor: encoding must be one of 'sign', 'step', got 'gray'"),
     at("unpack dtype", lambda: P.unpack(torch.float64), TypeError,
        "unpack: dtype must be float32, bfloat16 or float16, got torch.float64"),
     at("pack_weight dtype", lambda: pack_weight(W.int()), TypeError,
@@ -137,9 +137,9 @@ WRONG_CALLS = [
        "binary_conv2d: threshold must be a number or have shape (4,), (1, 4) or (2, 4), got (3, 4)"),
     at("conv2d threshold NaN", lambda: conv2d(P, PW, threshold=NAN), ValueError,
        "binary_conv2d: threshold holds NaN, which no value can be compared with"),
-    at("conv2d scaled per channel", lambda: conv2d(PackedTensor(WORDS, 6, "sign", torch.ones(6)), PW), ValueError,
+    at("conv2d scaled per channel", lambda: conv2d(PackedTensor(WORDS, 6, "sign", torch.ones(6, 1, 1)), PW), ValueError,
        "binary_conv2d: a packed input's scale must be one number; values scaled per channel cannot be summed as bits, "
-       "got (6,)"),
+       "got (6, 1, 1)"),
     at("conv1d input", lambda: conv1d(X, torch.ones(4, 6, 3)), ValueError,
        "binary_conv1d: input must be (N, C, L), got (2, 6, 5, 5)"),
     at("conv1d weight", lambda: conv1d(X[0], W), ValueError,
@@ -169,7 +169,7 @@ WRONG_CALLS = [
     at("avg_pool2d divisor", lambda: avg_pool2d(P, 2, divisor_override=0), ValueError,
        "binary_avg_pool2d: divisor_override must be at least 1, got 0"),
     at("global_avg_pool float", lambda: global_avg_pool(X), TypeError,
-       "binary_avg_pool2d: input must be a PackedTensor, got Tensor"),
+       "global_avg_pool: input must be a PackedTensor, got Tensor"),
     at("activation surrogate", lambda: binary_activation(X, surrogate="cubic"), ValueError,
        "binary_activation: surrogate must be one of clip, steep, identity, approx_sign, polynomial, "
        "swish_sign, got 'cubic'"),
@@ -201,7 +201,7 @@ WRONG_CALLS = [
        "LOWBIT_ISA: expected one of scalar, avx2, avx512, amx, got 'sse9'"),
     at("sums past int32", lambda: ops._conv_shape(1, 1, 1, 2**31, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1), ValueError,
        "binary_conv2d: sizes (batch, height, width, channels, filters, kernel height and width, out height and width, "
-       "stride, padding, dilation, groups) are inconsistent, or too large for exact int32 sums: "
+       "stride, padding, dilation, groups) are inconsistent, or too large for exact int32 sums or for memory: "
        "(1, 1, 1, 2147483648, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1)"),
 ]
 

@@ -77,7 +77,7 @@ STEP = binary.binarize(torch.ones(2, 5), "step")
          "gram: a has 1073741824 features; fewer than 2^30 keep the products in int32"),
         (lambda: gram(STEP, out=torch.zeros(2, 3, dtype=torch.int32)), ValueError,
          "gram: out must be an int32 tensor (2, 2) on cpu, got torch.int32 (2, 3) on cpu"),
-        (lambda: gram(STEP, out=[1]), TypeError, "gram: out must be a tensor or None, got list"),
+        (lambda: gram(STEP, out=[1]), TypeError, "gram: out must be a tensor, got list"),
         (lambda: transpose([1]), TypeError, "transpose: a must be a PackedTensor, got list"),
     ],
 )  # fmt: skip

@@ -13,10 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowbit_ext import _native
+from lowbit_ext import _arguments, _native, _oplib
 from lowbit_ext.binary import ops
 from lowbit_ext.binary.surrogates import INTERVALS, SURROGATES, derivative
-from lowbit_ext.packed import ENCODING_VALUES, PackedTensor, unpack_op, words_for
+from lowbit_ext.packed import (
+    ENCODING_VALUES,
+    WORD_BITS,
+    PackedTensor,
+    clear_tail,
+    packed_words,
+    unchecked,
+    unpack_op,
+    words_for,
+)
 
 Pair = int | Sequence[int]
 
@@ -24,25 +33,44 @@ Pair = int | Sequence[int]
 DEFAULT_THRESHOLDS = {"sign": 0.0, "step": 0.5}
 
 
-def _pair(value: Pair, name: str) -> tuple[int, int]:
-    if isinstance(value, int):
-        return (value, value)
-    pair = tuple(value)
-    if len(pair) != 2 or not all(isinstance(item, int) for item in pair):
-        raise TypeError(f"binary_conv2d: {name} must be an int or a pair of ints, got {value!r}")
-    return pair
-
-
 def _check_encoding(op: str, encoding: str) -> None:
-    if encoding not in ENCODING_VALUES:
+    if not isinstance(encoding, str) or encoding not in ENCODING_VALUES:
         raise ValueError(f"{op}: encoding must be 'sign' or 'step', got {encoding!r}")
 
 
+def _check_surrogate(op: str, surrogate: str) -> None:
+    if not isinstance(surrogate, str) or surrogate not in SURROGATES:
+        raise ValueError(f"{op}: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
+
+
 def _check_float(op: str, name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {value.dtype}")
+    _arguments.tensor(op, name, value, _arguments.FLOATS)
+
+
+def _check_input(op: str, input: Any) -> None:
+    """A PackedTensor, a float tensor, or one of float64."""
+    if not isinstance(input, PackedTensor) and not (isinstance(input, Tensor) and input.dtype == torch.float64):
+        _check_float(op, "input", input)
+
+
+def _check_weight(op: str, weight: Any, shape: str) -> None:
+    """A PackedWeight or a float tensor of the dimensions that `shape` names."""
+    if not isinstance(weight, PackedWeight):
+        _arguments.tensor(op, "weight", weight)
+    if len(weight.shape) != shape.count(",") + 1:
+        raise ValueError(f"{op}: weight must be {shape}, got {tuple(weight.shape)}")
+
+
+def _check_real(op: str, name: str, value: Any, like: Tensor) -> None:
+    """A tensor of numbers, no bools, on the device of `like`."""
+    _arguments.tensor_like(op, name, value, like)
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{op}: {name} must be real numbers, got {value.dtype}")
+
+
+def _holds_nan(values: Tensor) -> bool:
+    """Whether there is a NaN among values that can be looked at."""
+    return _oplib._is_eager() and not values.is_meta and bool(values.isnan().any())
 
 
 # --- binarize and unpack ----------------------------------------------------------------------------------------------
@@ -75,27 +103,34 @@ def binarize(
     """
     _check_encoding("binarize", encoding)
     _check_float("binarize", "input", x)
+    if x.dim() < 2:
+        raise ValueError(f"binarize: input must have shape (N, C, ...), got {tuple(x.shape)}")
+    if flip is not None:
+        _arguments.tensor_like("binarize", "flip", flip, x)
     common = DEFAULT_THRESHOLDS[encoding]
     per_channel = None
     if isinstance(threshold, Tensor):
+        _check_real("binarize", "threshold", threshold, x)
         per_channel = threshold.detach().to(torch.float32)
         if per_channel.dim() != 2 or per_channel.shape[0] != 2:
             per_channel = per_channel.reshape(-1)
-        if per_channel.numel() == 1 and x.dim() > 1 and x.shape[1] != 1:
+        if per_channel.numel() == 1 and x.shape[1] != 1:
             per_channel = per_channel.expand(x.shape[1])
-        if not torch.compiler.is_compiling() and bool(per_channel.isnan().any()):
+        if _holds_nan(per_channel):
             raise ValueError("binarize: threshold holds NaN, which no value can be compared with")
     elif threshold is not None:
-        common = float(threshold)
+        common = _arguments.number("binarize", "threshold", threshold)
         if math.isnan(common):
             raise ValueError("binarize: threshold is NaN, which no value can be compared with")
     words = ops.binarize(x, per_channel, flip, common, encoding)
     channels = x.shape[1] if per_channel is None else per_channel.numel()
-    return PackedTensor(words, channels, encoding)
+    return packed_words(words, channels, encoding)
 
 
 def unpack(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values of a packed tensor: see PackedTensor.unpack."""
+    if not isinstance(packed, PackedTensor):
+        raise TypeError(f"unpack: packed must be a PackedTensor, got {type(packed).__name__}")
     return packed.unpack(dtype)
 
 
@@ -104,10 +139,10 @@ def unpack(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """Signs of a weight, packed once for many calls. Made by pack_weight.
+    """Signs of a weight, packed once for many calls. Made by pack_weight or from_words.
 
     Attributes:
-        words: int64 (O, kh, kw, ceil(C / groups / 64)); bit 1 is +1.
+        words: int64 (O, kh, kw, ceil(C / groups / 64)); bit 1 is +1, bits past the last channel are 0.
         blocked: uint8, the same bits in the order the kernels of `isa` read.
         shape: shape of the float weight: (O, C / groups, kh, kw), (O, C / groups, k) or (O, C).
         groups: convolution groups.
@@ -120,6 +155,24 @@ class PackedWeight:
     groups: int
     isa: str
 
+    def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        shape, groups = _check_weight_words("PackedWeight", self.words, self.shape, self.groups)
+        blocked = _arguments.tensor_like("PackedWeight", "blocked", self.blocked, self.words, (torch.uint8,))
+        if blocked.dim() != 1 or not blocked.is_contiguous():
+            raise ValueError(f"PackedWeight: blocked must be contiguous bytes (B,), got {tuple(blocked.shape)}")
+        if not isinstance(self.isa, str):
+            raise TypeError(f"PackedWeight: isa must be a string, got {self.isa!r}")
+        if shape[1] % WORD_BITS:
+            self.__dict__.update(vars(_packed_weight(clear_tail(self.words, shape[1]), shape, groups)))
+        else:
+            self.__dict__.update(shape=shape, groups=groups)
+
+    def __reduce__(self) -> Any:
+        # Copies and pickles make the private copy anew: they are checked, and may be read on another machine.
+        return PackedWeight.from_words, (self.words, self.shape, self.groups)
+
     @property
     def channels(self) -> int:
         """Input channels over all groups."""
@@ -131,10 +184,48 @@ class PackedWeight:
 
     @staticmethod
     def from_words(words: Tensor, shape: Sequence[int], groups: int = 1) -> PackedWeight:
-        """Rebuilds the kernels' private copy from words, e.g. those of a loaded file."""
-        shape = tuple(shape)
-        blocked = ops.binary_conv2d_block_weight(words, shape[1] * groups, groups)
-        return PackedWeight(words, blocked, shape, groups, _native.kernels(words).level)
+        """Rebuilds the kernels' private copy from words, e.g. those of a loaded file; bits past the last channel count
+        as 0.
+
+        Args:
+            words: int64 (O, kh, kw, ceil(C / groups / 64)).
+            shape: (O, C / groups, kh, kw), (O, C / groups, k) or (O, C).
+            groups: convolution groups.
+
+        Raises:
+            TypeError, ValueError: words that are not those of a weight of this shape, or groups that do not divide it.
+        """
+        shape, groups = _check_weight_words("PackedWeight.from_words", words, shape, groups)
+        return _packed_weight(clear_tail(words, shape[1]), shape, groups)
+
+
+def _check_weight_words(op: str, words: Any, shape: Any, groups: Any) -> tuple[tuple[int, ...], int]:
+    """Checks words against the shape of the weight they are of; returns the shape and the groups as ints."""
+    _arguments.tensor(op, "words", words, (torch.int64,))
+    sizes = [_arguments.index(size) for size in shape] if isinstance(shape, (tuple, list)) else []
+    if not 2 <= len(sizes) <= 4 or any(size is None or size < 0 for size in sizes):
+        raise ValueError(f"{op}: shape must be (O, C), (O, C, k) or (O, C, kh, kw), got {shape!r}")
+    filters, channels, *kernel = sizes
+    wanted = (filters, *(1,) * (2 - len(kernel)), *kernel, words_for(channels))  # type: ignore[arg-type]
+    if words.shape != wanted:
+        raise ValueError(
+            f"{op}: words of a weight of shape {tuple(sizes)} must have shape {wanted}, got {tuple(words.shape)}"
+        )
+    return tuple(sizes), _check_groups(op, groups, filters)  # type: ignore[arg-type]
+
+
+def _check_groups(op: str, groups: Any, filters: int) -> int:
+    count = _arguments.integer(op, "groups", groups)
+    if count < 1 or filters % count:
+        raise ValueError(f"{op}: groups must divide the {filters} filters, got {groups}")
+    return count
+
+
+def _packed_weight(words: Tensor, shape: tuple[int, ...], groups: int) -> PackedWeight:
+    """With the private copy of the active kernels, of words that are known to be right."""
+    blocked = ops.binary_conv2d_block_weight(words, shape[1] * groups, groups)
+    level = _native.kernels(words).level
+    return unchecked(PackedWeight, words=words, blocked=blocked, shape=shape, groups=groups, isa=level)
 
 
 def _flatten_weight(weight: PackedWeight) -> tuple[list[Any], Any]:
@@ -150,7 +241,7 @@ def _flatten_weight_with_keys(weight: PackedWeight) -> tuple[list[Any], Any]:
 def _unflatten_weight(tensors: Any, context: Any) -> PackedWeight:
     words, blocked = tensors
     shape, groups, isa = context
-    return PackedWeight(words, blocked, tuple(shape), groups, isa)
+    return unchecked(PackedWeight, words=words, blocked=blocked, shape=tuple(shape), groups=groups, isa=isa)
 
 
 torch.utils._pytree.register_pytree_node(
@@ -186,9 +277,8 @@ def pack_weight(weight: Tensor, groups: int = 1) -> PackedWeight:
         raise ValueError(
             f"pack_weight: weight must be (O, C), (O, C, k) or (O, C, kh, kw), got {tuple(weight.shape)}"
         )
-    if groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"pack_weight: groups must divide the {weight.shape[0]} filters, got {groups}")
-    return PackedWeight.from_words(_weight_words(weight), weight.shape, groups)
+    groups = _check_groups("pack_weight", groups, weight.shape[0])
+    return _packed_weight(_weight_words(weight), tuple(weight.shape), groups)
 
 
 # --- convolution ------------------------------------------------------------------------------------------------------
@@ -210,22 +300,20 @@ def _cached_geometry(
     weight_shape: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair, groups: int
 ) -> Geometry:
     kernel = (weight_shape[2], weight_shape[3])
-    stride, dilation = _pair(stride, "stride"), _pair(dilation, "dilation")
-    if isinstance(padding, str):
-        if padding == "valid":
-            sides = (0, 0, 0, 0)
-        elif padding == "same":
-            if stride != (1, 1):
-                raise ValueError(f"binary_conv2d: padding 'same' needs stride 1, got stride={stride}")
-            # As torch: where the total is odd, the extra row or column goes to the bottom or right.
-            total = [dilation[axis] * (kernel[axis] - 1) for axis in (0, 1)]
-            top, left = total[0] // 2, total[1] // 2
-            sides = (top, left, total[0] - top, total[1] - left)
-        else:
-            raise ValueError(f"binary_conv2d: padding must be ints, 'same' or 'valid', got {padding!r}")
+    stride, dilation = _arguments.pair("", "", stride), _arguments.pair("", "", dilation)
+    if padding == "valid":
+        sides = (0, 0, 0, 0)
+    elif padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f"binary_conv2d: padding 'same' needs stride 1, got stride={stride}")
+        # As torch: where the total is odd, the extra row or column goes to the bottom or right.
+        total = [dilation[axis] * (kernel[axis] - 1) for axis in (0, 1)]
+        top, left = total[0] // 2, total[1] // 2
+        sides = (top, left, total[0] - top, total[1] - left)
+    elif isinstance(padding, str):
+        raise ValueError(f"binary_conv2d: padding must be ints, 'same' or 'valid', got {padding!r}")
     else:
-        rows, columns = _pair(padding, "padding")
-        sides = (rows, columns, rows, columns)
+        sides = _arguments.pair("", "", padding) * 2
     return Geometry(kernel, stride, sides, dilation, groups)
 
 
@@ -233,30 +321,32 @@ def geometry_of(
     weight_shape: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair, groups: int
 ) -> Geometry:
     """Checked and completed geometry of a call."""
+    # The cache would take True and 1.0 for 1.
+    if not type(stride) is type(padding) is type(dilation) is int:
+        stride = _arguments.pair("binary_conv2d", "stride", stride)
+        dilation = _arguments.pair("binary_conv2d", "dilation", dilation)
+        if not isinstance(padding, str):
+            padding = _arguments.pair("binary_conv2d", "padding", padding)
     if torch.compiler.is_compiling():
         return _cached_geometry.__wrapped__(weight_shape, stride, padding, dilation, groups)
-    try:
-        return _cached_geometry(weight_shape, stride, padding, dilation, groups)
-    except TypeError:  # a list cannot be looked up
-        pairs = (tuple(value) if isinstance(value, list) else value for value in (stride, padding, dilation))
-        return _cached_geometry(tuple(weight_shape), *pairs, groups)
+    return _cached_geometry(weight_shape, stride, padding, dilation, groups)
 
 
-def _channel_vector(value: float | Tensor | None, name: str, filters: int) -> Tensor | None:
-    """A scale or bias as contiguous float32 (filters,) or, for scale, (1,)."""
-    if value is None:
-        return None
-    if not isinstance(value, Tensor):
-        value = torch.tensor([float(value)])
-    if value.dtype != torch.float32 or value.dim() != 1 or not value.is_contiguous():
-        value = value.to(torch.float32).reshape(-1).contiguous()
-    if name == "bias" and value.numel() == 1:
-        value = value.expand(filters).contiguous()
+def _channel_vector(
+    name: str, value: float | Tensor, filters: int, like: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """A scale or bias as a contiguous vector of one or `filters` values."""
+    if isinstance(value, Tensor):
+        _check_real("binary_conv2d", name, value, like)
+    else:
+        value = torch.tensor([_arguments.number("binary_conv2d", name, value)], dtype=dtype, device=like.device)
+    if value.dtype != dtype or value.dim() != 1 or not value.is_contiguous():
+        value = value.to(dtype).reshape(-1).contiguous()
     if value.numel() not in (1, filters):
         raise ValueError(
             f"binary_conv2d: {name} must be a number or have one value a filter ({filters}), got {value.numel()}"
         )
-    return value
+    return value.expand(filters).contiguous() if name == "bias" and value.numel() != filters else value
 
 
 def integer_threshold(threshold: Tensor, flip: Tensor | None) -> Tensor:
@@ -276,26 +366,32 @@ def integer_threshold(threshold: Tensor, flip: Tensor | None) -> Tensor:
 
 
 def _thresholds(
-    threshold: float | Tensor, flip: Tensor | None, filters: int, exact: bool
+    threshold: float | Tensor, flip: Tensor | None, filters: int, exact: bool, like: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Threshold (T, O), int32 for exact accumulators and float32 else, and flip (T, O)."""
-    if not isinstance(threshold, Tensor):
-        threshold = torch.tensor(float(threshold))
-    if flip is not None and not isinstance(flip, Tensor):
-        raise TypeError(f"binary_conv2d: flip must be a bool tensor, got {type(flip).__name__}")
-    if flip is not None and flip.dtype != torch.bool:
-        raise TypeError(f"binary_conv2d: flip must be a bool tensor, got {flip.dtype}")
+    if isinstance(threshold, Tensor):
+        _check_real("binary_conv2d", "threshold", threshold, like)
+    else:
+        value = _arguments.number("binary_conv2d", "threshold", threshold)
+        threshold = torch.tensor(value, dtype=torch.float64, device=like.device)
+    if flip is not None and (not isinstance(flip, Tensor) or flip.dtype != torch.bool):
+        came = flip.dtype if isinstance(flip, Tensor) else type(flip).__name__
+        raise TypeError(f"binary_conv2d: flip must be a bool tensor, got {came}")
+    if flip is not None:
+        _arguments.tensor_like("binary_conv2d", "flip", flip, like)
     rows = threshold.shape[0] if threshold.dim() == 2 else 1
     if threshold.dim() > 2 or rows not in (1, 2) or (threshold.dim() > 0 and threshold.shape[-1] not in (1, filters)):
         raise ValueError(
             f"binary_conv2d: threshold must be a number or have shape ({filters},), (1, {filters}) or (2, {filters}), "
             f"got {tuple(threshold.shape)}"
         )
-    if flip is not None and (flip.dim() > 2 or flip.shape[-1:] not in ((1,), (filters,), ())):
+    if flip is not None and (flip.dim() > 2 or any(
+        size not in (1, wanted) for size, wanted in zip(reversed(flip.shape), (filters, rows), strict=False)
+    )):  # fmt: skip
         raise ValueError(
             f"binary_conv2d: flip must have shape ({filters},) or that of threshold, got {tuple(flip.shape)}"
         )
-    if threshold.is_floating_point() and not torch.compiler.is_compiling() and bool(threshold.isnan().any()):
+    if threshold.is_floating_point() and _holds_nan(threshold):
         raise ValueError("binary_conv2d: threshold holds NaN, which no value can be compared with")
     threshold = threshold.detach().expand(rows, filters)
     if flip is not None:
@@ -322,7 +418,17 @@ def _conv2d_float64(
     scale: float | Tensor | None, bias: Tensor | None, residual: Tensor | None,
 ) -> Tensor:
     """conv2d by torch's operators in float64, in which networks are compared."""
-    factor = None if scale is None else torch.as_tensor(scale, dtype=torch.float64).reshape(-1)
+    batch, channels, height, width = input.shape
+    filters = weight.shape[0]
+    _arguments.tensor_like("binary_conv2d", "weight", weight, input)
+    size = ops.check_conv(
+        (batch, height, width, words_for(channels)), channels, filters, geometry.kernel, geometry.stride,
+        geometry.padding, geometry.dilation, geometry.groups, encoding, padding_value,
+    )
+    factor = None if scale is None else _channel_vector("scale", scale, filters, input, torch.float64)
+    offset = None if bias is None else _channel_vector("bias", bias, filters, input, torch.float64)
+    if residual is not None:
+        ops.check_residual(residual, (batch, filters, *size), (*_arguments.FLOATS, torch.float64))
     late = _wants_grad(scale)
     top, left, bottom, right = geometry.padding
     values = F.pad(binary_activation(input, encoding, surrogate), (left, right, top, bottom), value=padding_value)
@@ -330,8 +436,8 @@ def _conv2d_float64(
     output = F.conv2d(values, effective, None, geometry.stride, 0, geometry.dilation, geometry.groups)
     if late:
         output = output * factor.reshape(-1, 1, 1)  # type: ignore[union-attr]
-    if bias is not None:
-        output = output + bias.to(torch.float64).reshape(-1, 1, 1)
+    if offset is not None:
+        output = output + offset.reshape(-1, 1, 1)
     return output if residual is None else output + residual
 
 
@@ -487,44 +593,44 @@ def conv2d(
         as it is (BinaryDuo); with a scale that itself wants a gradient, that of sign(weight). Scale, bias, residual:
         exact. Packed inputs, packed weights and packed results carry none.
     """
-    if surrogate not in SURROGATES:
-        raise ValueError(f"binary_conv2d: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
     if isinstance(input, PackedTensor):
-        words, channels, encoding = input.words, input.channels, input.encoding
-        if input.scale is not None:
-            if input.scale.numel() != 1:
-                raise ValueError(
-                    "binary_conv2d: a packed input's scale must be one number; values scaled per channel cannot be "
-                    f"summed as bits, got {tuple(input.scale.shape)}"
-                )
-            factor = input.scale.reshape(1)
-            scale = factor if scale is None else factor * scale
+        words, channels, encoding, own_scale, precise = input.words, input.channels, input.encoding, input.scale, False
     else:
-        if not (isinstance(input, Tensor) and input.dtype == torch.float64):
-            _check_float("binary_conv2d", "input", input)
+        _check_input("binary_conv2d", input)
         _check_encoding("binary_conv2d", encoding)
-        words, channels = input, (input.shape[1] if input.dim() > 1 else 0)
-    if input.dim() != 4:
+        _check_surrogate("binary_conv2d", surrogate)
+        words, channels, own_scale = input, (input.shape[1] if input.dim() > 1 else 0), None
+        precise = input.dtype == torch.float64
+    if words.dim() != 4:
         raise ValueError(f"binary_conv2d: input must be (N, C, H, W), got {tuple(input.shape)}")
-    precise = isinstance(input, Tensor) and input.dtype == torch.float64
-    if not isinstance(weight, PackedWeight):
-        if not (precise and weight.dtype == torch.float64):
-            _check_float("binary_conv2d", "weight", weight)
-    elif weight.groups != groups or weight.isa != _native.kernels(words).level:
-        weight = PackedWeight.from_words(weight.words, weight.shape, groups)
+    if not isinstance(weight, PackedWeight) and not (
+        precise and isinstance(weight, Tensor) and weight.dtype == torch.float64
+    ):
+        _check_float("binary_conv2d", "weight", weight)
     if len(weight.shape) != 4:
         raise ValueError(f"binary_conv2d: weight must be (O, C / groups, kh, kw), got {tuple(weight.shape)}")
+    filters = weight.shape[0]
+    if type(groups) is not int or type(padding_value) is not int:
+        groups = _arguments.integer("binary_conv2d", "groups", groups)
+        padding_value = _arguments.integer("binary_conv2d", "padding_value", padding_value)
     if groups < 1 or channels != weight.shape[1] * groups:
         raise ValueError(
             f"binary_conv2d: weight has {weight.shape[1]} input channels per group, input has {channels} with "
             f"groups={groups} ({channels / groups if groups else 0:g} per group)"
         )
-    filters = weight.shape[0]
     if groups > 1 and filters % groups:
         raise ValueError(
             f"binary_conv2d: groups must divide the {channels} input channels and the {filters} filters, got {groups}"
         )
+    if isinstance(weight, PackedWeight) and (weight.groups != groups or weight.isa != _native.kernels(words).level):
+        weight = _packed_weight(weight.words, weight.shape, groups)
     geometry = geometry_of(weight.shape, stride, padding, dilation, groups)
+    if residual is not None:
+        _arguments.tensor_like("binary_conv2d", "residual", residual, words)
+    if flip is not None and threshold is None:
+        raise ValueError("binary_conv2d: flip needs a threshold")
+    if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"binary_conv2d: out_dtype must be int32, float32, bfloat16 or float16, got {out_dtype!r}")
     if precise:
         assert isinstance(input, Tensor)
         if isinstance(weight, PackedWeight) or threshold is not None or out_dtype not in (None, torch.float64):
@@ -534,30 +640,34 @@ def conv2d(
             )
         return _conv2d_float64(input, weight, geometry, padding_value, encoding, surrogate, scale, bias, residual)
     if out_dtype is None:
-        out_dtype = _default_dtype(input, scale is None and bias is None and residual is None)
+        out_dtype = _default_dtype(input, scale is own_scale is bias is residual is None)
+    if scale is not None:
+        scale = _channel_vector("scale", scale, filters, words)
+    if bias is not None:
+        bias = _channel_vector("bias", bias, filters, words)
+    if own_scale is not None:
+        scale = _scaled(own_scale, scale)
 
     if threshold is None and _wants_grad(input, weight, scale, bias, residual):
         packed_weight = weight if isinstance(weight, PackedWeight) else None
         # A scale that learns needs the accumulator in its gradient: multiply outside, where autograd sees it.
         late = _wants_grad(scale)
-        constant = None if late else _channel_vector(scale, "scale", filters)
-        offset = None if late else _channel_vector(bias, "bias", filters)
         output = _BinaryConv2d.apply(
-            words, None if packed_weight is not None else weight, packed_weight, constant, offset,
-            None if late else residual, channels, geometry, encoding, surrogate, padding_value,
+            words, None if packed_weight is not None else weight, packed_weight, None if late else scale,
+            None if late else bias, None if late else residual, channels, geometry, encoding, surrogate, padding_value,
             torch.float32 if late else out_dtype,
         )
         if late:
+            ops.check_epilogue(filters, scale, bias, residual, None, None, out_dtype, output.shape)
             output = output * scale.reshape(-1, 1, 1)  # type: ignore[union-attr]
             output = output if bias is None else output + bias.reshape(-1, 1, 1)
             output = output if residual is None else output + residual
             output = output.to(out_dtype)
         return output
 
-    scale = None if scale is None else _channel_vector(scale, "scale", filters)
-    bias = None if bias is None else _channel_vector(bias, "bias", filters)
     if threshold is not None:
-        threshold, flip = _thresholds(threshold, flip, filters, scale is None and bias is None and residual is None)
+        exact = scale is None and bias is None and residual is None
+        threshold, flip = _thresholds(threshold, flip, filters, exact, words)
     if isinstance(weight, PackedWeight):
         blocked = weight.blocked
     else:
@@ -566,7 +676,18 @@ def conv2d(
         words = ops.binarize(words, None, None, DEFAULT_THRESHOLDS[encoding], encoding)
     output = _run(words, blocked, filters, scale, bias, residual, threshold, flip, channels, geometry, encoding,
                   padding_value, out_dtype)
-    return output if threshold is None else PackedTensor(output, threshold.shape[0] * filters, encoding)
+    return output if threshold is None else packed_words(output, threshold.shape[0] * filters, encoding)
+
+
+def _scaled(factor: Tensor, scale: Tensor | None) -> Tensor:
+    """A scale times that of a packed input."""
+    if factor.numel() != 1:
+        raise ValueError(
+            "binary_conv2d: a packed input's scale must be one number; values scaled per channel cannot be summed as "
+            f"bits, got {tuple(factor.shape)}"
+        )
+    factor = factor.to(torch.float32).reshape(1)
+    return factor if scale is None else factor * scale
 
 
 def conv1d(
@@ -583,21 +704,25 @@ def conv1d(
 
     Takes conv2d's arguments with one number in place of each pair; the same exactness, gradients and errors.
     """
+    _check_input("binary_conv1d", input)
+    _check_weight("binary_conv1d", weight, "(O, C / groups, k)")
     if input.dim() != 3:
         raise ValueError(f"binary_conv1d: input must be (N, C, L), got {tuple(input.shape)}")
-    if len(weight.shape) != 3:
-        raise ValueError(f"binary_conv1d: weight must be (O, C / groups, k), got {tuple(weight.shape)}")
+    if residual is not None and _arguments.tensor("binary_conv1d", "residual", residual).dim() != 3:
+        raise ValueError(f"binary_conv1d: residual must be (N, O, L'), got {tuple(residual.shape)}")
+    if not isinstance(padding, str):
+        padding = (0, _arguments.integer("binary_conv1d", "padding", padding))  # type: ignore[assignment]
     output = conv2d(
         _insert_axes(input, 1),
         _insert_axes(weight, 1),
-        stride=(1, stride),
-        padding=padding if isinstance(padding, str) else (0, padding),
-        dilation=(1, dilation),
+        stride=(1, _arguments.integer("binary_conv1d", "stride", stride)),
+        padding=padding,
+        dilation=(1, _arguments.integer("binary_conv1d", "dilation", dilation)),
         residual=None if residual is None else residual.unsqueeze(2),
         **options,
     )
     if isinstance(output, PackedTensor):
-        return dataclasses.replace(output, words=output.words.squeeze(1))
+        return packed_words(output.words.squeeze(1), output.channels, output.encoding)
     return output.squeeze(2)
 
 
@@ -618,15 +743,13 @@ def linear(
 
     The other arguments, the result (*, O), gradients and errors are conv2d's.
     """
-    if len(weight.shape) != 2:
-        raise ValueError(f"binary_linear: weight must be (O, C), got {tuple(weight.shape)}")
+    _check_input("binary_linear", input)
+    _check_weight("binary_linear", weight, "(O, C)")
     if isinstance(input, PackedTensor):
         if input.dim() != 2:
             raise ValueError(f"binary_linear: packed input must be (N, C), got {tuple(input.shape)}")
         leading = tuple(input.shape[:1])
     else:
-        if not (isinstance(input, Tensor) and input.dtype == torch.float64):
-            _check_float("binary_linear", "input", input)
         if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
             raise ValueError(
                 f"binary_linear: weight has {weight.shape[1]} input features, input has shape {tuple(input.shape)}"
@@ -635,23 +758,29 @@ def linear(
         if input.dim() != 2:
             input = input.reshape(math.prod(leading), input.shape[-1])
     if residual is not None:
+        wanted = (*leading, weight.shape[0])
+        if _arguments.tensor("binary_linear", "residual", residual).shape != wanted:
+            raise ValueError(f"binary_linear: residual must have shape {wanted}, got {tuple(residual.shape)}")
         residual = residual.reshape(math.prod(leading), weight.shape[0], 1, 1)
     output = conv2d(
         _insert_axes(input, 2), _insert_axes(weight, 2), encoding=encoding, surrogate=surrogate, scale=scale,
         bias=bias, threshold=threshold, flip=flip, residual=residual, out_dtype=out_dtype,
     )
     if isinstance(output, PackedTensor):
-        return dataclasses.replace(output, words=output.words.flatten(0, 2))
+        return packed_words(output.words.flatten(0, 2), output.channels, output.encoding)
     return output.reshape(*leading, weight.shape[0])
 
 
 def _insert_axes(value: Any, count: int) -> Any:
     """Adds `count` spatial axes of size 1 before the last ones: what makes a 1-D or 0-D convolution a 2-D one."""
     if isinstance(value, PackedTensor):
-        words = value.words
-        return dataclasses.replace(value, words=words.reshape(words.shape[0], *(1,) * count, *words.shape[1:]))
+        words = value.words.reshape(value.words.shape[0], *(1,) * count, *value.words.shape[1:])
+        return packed_words(words, value.channels, value.encoding, value.scale)
     if isinstance(value, PackedWeight):
-        return dataclasses.replace(value, shape=(*value.shape[:2], *(1,) * count, *value.shape[2:]))
+        shape = (*value.shape[:2], *(1,) * count, *value.shape[2:])
+        return unchecked(
+            PackedWeight, words=value.words, blocked=value.blocked, shape=shape, groups=value.groups, isa=value.isa
+        )
     return value.reshape(*value.shape[:2], *(1,) * count, *value.shape[2:])
 
 
@@ -663,6 +792,10 @@ def _check_packed(op: str, value: Any) -> None:
         raise TypeError(f"{op}: input must be a PackedTensor, got {type(value).__name__}")
     if value.dim() != 4:
         raise ValueError(f"{op}: input must be (N, C, H, W), got {tuple(value.shape)}")
+    if value.scale is not None and any(size != 1 for size in value.scale.shape[-2:]):
+        raise ValueError(
+            f"{op}: input's scale must be the same for all pixels, got shape {tuple(value.scale.shape)}"
+        )
 
 
 def max_pool2d(
@@ -678,21 +811,47 @@ def max_pool2d(
     """Maximum over windows of a packed tensor, as torch.nn.functional.max_pool2d on its values; stays packed.
 
     Args:
-        input: PackedTensor (N, C, H, W).
+        input: PackedTensor (N, C, H, W); its scale, if any, the same for all pixels and not negative.
         kernel_size, stride, padding, dilation, ceil_mode: as torch.nn.functional.max_pool2d.
         invert: words (ceil(C / 64),): channels whose bit is set take the minimum instead.
 
     Raises:
-        TypeError, ValueError: not a four-dimensional PackedTensor, or a geometry torch refuses.
+        TypeError, ValueError: not a four-dimensional PackedTensor, a geometry torch refuses, or one with a window that
+            a wide dilation leaves without a pixel: torch gives -inf there, which no bit stands for.
     """
-    _check_packed("binary_max_pool2d", input)
-    kernel = _pair(kernel_size, "kernel_size")
-    strides = kernel if stride is None else _pair(stride, "stride")
+    op = "binary_max_pool2d"
+    _check_packed(op, input)
+    if input.scale is not None and _oplib._is_eager() and bool((input.scale < 0).any()):
+        raise ValueError(f"{op}: input's scale must not be negative, which makes a maximum of bits a minimum of values")
+    if invert is not None:
+        _arguments.tensor_like(op, "invert", invert, input.words)
+        if invert.shape == (words_for(input.channels),) and invert.dtype == torch.int64:
+            invert = clear_tail(invert, input.channels)
+    kernel = _arguments.pair(op, "kernel_size", kernel_size)
+    strides = kernel if stride is None else _arguments.pair(op, "stride", stride)
+    paddings, dilations = _arguments.pair(op, "padding", padding), _arguments.pair(op, "dilation", dilation)
     words = ops.binary_max_pool2d(
-        input.words, invert, input.channels, kernel, strides, _pair(padding, "padding"), _pair(dilation, "dilation"),
-        ceil_mode,
+        input.words, invert, input.channels, kernel, strides, paddings, dilations,
+        _arguments.flag(op, "ceil_mode", ceil_mode),
     )
-    return dataclasses.replace(input, words=words)
+    for axis in (0, 1):
+        size = input.words.shape[1 + axis]
+        geometry = (strides[axis], paddings[axis], dilations[axis])
+        if dilations[axis] > size and _misses_image(size, words.shape[1 + axis], *geometry):
+            raise ValueError(
+                f"{op}: dilation {list(dilations)} leaves a window without a pixel of the image "
+                f"{tuple(input.words.shape[1:3])}: torch gives -inf there, which no bit stands for"
+            )
+    return packed_words(words, input.channels, input.encoding, input.scale)
+
+
+def _misses_image(size: int, windows: int, stride: int, padding: int, dilation: int) -> bool:
+    """Whether taps `dilation` apart step over the whole image in one of the windows that begin in the padding.
+
+    By the pigeonhole principle it is one of the first size + 1 of them, or none.
+    """
+    starts = range(-padding, 0, stride)[: min(windows, size + 1)]
+    return any(start % dilation >= size for start in starts)
 
 
 def avg_pool2d(
@@ -706,28 +865,39 @@ def avg_pool2d(
 ) -> Tensor:
     """Mean over windows of a packed tensor, as torch.nn.functional.avg_pool2d on its values.
 
+    Args:
+        input: PackedTensor (N, C, H, W); its scale, if any, the same for all pixels.
+        kernel_size, stride, padding, ceil_mode, count_include_pad: as torch.nn.functional.avg_pool2d.
+        divisor_override: divides the sums in place of the number of pixels; at least 1.
+
     Returns:
         float32 (N, C, H', W'), channels-last in memory.
 
     Raises:
         TypeError, ValueError: not a four-dimensional PackedTensor, or a geometry torch refuses.
     """
-    _check_packed("binary_avg_pool2d", input)
-    if divisor_override is not None and divisor_override < 1:
-        raise ValueError(f"binary_avg_pool2d: divisor_override must be at least 1, got {divisor_override}")
-    kernel = _pair(kernel_size, "kernel_size")
-    strides = kernel if stride is None else _pair(stride, "stride")
+    op = "binary_avg_pool2d"
+    _check_packed(op, input)
+    divisor = 0  # none
+    if divisor_override is not None:
+        divisor = _arguments.integer(op, "divisor_override", divisor_override, 1, 2**63 - 1)
+    kernel = _arguments.pair(op, "kernel_size", kernel_size)
+    strides = kernel if stride is None else _arguments.pair(op, "stride", stride)
     output = ops.binary_avg_pool2d(
-        input.words, input.channels, kernel, strides, _pair(padding, "padding"), ceil_mode, count_include_pad,
-        divisor_override or 0, input.encoding,
+        input.words, input.channels, kernel, strides, _arguments.pair(op, "padding", padding),
+        _arguments.flag(op, "ceil_mode", ceil_mode), _arguments.flag(op, "count_include_pad", count_include_pad),
+        divisor, input.encoding,
     )
     return output if input.scale is None else output * input.scale
 
 
 def global_avg_pool(input: PackedTensor) -> Tensor:
-    """Mean over all pixels of a packed tensor (N, C, H, W): float32 (N, C, 1, 1)."""
-    _check_packed("binary_avg_pool2d", input)
-    return avg_pool2d(input, tuple(input.words.shape[1:3]))
+    """Mean over all pixels of a packed tensor (N, C, H, W) of at least one pixel: float32 (N, C, 1, 1)."""
+    _check_packed("global_avg_pool", input)
+    size = tuple(input.words.shape[1:3])
+    if 0 in size:
+        raise ValueError(f"global_avg_pool: input must have pixels, got {tuple(input.shape)}")
+    return avg_pool2d(input, size)
 
 
 # --- activation -------------------------------------------------------------------------------------------------------
@@ -772,12 +942,8 @@ def _with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:
 
 def quantized_activation(op: str, x: Tensor, levels: str, surrogate: str) -> Tensor:
     """What binary_activation and BinaryDuo's activations share; `op` names the caller in messages."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: input must be a tensor, got {type(x).__name__}")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"{op}: input must be float32, bfloat16, float16 or float64, got {x.dtype}")
-    if surrogate not in SURROGATES:
-        raise ValueError(f"{op}: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
+    _arguments.tensor(op, "input", x, (*_arguments.FLOATS, torch.float64))
+    _check_surrogate(op, surrogate)
     if x.dtype == torch.float64:
         return _DenseActivation.apply(x, levels, surrogate)
     if _wants_grad(x):

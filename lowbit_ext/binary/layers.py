@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.common_types import _size_1_t, _size_2_t
 
+from lowbit_ext import _arguments
 from lowbit_ext.binary import functional
 from lowbit_ext.binary.surrogates import SURROGATES
 from lowbit_ext.packed import ENCODING_VALUES, PackedTensor
@@ -20,10 +21,64 @@ from lowbit_ext.packed import ENCODING_VALUES, PackedTensor
 WEIGHT_SCALES = ("channel", "layer", None)
 
 
-def check_choice(layer: str, name: str, value: Any, choices: Any) -> None:
-    """Raises ValueError where an option is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"{layer}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+def check_factory(layer: str, device: Any, dtype: Any) -> None:
+    """Checks where and of which type a layer makes its parameters."""
+    if device is not None:
+        _arguments.device(layer, "device", device)
+    if dtype is not None:
+        _arguments.dtype(layer, "dtype", dtype, (*_arguments.FLOATS, torch.float64))
+
+
+def check_conv(
+    layer: str, dims: int, *, in_channels: Any, out_channels: Any, kernel_size: Any, stride: Any, padding: Any,
+    dilation: Any, groups: Any, bias: Any, device: Any, dtype: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """torch's arguments of a convolution, checked: torch itself fails in the midst of some of them."""
+
+    def sizes(name: str, value: Any, least: int) -> Any:
+        checked = _arguments.pair(layer, name, value) if dims == 2 else _one(layer, name, value)
+        for size in checked:
+            _arguments.integer(layer, name, size, least)
+        return checked
+
+    check_factory(layer, device, dtype)
+    channels = {
+        name: _arguments.integer(layer, name, value, 1)
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups))
+    }
+    if in_channels % groups or out_channels % groups:
+        raise ValueError(
+            f"{layer}: groups must divide in_channels={in_channels} and out_channels={out_channels}, got {groups}"
+        )
+    if isinstance(padding, str):
+        _arguments.choice(layer, "padding", padding, ("same", "valid"))
+    else:
+        padding = sizes("padding", padding, 0)
+    stride = sizes("stride", stride, 1)
+    if padding == "same" and any(step != 1 for step in stride):
+        raise ValueError(f"{layer}: padding 'same' needs stride 1, got stride={stride}")
+    return {
+        **channels, "kernel_size": sizes("kernel_size", kernel_size, 1), "stride": stride, "padding": padding,
+        "dilation": sizes("dilation", dilation, 1), "bias": _arguments.flag(layer, "bias", bias), "device": device,
+        "dtype": dtype,
+    }  # fmt: skip
+
+
+def _one(layer: str, name: str, value: Any) -> tuple[int]:
+    """An int, or a tuple of one, as torch.nn.Conv1d takes them."""
+    return (_arguments.integer(layer, name, value[0] if isinstance(value, tuple) and len(value) == 1 else value),)
+
+
+def check_linear(
+    layer: str, *, in_features: Any, out_features: Any, bias: Any, device: Any, dtype: Any
+) -> dict[str, Any]:
+    """torch's arguments of a linear layer, checked."""
+    check_factory(layer, device, dtype)
+    return {
+        "in_features": _arguments.integer(layer, "in_features", in_features, 1),
+        "out_features": _arguments.integer(layer, "out_features", out_features, 1),
+        "bias": _arguments.flag(layer, "bias", bias), "device": device, "dtype": dtype,
+    }  # fmt: skip
 
 
 def weight_scale_of(weight: Tensor, weight_scale: str | None) -> Tensor | None:
@@ -50,9 +105,9 @@ class _BinaryLayer(nn.Module):
 
     def _configure(self, encoding: str, surrogate: str, weight_scale: str | None) -> None:
         layer = type(self).__name__
-        check_choice(layer, "encoding", encoding, tuple(ENCODING_VALUES))
-        check_choice(layer, "surrogate", surrogate, SURROGATES)
-        check_choice(layer, "weight_scale", weight_scale, WEIGHT_SCALES)
+        _arguments.choice(layer, "encoding", encoding, tuple(ENCODING_VALUES))
+        _arguments.choice(layer, "surrogate", surrogate, SURROGATES)
+        _arguments.choice(layer, "weight_scale", weight_scale, WEIGHT_SCALES)
         self.encoding, self.surrogate, self.weight_scale = encoding, surrogate, weight_scale
 
     def scale(self) -> Tensor | None:
@@ -90,20 +145,24 @@ class _BinaryConv(_BinaryLayer):
     """What the two convolutions share: padding."""
 
     padding_value: int
-    padding_mode: Any
 
     def _configure_padding(self, padding_value: int) -> None:
         layer = type(self).__name__
-        check_choice(layer, "padding_value", padding_value, (0, 1, -1) if self.encoding == "sign" else (0, 1))
-        if self.padding_mode != "zeros":
-            raise ValueError(
-                f"{layer}: padding_mode must be 'zeros', got {self.padding_mode!r}; padding_value sets what is padded"
-            )
+        allowed = (0, 1, -1) if self.encoding == "sign" else (0, 1)
+        padding_value = _arguments.integer(layer, "padding_value", padding_value)
+        _arguments.choice(layer, "padding_value", padding_value, allowed)
         self.padding_value = padding_value
 
     def extra_repr(self) -> str:
         """torch's line and the binary options."""
         return f"{super().extra_repr()}, padding_value={self.padding_value}"
+
+
+def _check_padding_mode(layer: str, padding_mode: Any) -> None:
+    if not isinstance(padding_mode, str) or padding_mode != "zeros":
+        raise ValueError(
+            f"{layer}: padding_mode must be 'zeros', got {padding_mode!r}; padding_value sets what is padded"
+        )
 
 
 class BinaryConv2d(_BinaryConv, nn.Conv2d):
@@ -155,9 +214,13 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         padding_value: int = 0,
         weight_scale: str | None = "channel",
     ) -> None:
+        _check_padding_mode(type(self).__name__, padding_mode)
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
-        )
+            **check_conv(
+                type(self).__name__, 2, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size,
+                stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias, device=device, dtype=dtype,
+            ),
+        )  # fmt: skip
         self._configure(encoding, surrogate, weight_scale)
         self._configure_padding(padding_value)
 
@@ -200,9 +263,13 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
         padding_value: int = 0,
         weight_scale: str | None = "channel",
     ) -> None:
+        _check_padding_mode(type(self).__name__, padding_mode)
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
-        )
+            **check_conv(
+                type(self).__name__, 1, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size,
+                stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias, device=device, dtype=dtype,
+            ),
+        )  # fmt: skip
         self._configure(encoding, surrogate, weight_scale)
         self._configure_padding(padding_value)
 
@@ -239,7 +306,12 @@ class BinaryLinear(_BinaryLayer, nn.Linear):
         surrogate: str = "clip",
         weight_scale: str | None = "channel",
     ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
+        super().__init__(
+            **check_linear(
+                type(self).__name__, in_features=in_features, out_features=out_features, bias=bias, device=device,
+                dtype=dtype,
+            )
+        )  # fmt: skip
         self._configure(encoding, surrogate, weight_scale)
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
@@ -267,8 +339,8 @@ class BinaryActivation(nn.Module):
 
     def __init__(self, encoding: str = "sign", surrogate: str = "clip") -> None:
         super().__init__()
-        check_choice("BinaryActivation", "encoding", encoding, tuple(ENCODING_VALUES))
-        check_choice("BinaryActivation", "surrogate", surrogate, SURROGATES)
+        _arguments.choice("BinaryActivation", "encoding", encoding, tuple(ENCODING_VALUES))
+        _arguments.choice("BinaryActivation", "surrogate", surrogate, SURROGATES)
         self.encoding, self.surrogate = encoding, surrogate
 
     def forward(self, input: Tensor) -> Tensor:

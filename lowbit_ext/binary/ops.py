@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from lowbit_ext._native import pointer as _pointer
 from lowbit_ext.packed import FLOAT_TYPES, words_for
 
 ENCODINGS = {"sign": 0, "step": 1}  # csrc/core/layout.h
+
+MOST_STEP = 2**31  # csrc/core/checks.h
 
 # What the convolution writes (csrc/core/ops/binary_conv2d.h).
 _OUTPUT_KINDS = {torch.int32: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -256,12 +258,12 @@ def out_size(size: int, kernel: int, stride: int, padding_total: int, dilation: 
 
 @functools.lru_cache(maxsize=4096)
 def _conv_shape(*sizes: int) -> Any:
-    shape = _native.cpu.ConvShape(*sizes)
-    if not shape.valid():
+    shape = _native.cpu.ConvShape(*sizes) if max(sizes) < 2**63 else None
+    if shape is None or not shape.valid():
         raise ValueError(
             "binary_conv2d: sizes (batch, height, width, channels, filters, kernel height and width, out height and "
-            "width, stride, padding, dilation, groups) are inconsistent, or too large for exact int32 sums: "
-            f"{sizes}"
+            "width, stride, padding, dilation, groups) are inconsistent, or too large for exact int32 sums or for "
+            f"memory: {sizes}"
         )
     return shape
 
@@ -276,7 +278,7 @@ class _ConvPlan:
     weight_bytes: int  # of the private weight copy
 
 
-def _check_conv(
+def check_conv(
     input_size: Sequence[int], channels: int, filters: int, kernel: Sequence[int], stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], groups: int, encoding: str, padding_value: int,
 ) -> tuple[int, int]:
@@ -300,6 +302,11 @@ def _check_conv(
             "binary_conv2d: kernel, stride and dilation must be at least 1 and padding at least 0, "
             f"got kernel={list(kernel)}, stride={list(stride)}, dilation={list(dilation)}, padding={list(padding)}"
         )
+    if max(*stride, *dilation, *padding) >= MOST_STEP:
+        raise ValueError(
+            f"binary_conv2d: stride, dilation and padding must be below {MOST_STEP}, got stride={list(stride)}, "
+            f"dilation={list(dilation)}, padding={list(padding)}"
+        )
     height = out_size(input_size[1], kernel[0], stride[0], padding[0] + padding[2], dilation[0])
     width = out_size(input_size[2], kernel[1], stride[1], padding[1] + padding[3], dilation[1])
     if height < 1 or width < 1:
@@ -316,7 +323,7 @@ def _cached_conv_plan(
     padding: tuple[int, int, int, int], dilation: tuple[int, int], groups: int, encoding: str, padding_value: int,
     native: Any, level: str,
 ) -> _ConvPlan:
-    height, width = _check_conv(
+    height, width = check_conv(
         input_size, channels, filters, kernel, stride, padding, dilation, groups, encoding, padding_value
     )
     shape = _conv_shape(
@@ -404,7 +411,16 @@ binary_conv2d_block_weight = _oplib.define(
 _GEOMETRY = "int filters, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups"
 
 
-def _check_epilogue(
+def check_residual(residual: Tensor, out_shape: Sequence[int], dtypes: Collection[torch.dtype]) -> None:
+    """Checks that a residual is a float tensor of the output's shape."""
+    if residual.dtype not in dtypes or residual.shape != out_shape:
+        raise ValueError(
+            f"binary_conv2d: residual must be a float tensor of the output's shape {tuple(out_shape)}, "
+            f"got {residual.dtype} {tuple(residual.shape)}"
+        )
+
+
+def check_epilogue(
     filters: int,
     scale: Tensor | None,
     bias: Tensor | None,
@@ -427,11 +443,8 @@ def _check_epilogue(
             raise ValueError(
                 f"binary_conv2d: {name} must be float32 of shape ({filters},), got {value.dtype} {tuple(value.shape)}"
             )
-    if residual is not None and (residual.dtype not in FLOAT_TYPES or residual.shape != out_shape):
-        raise ValueError(
-            f"binary_conv2d: residual must be a float tensor of the output's shape {tuple(out_shape)}, "
-            f"got {residual.dtype} {tuple(residual.shape)}"
-        )
+    if residual is not None:
+        check_residual(residual, out_shape, FLOAT_TYPES)
     if threshold is None:
         if flip is not None:
             raise ValueError("binary_conv2d: flip needs a threshold")
@@ -469,9 +482,9 @@ def _binary_conv2d(
     )
     if input.dtype != torch.int64:
         raise TypeError(f"binary_conv2d: input must be int64 words, got {input.dtype}")
-    kind = _check_epilogue(filters, scale, bias, residual, threshold, flip, out_dtype, plan.out_size)
+    kind = check_epilogue(filters, scale, bias, residual, threshold, flip, out_dtype, plan.out_size)
     weight_pointer = _pointer(weight, input, "binary_conv2d: weight")  # before its size, which depends on the device
-    if weight.numel() != plan.weight_bytes:
+    if weight.dtype != torch.uint8 or weight.numel() != plan.weight_bytes or not weight.is_contiguous():
         raise ValueError(
             f"binary_conv2d: weight was not packed for {filters} filters, kernel {list(kernel)}, {channels} input "
             f"channels, groups={groups} and {native.level}"
@@ -487,6 +500,8 @@ def _binary_conv2d(
         thresholds = threshold.shape[0]
         batch, _, height, width = plan.out_size
         output = input.new_empty((batch, height, width, words_for(thresholds * filters)))
+    scale = None if scale is None else scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     code = ENCODINGS[encoding]
@@ -508,11 +523,11 @@ def _binary_conv2d_fake(
     threshold: Tensor | None, flip: Tensor | None, channels: int, filters: int, kernel: list[int], stride: list[int],
     padding: list[int], dilation: list[int], groups: int, encoding: str, padding_value: int, out_dtype: torch.dtype,
 ) -> Tensor:
-    height, width = _check_conv(
+    height, width = check_conv(
         input.shape, channels, filters, kernel, stride, padding, dilation, groups, encoding, padding_value
     )
     batch = input.shape[0]
-    _check_epilogue(filters, scale, bias, residual, threshold, flip, out_dtype, (batch, filters, height, width))
+    check_epilogue(filters, scale, bias, residual, threshold, flip, out_dtype, (batch, filters, height, width))
     if threshold is None:
         return torch.empty(
             (batch, filters, height, width),
@@ -551,19 +566,29 @@ def _input_grad(
 ) -> Tensor:
     batch, channels, height, width = input_size
     native = _native.kernels(grad_output)
+    pixels = (batch, height, width, words_for(channels))
     plan = _conv_plan(
-        native, (batch, height, width, words_for(channels)), channels, filters, kernel, stride, padding, dilation,
-        groups, "sign", 0,
+        native, pixels, channels, filters, kernel, stride, padding, dilation, groups, "sign", 0
     )
     _check_grad_output(grad_output, plan.out_size)
     _check_block_weight(weight, channels, groups)
-    if mask is not None and mask.shape != (batch, height, width, words_for(channels)):
+    if weight.shape[:3] != (filters, *kernel):
         raise ValueError(
-            f"binary_conv2d_input_grad: mask must be words {(batch, height, width, words_for(channels))}, "
-            f"got {tuple(mask.shape)}"
+            f"binary_conv2d_input_grad: weight must be words of {filters} filters and kernel {list(kernel)}, "
+            f"got {tuple(weight.shape)}"
+        )
+    if mask is not None and (mask.dtype != torch.int64 or mask.shape != pixels):
+        raise ValueError(
+            f"binary_conv2d_input_grad: mask must be int64 words {pixels}, got {mask.dtype} {tuple(mask.shape)}"
+        )
+    if scale is not None and (scale.dtype != torch.float32 or scale.shape not in ((1,), (filters,))):
+        raise ValueError(
+            f"binary_conv2d_input_grad: scale must be float32 of shape ({filters},), got {scale.dtype} "
+            f"{tuple(scale.shape)}"
         )
     grad_output = grad_output.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous()
+    scale = None if scale is None else scale.contiguous()
     mask = None if mask is None else mask.contiguous()
     grad_input = torch.empty(
         (batch, channels, height, width),
@@ -611,6 +636,8 @@ def _weight_grad(
         native, input.shape, channels, filters, kernel, stride, padding, dilation, groups, encoding, padding_value
     )
     _check_grad_output(grad_output, plan.out_size)
+    if input.dtype != torch.int64:
+        raise TypeError(f"binary_conv2d_weight_grad: input must be int64 words, got {input.dtype}")
     grad_output = grad_output.contiguous(memory_format=torch.channels_last)
     input = _aligned_groups(input, channels, groups)
     grad_weight = torch.empty(
@@ -674,6 +701,10 @@ def _check_pool(
             f"{op}: input must be int64 words (N, H, W, {words_for(channels)}) for {channels} channels, "
             f"got {dtype} {tuple(size)}"
         )
+    if channels < 1 or size[1] < 1 or size[2] < 1:
+        raise ValueError(
+            f"{op}: input must have channels and pixels, got {channels} channels and {size[1]} x {size[2]} pixels"
+        )
     if min(kernel) < 1 or min(stride) < 1 or min(dilation) < 1:
         raise ValueError(
             f"{op}: kernel, stride and dilation must be at least 1, got kernel={list(kernel)}, "
@@ -682,6 +713,11 @@ def _check_pool(
     if any(pad < 0 or 2 * pad > length for pad, length in zip(padding, kernel, strict=True)):
         raise ValueError(
             f"{op}: padding must be between 0 and half the kernel {list(kernel)}, got {list(padding)}"
+        )
+    if max(*kernel, *stride, *dilation) >= MOST_STEP:
+        raise ValueError(
+            f"{op}: kernel, stride and dilation must be below {MOST_STEP}, got kernel={list(kernel)}, "
+            f"stride={list(stride)}, dilation={list(dilation)}"
         )
     height = pool_size(size[1], kernel[0], stride[0], padding[0], dilation[0], ceil_mode)
     width = pool_size(size[2], kernel[1], stride[1], padding[1], dilation[1], ceil_mode)
@@ -699,9 +735,13 @@ def _cached_pool_plan(
     padding: tuple[int, int], dilation: tuple[int, int], ceil_mode: bool, op: str,
 ) -> tuple[Any, int, int]:
     height, width = _check_pool(size, dtype, channels, kernel, stride, padding, dilation, ceil_mode, op)
-    shape = _native.cpu.PoolShape(
-        *size[:3], channels, *kernel, height, width, *stride, *padding, *dilation
-    )
+    sizes = (*size[:3], channels, *kernel, height, width, *stride, *padding, *dilation)
+    shape = _native.cpu.PoolShape(*sizes)
+    if not shape.valid():
+        raise ValueError(
+            f"{op}: sizes (batch, height, width, channels, kernel, out height and width, stride, padding, dilation) "
+            f"are too large for exact int32 sums or for memory: {sizes}"
+        )
     return shape, height, width
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lowbit_ext import _native
+from lowbit_ext import _arguments, _native
 from lowbit_ext.binary import functional, ops
-from lowbit_ext.packed import ENCODING_VALUES, unpack_op
+from lowbit_ext.packed import ENCODING_VALUES, clear_tail, unpack_op
 
 FORMAT = "lowbit_ext.packed"
 FORMAT_VERSION = "1"
@@ -82,7 +82,8 @@ class PackedBinarize(PackedLayer):
         self._arguments = (self.threshold, _unless_zero(self.flip), common, self.encoding)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] != self.channels:
+        _arguments.tensor("packed model", "input", x, _arguments.FLOATS)
+        if x.dim() < 2 or x.shape[1] != self.channels:
             raise ValueError(f"packed model: input must have {self.channels} channels, got {tuple(x.shape)}")
         words = ops.binarize(x, *self._arguments)
         shape = words.shape
@@ -144,7 +145,8 @@ class PackedConv2d(PackedLayer):
         geometry = self.geometry
         channels = self.shape[1] * geometry.groups
         self.isa = _native.kernels(self.words).level
-        self.blocked = ops.binary_conv2d_block_weight(self.words, channels, geometry.groups)
+        words = clear_tail(self.words, self.shape[1])  # the kernels' copy, whatever a file holds past the last channel
+        self.blocked = ops.binary_conv2d_block_weight(words, channels, geometry.groups)
         # Looked up once here and not in each call: nn.Module.__getattr__ takes a third of a microsecond a buffer.
         self._before_residual = (self.blocked, self.scale, self.bias)
         self._after_residual = (
@@ -201,8 +203,9 @@ class PackedMaxPool2d(PackedLayer):
 
     def prepare(self) -> None:
         window = self.window
+        invert = None if self.invert is None else clear_tail(self.invert, self.channels)
         self._arguments = (
-            _unless_zero(self.invert), self.channels, window.kernel, window.stride, window.padding, window.dilation,
+            _unless_zero(invert), self.channels, window.kernel, window.stride, window.padding, window.dilation,
             window.ceil_mode,
         )  # fmt: skip
 
@@ -263,20 +266,23 @@ def _crc32(tensors: Mapping[str, Tensor], seed: str) -> int:
 
 
 class PackedModel(nn.Module):
-    """A packed network, made by pack(): inference only, without gradients.
+    """A packed network, made by pack() of a traced graph, `body`: inference only, without gradients.
 
     Binary layers hold words of weights and integer thresholds; float layers are the model's own. Takes the model's
     inputs, of any batch size. The buffer `checksum` is a CRC-32 over the packed layers' buffers and architecture.
 
     Raises:
-        ValueError: from load_state_dict, before anything is written, for a state whose packed buffers do not match its
-            checksum or whose entries are not this model's.
+        TypeError: a body that is no torch.fx.GraphModule. ValueError: from load_state_dict, before anything is written,
+            for a state whose packed buffers do not match its checksum or whose entries are not this model's. What float
+            layers raise in a call comes through.
     """
 
     checksum: Tensor
 
     def __init__(self, body: fx.GraphModule) -> None:
         super().__init__()
+        if not isinstance(body, fx.GraphModule):
+            raise TypeError(f"PackedModel: body must be a torch.fx.GraphModule, got {type(body).__name__}")
         self.body = body
         self.register_buffer("checksum", torch.tensor(self._checksum(self.state_dict()), dtype=torch.int64))
         self.requires_grad_(False)
@@ -309,6 +315,8 @@ class PackedModel(nn.Module):
         for name, tensor in own.items():
             if name not in state:
                 raise ValueError(f"packed model: the state lacks {name}")
+            if not isinstance(state[name], Tensor):
+                raise ValueError(f"packed model: {name} must be a tensor, got {type(state[name]).__name__}")
             if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
                 raise ValueError(
                     f"packed model: {name} must be {tensor.dtype} {tuple(tensor.shape)}, "
@@ -348,6 +356,12 @@ def _check_model(op: str, model: Any) -> None:
         raise TypeError(f"{op}: model must be a packed model, made by pack(), got {type(model).__name__}")
 
 
+def _check_path(op: str, path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{op}: path must be a string or a path, got {type(path).__name__}")
+    return Path(path)
+
+
 def save(model: PackedModel, path: str | os.PathLike[str]) -> None:
     """Writes a packed model's tensors as a safetensors file. An existing file is replaced at once or not at all.
 
@@ -359,12 +373,12 @@ def save(model: PackedModel, path: str | os.PathLike[str]) -> None:
         TypeError: not a packed model. ImportError: safetensors is not installed. OSError: the file cannot be written.
     """
     _check_model("save", model)
+    path = _check_path("save", path)
     safetensors = _safetensors()
     # Clones: safetensors refuses tensors that share memory, as tied layers do.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     metadata = {"format": FORMAT, "version": FORMAT_VERSION, "checksum": str(_crc32(state, FORMAT))}
     content = safetensors.torch.save(state, metadata)
-    path = Path(path)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -392,8 +406,9 @@ def load(model: PackedModel, path: str | os.PathLike[str]) -> PackedModel:
         ValueError: a truncated, altered or foreign file, or one of another architecture; the model is then unchanged.
     """
     _check_model("load", model)
+    path = _check_path("load", path)
     safetensors = _safetensors()
-    if not Path(path).is_file():
+    if not path.is_file():
         raise FileNotFoundError(f"load: no such file: {path}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit_ext import _arguments
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerMismatch:
@@ -69,7 +71,7 @@ def _chosen(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Para
             raise ValueError("gradient_mismatch: the model has no weight of two dimensions or more")
         return chosen
     for name in layers:
-        if name not in parameters:
+        if not isinstance(name, str) or name not in parameters:
             raise ValueError(f"gradient_mismatch: layers names {name!r}; the model has {', '.join(parameters)}")
     return {name: parameters[name] for name in layers}
 
@@ -110,17 +112,13 @@ def gradient_mismatch(
         GradientMismatch.
 
     Raises:
-        ValueError: eps, max_weights or chunk_size not positive, unknown layers, a loss that is no scalar or not finite.
+        TypeError: an argument of another type. ValueError: eps, max_weights or chunk_size not positive, unknown layers,
+            a loss that is no scalar or not finite. What the model and the loss raise comes through.
 
     Source:
         Kim et al., "BinaryDuo", ICLR 2020, section 4.
     """
-    if not eps > 0 or not math.isfinite(eps):
-        raise ValueError(f"gradient_mismatch: eps must be positive, got {eps}")
-    if max_weights is not None and max_weights < 1:
-        raise ValueError(f"gradient_mismatch: max_weights must be at least 1, got {max_weights}")
-    if chunk_size < 1:
-        raise ValueError(f"gradient_mismatch: chunk_size must be at least 1, got {chunk_size}")
+    _check(model, loss, batch, eps, layers, max_weights, generator, chunk_size, progress)
     input, target = batch
     model = copy.deepcopy(model)
     chosen = _chosen(model, layers)
@@ -156,6 +154,29 @@ def gradient_mismatch(
             found.append(layer)
     samples = len(input) if isinstance(input, Tensor) else len(input[0])
     return GradientMismatch(tuple(found), eps, samples)
+
+
+def _check(
+    model: Any, loss: Any, batch: Any, eps: Any, layers: Any, max_weights: Any, generator: Any, chunk_size: Any,
+    progress: Any,
+) -> None:  # fmt: skip
+    """Checks gradient_mismatch's arguments, as far as they can be without a run of the model."""
+    op = "gradient_mismatch"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not callable(loss) or not (progress is None or callable(progress)):
+        raise TypeError(f"{op}: loss and progress must be callable, got {loss!r} and {progress!r}")
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(f"{op}: batch must be a pair (input, target), got {type(batch).__name__}")
+    if not _arguments.number(op, "eps", eps) > 0 or not math.isfinite(eps):
+        raise ValueError(f"{op}: eps must be positive, got {eps}")
+    if isinstance(layers, str) or not isinstance(layers, (Sequence, type(None))):
+        raise TypeError(f"{op}: layers must be a sequence of parameter names, got {layers!r}")
+    if max_weights is not None:
+        _arguments.integer(op, "max_weights", max_weights, 1)
+    if not isinstance(generator, (torch.Generator, type(None))):
+        raise TypeError(f"{op}: generator must be a torch.Generator, got {type(generator).__name__}")
+    _arguments.integer(op, "chunk_size", chunk_size, 1)
 
 
 def _one_by_one(

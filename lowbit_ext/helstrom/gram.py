@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit_ext import _arguments
 from lowbit_ext.binary.functional import PackedWeight, binarize, linear
-from lowbit_ext.packed import WORD_BITS, PackedTensor, words_for
+from lowbit_ext.packed import WORD_BITS, PackedTensor, packed_words, words_for
 
 # Rows whose products are formed at once: of 4096 features they fill 512 KB, which the second-level cache keeps for all
 # the rows they meet. 4000 such rows at once run at 1350 instead of 2050 billion operations a second (a core of Zen 4).
@@ -44,7 +45,7 @@ def gram(a: PackedTensor, b: PackedTensor | None = None, *, out: Tensor | None =
 
     Raises:
         TypeError, ValueError: not packed rows of 0 and 1, different numbers of features, 2^30 features or more, an
-            unfitting out.
+            unfitting out or one whose elements share memory.
     """
     _check("gram", "a", a)
     b = a if b is None else b
@@ -54,16 +55,9 @@ def gram(a: PackedTensor, b: PackedTensor | None = None, *, out: Tensor | None =
     device = a.words.device
     if b.words.device != device:
         raise ValueError(f"gram: a and b must be on one device, got {device} and {b.words.device}")
-    if not isinstance(out, (Tensor, type(None))):
-        raise TypeError(f"gram: out must be a tensor or None, got {type(out).__name__}")
     symmetric = b is a or b.words is a.words
     shape = (a.shape[0], b.shape[0])
-    products = torch.empty(shape, dtype=torch.int32, device=device) if out is None else out
-    if products.dtype != torch.int32 or products.shape != shape or products.device != device:
-        raise ValueError(
-            f"gram: out must be an int32 tensor {shape} on {device}, got {products.dtype} {tuple(products.shape)} on "
-            f"{products.device}"
-        )
+    products = torch.empty(shape, dtype=torch.int32, device=device) if out is None else _checked_out(out, shape, device)
     if not products.numel() or not a.channels:
         return products.zero_()
     ones = _ones(b)
@@ -71,7 +65,7 @@ def gram(a: PackedTensor, b: PackedTensor | None = None, *, out: Tensor | None =
         words = torch.cat([b.words[column : column + _BLOCK], ones])
         weight = PackedWeight.from_words(words.reshape(-1, 1, 1, words.shape[1]), (words.shape[0], b.channels))
         for row in range(column if symmetric else 0, a.shape[0], _BLOCK):
-            sums = linear(PackedTensor(a.words[row : row + _BLOCK], a.channels, "step"), weight)
+            sums = linear(packed_words(a.words[row : row + _BLOCK], a.channels, "step"), weight)
             assert isinstance(sums, Tensor)
             part = products[row : row + _BLOCK, column : column + _BLOCK]
             torch.add(sums[:, :-1], sums[:, -1:], out=part)
@@ -79,6 +73,20 @@ def gram(a: PackedTensor, b: PackedTensor | None = None, *, out: Tensor | None =
             if symmetric and row > column:
                 products[column : column + _BLOCK, row : row + _BLOCK] = part.t()
     return products
+
+
+def _checked_out(out: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
+    _arguments.tensor("gram", "out", out)
+    if out.dtype != torch.int32 or out.shape != shape or out.device != device:
+        raise ValueError(
+            f"gram: out must be an int32 tensor {shape} on {device}, got {out.dtype} {tuple(out.shape)} on {out.device}"
+        )
+    reach = 1
+    for stride, size in sorted(zip(out.stride(), shape, strict=True)):
+        if size > 1 and stride < reach:
+            raise ValueError(f"gram: out must have memory of its own for each element, got strides {out.stride()}")
+        reach += (size - 1) * stride
+    return out
 
 
 def _ones(like: PackedTensor) -> Tensor:
@@ -103,8 +111,8 @@ def transpose(a: PackedTensor) -> PackedTensor:
     columns = torch.empty((features, words_for(count)), dtype=torch.int64, device=a.words.device)
     step = _BLOCK  # whole words of the result
     for start in range(0, count, step):
-        values = PackedTensor(a.words[start : start + step], features, "step").unpack(torch.bfloat16)
+        values = packed_words(a.words[start : start + step], features, "step").unpack(torch.bfloat16)
         # Rows as channels of one image whose pixels are the features: packing moves the channels last.
         packed = binarize(values.contiguous().unsqueeze(0), "step")
         columns[:, start // WORD_BITS : (start + step) // WORD_BITS] = packed.words[0]
-    return PackedTensor(columns, count, "step")
+    return packed_words(columns, count, "step")

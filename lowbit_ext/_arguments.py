@@ -1,0 +1,120 @@
+"""Checks of arguments that the packages share: each returns the value as its caller wants it, or raises an error that
+names the operation, the argument, what came and what was expected.
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels read
+
+
+def named(values: Sequence[Any]) -> str:
+    """The values as words: "float32, bfloat16 or float16"."""
+    words = [str(value).removeprefix("torch.") for value in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def index(value: Any) -> int | None:
+    """A value that torch takes as a size, an int or what stands for one, as NumPy's do, as an int; None for others."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, (bool, Tensor)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def integer(op: str, name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """An int, not below `least` nor above `most`."""
+    size = index(value)
+    if size is None:
+        raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+    if least is not None and size < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {size}")
+    if most is not None and size > most:
+        raise ValueError(f"{op}: {name} must be at most {most}, got {size}")
+    return size
+
+
+def pair(op: str, name: str, value: Any) -> tuple[int, int]:
+    """One int for both dimensions, or two."""
+    if type(value) is int:
+        return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
+    sizes = [index(item) for item in (value if isinstance(value, (tuple, list)) else (value,))]
+    if len(sizes) not in (1, 2) or None in sizes:
+        raise TypeError(f"{op}: {name} must be an int or a pair of ints, got {value!r}")
+    return sizes[0], sizes[-1]  # type: ignore[return-value]
+
+
+def number(op: str, name: str, value: Any) -> float:
+    """A real number."""
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} must be a number that float64 holds, got {value}") from None
+
+
+def flag(op: str, name: str, value: Any) -> bool:
+    """True or False, and nothing that is like them."""
+    if not isinstance(value, (bool, torch.SymBool)):
+        raise TypeError(f"{op}: {name} must be a bool, got {value!r}")
+    return value  # type: ignore[return-value]
+
+
+def choice(op: str, name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """One of `choices`: strings, ints or None."""
+    if not isinstance(value, (str, int, type(None))) or value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def dtype(op: str, name: str, value: Any, choices: Sequence[torch.dtype]) -> torch.dtype:
+    """One of `choices`."""
+    if not isinstance(value, torch.dtype) or value not in choices:
+        raise TypeError(f"{op}: {name} must be {named(choices)}, got {value}")
+    return value
+
+
+def device(op: str, name: str, value: Any) -> torch.device:
+    """A device, or what torch.device makes one of."""
+    if isinstance(value, torch.device):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise TypeError(f"{op}: {name} must be a device, got {value!r}")
+    try:
+        return torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{op}: {name} must be a device, got {value!r}: {error}") from None
+
+
+def tensor(op: str, name: str, value: Any, dtypes: Sequence[torch.dtype] = ()) -> Tensor:
+    """A dense tensor, of one of `dtypes`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if dtypes and value.dtype not in dtypes:
+        raise TypeError(f"{op}: {name} must be {named(dtypes)}, got {value.dtype}")
+    if value.layout is not torch.strided or value.is_nested:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {value.layout}")
+    return value
+
+
+def tensor_like(op: str, name: str, value: Any, like: Tensor, dtypes: Sequence[torch.dtype] = ()) -> Tensor:
+    """A dense tensor on the device of `like`, the operation's input."""
+    checked = tensor(op, name, value, dtypes)
+    if checked.device != like.device:
+        place = "the CPU" if like.is_cpu else like.device
+        raise ValueError(f"{op}: {name} must be on {place} like the input, got {checked.device}")
+    return checked
