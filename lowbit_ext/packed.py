@@ -37,7 +37,8 @@ def _unpack(words: Tensor, channels: int, low: float, high: float, dtype: torch.
     output = words.new_empty((*words.shape[:-1], channels), dtype=dtype)
     pixels = words.numel() // max(words.shape[-1], 1)
     status = _native.kernels(words).unpack(
-        words.data_ptr(), pixels, channels, low, high, output.data_ptr(), FLOAT_TYPES[dtype]
+        _native.pointer(words, words, "unpack: words"), pixels, channels, low, high, output.data_ptr(),
+        FLOAT_TYPES[dtype],
     )
     _native.check("unpack", status)
     return output
@@ -50,8 +51,7 @@ def _unpack_fake(words: Tensor, channels: int, low: float, high: float, dtype: t
 # [..., words] -> dense [..., channels]: bit ? high : low.
 unpack_op = _oplib.define(
     "unpack(Tensor words, SymInt channels, float low, float high, ScalarType dtype) -> Tensor",
-    cpu=_unpack,
-    cuda=_unpack,
+    launcher=_unpack,
     fake=_unpack_fake,
 )
 

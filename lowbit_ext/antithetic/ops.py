@@ -67,7 +67,7 @@ def _sample(
     bits = logits.new_empty(size, dtype=dtype)
     ratio = logits.new_empty((rows, dimensions))
     status = _native.kernels(logits).antithetic_sample(
-        logits.data_ptr(),
+        _native.pointer(logits, logits, "antithetic_sample: logits"),
         _native.pointer(quantile, logits, "antithetic_sample: quantile"),
         rows,
         dimensions,
@@ -100,8 +100,7 @@ def _sample_fake(
 antithetic_sample = _oplib.define(
     "antithetic_sample(Tensor logits, Tensor? quantile, int samples, str coupling, str layout, Tensor seed, int offset)"
     " -> (Tensor, Tensor)",
-    cpu=_sample,
-    cuda=_sample,
+    launcher=_sample,
     fake=_sample_fake,
 )
 
@@ -135,15 +134,15 @@ def _gradient(bits: Tensor, weight: Tensor, ratio: Tensor | None, dimensions: in
     rows, samples = _check_gradient(bits, weight, ratio, dimensions, layout)
     bits, weight = bits.contiguous(), weight.contiguous()
     ratio = None if ratio is None else ratio.contiguous()
-    gradient = weight.new_empty((rows, dimensions))
-    status = _native.kernels(weight).antithetic_gradient(
-        _native.pointer(bits, weight, "antithetic_gradient: bits"),
+    gradient = bits.new_empty((rows, dimensions), dtype=torch.float32)
+    status = _native.kernels(bits).antithetic_gradient(
+        _native.pointer(bits, bits, "antithetic_gradient: bits"),
         LAYOUTS[layout],
         rows,
         dimensions,
         samples,
-        weight.data_ptr(),
-        _native.pointer(ratio, weight, "antithetic_gradient: ratio"),
+        _native.pointer(weight, bits, "antithetic_gradient: weight"),
+        _native.pointer(ratio, bits, "antithetic_gradient: ratio"),
         gradient.data_ptr(),
     )
     _native.check("antithetic_gradient", status)
@@ -152,13 +151,12 @@ def _gradient(bits: Tensor, weight: Tensor, ratio: Tensor | None, dimensions: in
 
 def _gradient_fake(bits: Tensor, weight: Tensor, ratio: Tensor | None, dimensions: int, layout: str) -> Tensor:
     _check_gradient(bits, weight, ratio, dimensions, layout)
-    return weight.new_empty((weight.shape[0], dimensions))
+    return bits.new_empty((weight.shape[0], dimensions), dtype=torch.float32)
 
 
 # ratio * sum over samples of weight * bit, (rows, dimensions) float32.
 antithetic_gradient = _oplib.define(
     "antithetic_gradient(Tensor bits, Tensor weight, Tensor? ratio, SymInt dimensions, str layout) -> Tensor",
-    cpu=_gradient,
-    cuda=_gradient,
+    launcher=_gradient,
     fake=_gradient_fake,
 )

@@ -242,12 +242,14 @@ def geometry_of(
         return _cached_geometry(tuple(weight_shape), *pairs, groups)
 
 
-def _channel_vector(value: float | Tensor | None, name: str, filters: int) -> Tensor | None:
-    """A scale or bias as contiguous float32 (filters,) or, for scale, (1,)."""
+def _channel_vector(
+    value: float | Tensor | None, name: str, filters: int, device: torch.device
+) -> Tensor | None:
+    """A scale or bias as contiguous float32 (filters,) or, for scale, (1,); a number becomes a tensor on `device`."""
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        value = torch.tensor([float(value)])
+        value = torch.tensor([float(value)], dtype=torch.float32, device=device)
     if value.dtype != torch.float32 or value.dim() != 1 or not value.is_contiguous():
         value = value.to(torch.float32).reshape(-1).contiguous()
     if name == "bias" and value.numel() == 1:
@@ -276,11 +278,11 @@ def integer_threshold(threshold: Tensor, flip: Tensor | None) -> Tensor:
 
 
 def _thresholds(
-    threshold: float | Tensor, flip: Tensor | None, filters: int, exact: bool
+    threshold: float | Tensor, flip: Tensor | None, filters: int, exact: bool, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """Threshold (T, O), int32 for exact accumulators and float32 else, and flip (T, O)."""
     if not isinstance(threshold, Tensor):
-        threshold = torch.tensor(float(threshold))
+        threshold = torch.tensor(float(threshold), dtype=torch.float64, device=device)
     if flip is not None and not isinstance(flip, Tensor):
         raise TypeError(f"binary_conv2d: flip must be a bool tensor, got {type(flip).__name__}")
     if flip is not None and flip.dtype != torch.bool:
@@ -322,7 +324,7 @@ def _conv2d_float64(
     scale: float | Tensor | None, bias: Tensor | None, residual: Tensor | None,
 ) -> Tensor:
     """conv2d by torch's operators in float64, in which networks are compared."""
-    factor = None if scale is None else torch.as_tensor(scale, dtype=torch.float64).reshape(-1)
+    factor = None if scale is None else torch.as_tensor(scale, dtype=torch.float64, device=input.device).reshape(-1)
     late = _wants_grad(scale)
     top, left, bottom, right = geometry.padding
     values = F.pad(binary_activation(input, encoding, surrogate), (left, right, top, bottom), value=padding_value)
@@ -540,8 +542,8 @@ def conv2d(
         packed_weight = weight if isinstance(weight, PackedWeight) else None
         # A scale that learns needs the accumulator in its gradient: multiply outside, where autograd sees it.
         late = _wants_grad(scale)
-        constant = None if late else _channel_vector(scale, "scale", filters)
-        offset = None if late else _channel_vector(bias, "bias", filters)
+        constant = None if late else _channel_vector(scale, "scale", filters, words.device)
+        offset = None if late else _channel_vector(bias, "bias", filters, words.device)
         output = _BinaryConv2d.apply(
             words, None if packed_weight is not None else weight, packed_weight, constant, offset,
             None if late else residual, channels, geometry, encoding, surrogate, padding_value,
@@ -554,10 +556,11 @@ def conv2d(
             output = output.to(out_dtype)
         return output
 
-    scale = None if scale is None else _channel_vector(scale, "scale", filters)
-    bias = None if bias is None else _channel_vector(bias, "bias", filters)
+    scale = None if scale is None else _channel_vector(scale, "scale", filters, words.device)
+    bias = None if bias is None else _channel_vector(bias, "bias", filters, words.device)
     if threshold is not None:
-        threshold, flip = _thresholds(threshold, flip, filters, scale is None and bias is None and residual is None)
+        exact = scale is None and bias is None and residual is None
+        threshold, flip = _thresholds(threshold, flip, filters, exact, words.device)
     if isinstance(weight, PackedWeight):
         blocked = weight.blocked
     else:

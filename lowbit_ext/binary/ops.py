@@ -74,7 +74,7 @@ def _binarize(
     threshold = None if threshold is None else threshold.contiguous()
     flip = None if flip is None else flip.contiguous()
     status = _native.kernels(x).binarize(
-        x.data_ptr(),
+        _pointer(x, x, "binarize: x"),
         FLOAT_TYPES[x.dtype],
         channels_last,
         batch,
@@ -106,8 +106,7 @@ def _binarize_fake(x: Tensor, threshold: Tensor | None, flip: Tensor | None, com
 # two bits a channel, c and C + c.
 binarize = _oplib.define(
     "binarize(Tensor x, Tensor? threshold, Tensor? flip, float common, str encoding) -> Tensor",
-    cpu=_binarize_only,
-    cuda=_binarize_only,
+    launcher=_binarize_only,
     fake=_binarize_fake,
 )
 
@@ -126,8 +125,7 @@ def _binarize_with_mask_fake(x: Tensor, common: float, encoding: str) -> tuple[T
 # The same and, in the same pass, the clipped straight-through mask: |x| <= 1 (sign) or 0 < x < 1 (step).
 binarize_with_mask = _oplib.define(
     "binarize_with_mask(Tensor x, float common, str encoding) -> (Tensor, Tensor)",
-    cpu=_binarize_with_mask,
-    cuda=_binarize_with_mask,
+    launcher=_binarize_with_mask,
     fake=_binarize_with_mask_fake,
 )
 
@@ -154,8 +152,8 @@ def _activation(
     count = x.numel()
     mask = x.new_empty(words_for(count), dtype=torch.int64) if with_mask else None
     status = _native.kernels(x).quantized_activation(
-        x.data_ptr(), FLOAT_TYPES[x.dtype], count, LEVELS[levels], low, high, closed, output.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
+        _pointer(x, x, "quantized_activation: x"), FLOAT_TYPES[x.dtype], count, LEVELS[levels], low, high, closed,
+        output.data_ptr(), 0 if mask is None else mask.data_ptr(),
     )
     _native.check("quantized_activation", status)
     return output, mask
@@ -173,8 +171,7 @@ def _activation_fake(x: Tensor, levels: str) -> Tensor:
 # Elementwise levels in x's dtype and memory order.
 quantized_activation = _oplib.define(
     "quantized_activation(Tensor x, str levels) -> Tensor",
-    cpu=_activation_only,
-    cuda=_activation_only,
+    launcher=_activation_only,
     fake=_activation_fake,
 )
 
@@ -202,8 +199,7 @@ def _activation_with_mask_fake(
 # The same and, in the same pass, a bit an element in the result's memory order: low < x < high, or with the ends.
 quantized_activation_with_mask = _oplib.define(
     "quantized_activation_with_mask(Tensor x, str levels, float low, float high, bool closed) -> (Tensor, Tensor)",
-    cpu=_activation_with_mask,
-    cuda=_activation_with_mask,
+    launcher=_activation_with_mask,
     fake=_activation_with_mask_fake,
 )
 
@@ -225,7 +221,7 @@ def _masked_gradient(gradient: Tensor, mask: Tensor) -> Tensor:
         gradient = torch.empty_like(output).copy_(gradient)
     mask = mask.contiguous()
     status = _native.kernels(gradient).masked_gradient(
-        gradient.data_ptr(), FLOAT_TYPES[gradient.dtype], gradient.numel(),
+        _pointer(gradient, gradient, "masked_gradient: gradient"), FLOAT_TYPES[gradient.dtype], gradient.numel(),
         _pointer(mask, gradient, "masked_gradient: mask"), output.data_ptr(),
     )
     _native.check("masked_gradient", status)
@@ -240,8 +236,7 @@ def _masked_gradient_fake(gradient: Tensor, mask: Tensor) -> Tensor:
 # gradient where the bit of mask is 1, else 0; bits in the gradient's memory order.
 masked_gradient = _oplib.define(
     "masked_gradient(Tensor gradient, Tensor mask) -> Tensor",
-    cpu=_masked_gradient,
-    cuda=_masked_gradient,
+    launcher=_masked_gradient,
     fake=_masked_gradient_fake,
 )
 
@@ -347,7 +342,7 @@ def _aligned_groups(words: Tensor, channels: int, groups: int) -> Tensor:
         return words
     output = words.new_empty((*words.shape[:-1], groups, words_for(per_group)), dtype=torch.int64)
     status = _native.kernels(words).align_groups(
-        words.data_ptr(), words.shape[:-1].numel(), groups, per_group, output.data_ptr()
+        _pointer(words, words, "align_groups: words"), words.shape[:-1].numel(), groups, per_group, output.data_ptr()
     )
     _native.check("align_groups", status)
     return output
@@ -380,8 +375,10 @@ def _block_weight(words: Tensor, channels: int, groups: int) -> Tensor:
     native = _native.kernels(words)
     size = weight_bytes(*sizes, native, native.level)
     blocked = words.new_zeros(size, dtype=torch.uint8)  # the layout has gaps
-    status = native.binary_conv2d_block_weight(_weight_shape(*sizes), words.data_ptr(), blocked.data_ptr())
-    _native.check("binary_conv2d_block_weight", status)
+    op = "binary_conv2d_block_weight"
+    pointer = _pointer(words, words, f"{op}: words")
+    status = native.binary_conv2d_block_weight(_weight_shape(*sizes), pointer, blocked.data_ptr())
+    _native.check(op, status)
     return blocked
 
 
@@ -396,8 +393,7 @@ def _block_weight_fake(words: Tensor, channels: int, groups: int) -> Tensor:
 # words (O, kh, kw, W of one group) -> the active level's private copy, opaque bytes.
 binary_conv2d_block_weight = _oplib.define(
     "binary_conv2d_block_weight(Tensor words, int channels, int groups) -> Tensor",
-    cpu=_block_weight,
-    cuda=_block_weight,
+    launcher=_block_weight,
     fake=_block_weight_fake,
 )
 
@@ -491,13 +487,14 @@ def _binary_conv2d(
         residual = residual.contiguous(memory_format=torch.channels_last)
     code = ENCODINGS[encoding]
     size = native.binary_conv2d_workspace_bytes(plan.shape, code, padding_value, kind, thresholds)
+    workspace = _native.workspace(size, input)
     status = native.binary_conv2d(
-        plan.shape, code, padding_value, kind, input.data_ptr(), weight_pointer,
+        plan.shape, code, padding_value, kind, _pointer(input, input, "binary_conv2d: input"), weight_pointer,
         _pointer(scale, input, "binary_conv2d: scale"), 0 if scale is None or scale.numel() == 1 else 1,
         _pointer(bias, input, "binary_conv2d: bias"), _pointer(residual, input, "binary_conv2d: residual"),
         0 if residual is None else FLOAT_TYPES[residual.dtype], _pointer(threshold, input, "binary_conv2d: threshold"),
         _pointer(flip, input, "binary_conv2d: flip"), thresholds,
-        output.data_ptr(), _native.scratch(size, input), size,
+        output.data_ptr(), workspace.data_ptr(), size,
     )
     _native.check("binary_conv2d", status)
     return output
@@ -528,8 +525,7 @@ def _binary_conv2d_fake(
 binary_conv2d = _oplib.define(
     "binary_conv2d(Tensor input, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, Tensor? threshold, "
     f"Tensor? flip, int channels, {_GEOMETRY}, str encoding, int padding_value, ScalarType out_dtype) -> Tensor",
-    cpu=_binary_conv2d,
-    cuda=_binary_conv2d,
+    launcher=_binary_conv2d,
     fake=_binary_conv2d_fake,
 )
 
@@ -572,12 +568,14 @@ def _input_grad(
         memory_format=torch.channels_last,
     )
     size = native.binary_conv2d_input_grad_workspace_bytes(plan.shape)
+    workspace = _native.workspace(size, grad_output)
     status = native.binary_conv2d_input_grad(
-        plan.shape, grad_output.data_ptr(), _pointer(weight, grad_output, "binary_conv2d_input_grad: weight"),
+        plan.shape, _pointer(grad_output, grad_output, "binary_conv2d_input_grad: grad_output"),
+        _pointer(weight, grad_output, "binary_conv2d_input_grad: weight"),
         _pointer(scale, grad_output, "binary_conv2d_input_grad: scale"),
         0 if scale is None or scale.numel() == 1 else 1,
         _pointer(mask, grad_output, "binary_conv2d_input_grad: mask"), grad_input.data_ptr(),
-        _native.scratch(size, grad_output), size,
+        workspace.data_ptr(), size,
     )
     _native.check("binary_conv2d_input_grad", status)
     return grad_input
@@ -596,8 +594,7 @@ def _input_grad_fake(
 binary_conv2d_input_grad = _oplib.define(
     "binary_conv2d_input_grad(Tensor grad_output, Tensor weight, Tensor? scale, Tensor? mask, SymInt[] input_size, "
     f"{_GEOMETRY}) -> Tensor",
-    cpu=_input_grad,
-    cuda=_input_grad,
+    launcher=_input_grad,
     fake=_input_grad_fake,
 )
 
@@ -620,10 +617,12 @@ def _weight_grad(
         memory_format=torch.channels_last,
     )
     size = native.binary_conv2d_weight_grad_workspace_bytes(plan.shape)
+    workspace = _native.workspace(size, grad_output)
     status = native.binary_conv2d_weight_grad(
-        plan.shape, ENCODINGS[encoding], padding_value, grad_output.data_ptr(),
+        plan.shape, ENCODINGS[encoding], padding_value,
+        _pointer(grad_output, grad_output, "binary_conv2d_weight_grad: grad_output"),
         _pointer(input, grad_output, "binary_conv2d_weight_grad: input"), grad_weight.data_ptr(),
-        _native.scratch(size, grad_output), size,
+        workspace.data_ptr(), size,
     )
     _native.check("binary_conv2d_weight_grad", status)
     return grad_weight
@@ -645,8 +644,7 @@ def _weight_grad_fake(
 binary_conv2d_weight_grad = _oplib.define(
     f"binary_conv2d_weight_grad(Tensor grad_output, Tensor input, int channels, {_GEOMETRY}, str encoding, "
     "int padding_value) -> Tensor",
-    cpu=_weight_grad,
-    cuda=_weight_grad,
+    launcher=_weight_grad,
     fake=_weight_grad_fake,
 )
 
@@ -731,7 +729,8 @@ def _max_pool(
     invert = None if invert is None else invert.contiguous()
     output = input.new_empty((input.shape[0], height, width, input.shape[3]))
     status = _native.kernels(input).binary_max_pool2d(
-        shape, input.data_ptr(), _pointer(invert, input, "binary_max_pool2d: invert"), output.data_ptr()
+        shape, _pointer(input, input, "binary_max_pool2d: input"),
+        _pointer(invert, input, "binary_max_pool2d: invert"), output.data_ptr(),
     )
     _native.check("binary_max_pool2d", status)
     return output
@@ -751,8 +750,7 @@ def _max_pool_fake(
 binary_max_pool2d = _oplib.define(
     "binary_max_pool2d(Tensor input, Tensor? invert, SymInt channels, int[] kernel, int[] stride, int[] padding, "
     "int[] dilation, bool ceil_mode) -> Tensor",
-    cpu=_max_pool,
-    cuda=_max_pool,
+    launcher=_max_pool,
     fake=_max_pool_fake,
 )
 
@@ -772,7 +770,8 @@ def _avg_pool(
         memory_format=torch.channels_last,
     )
     status = _native.kernels(input).binary_avg_pool2d(
-        shape, ENCODINGS[encoding], count_include_pad, divisor_override, input.data_ptr(), output.data_ptr()
+        shape, ENCODINGS[encoding], count_include_pad, divisor_override,
+        _pointer(input, input, "binary_avg_pool2d: input"), output.data_ptr(),
     )
     _native.check("binary_avg_pool2d", status)
     return output
@@ -797,7 +796,6 @@ def _avg_pool_fake(
 binary_avg_pool2d = _oplib.define(
     "binary_avg_pool2d(Tensor input, SymInt channels, int[] kernel, int[] stride, int[] padding, bool ceil_mode, "
     "bool count_include_pad, int divisor_override, str encoding) -> Tensor",
-    cpu=_avg_pool,
-    cuda=_avg_pool,
+    launcher=_avg_pool,
     fake=_avg_pool_fake,
 )
