@@ -1,4 +1,4 @@
-"""Definition of torch operators in one call: schema, launcher, fake.
+"""Definition of torch operators in one call: schema, outputs, launcher.
 
 Operators of this library are raw: they carry no autograd rule, because an autograd.Function outside the operator,
 entered only when a gradient is needed, costs less per call. Users call the wrappers of each method's package.
@@ -28,7 +28,7 @@ def _is_eager() -> bool:
     )
 
 
-def define(schema: str, *, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def define(schema: str, *, outputs: Callable[..., Any], launcher: Callable[..., Any]) -> Callable[..., Any]:
     """Registers `lowbit::<schema>` and returns the function that calls it.
 
     In plain eager execution that function runs the launcher at once: the dispatcher takes 6.5 us to carry the 17
@@ -37,8 +37,9 @@ def define(schema: str, *, launcher: Callable[..., Any], fake: Callable[..., Any
 
     Args:
         schema: name and signature, e.g. ``"binarize(Tensor x) -> Tensor"``. A tensor that is written is ``Tensor(a!)``.
-        launcher: checks, allocates, calls the kernel of its tensors' device.
-        fake: the same on tensors without data: checks, returns empty tensors of the launcher's shapes and strides.
+        outputs: checks the arguments and allocates the results; on tensors without data it is the operator's fake.
+        launcher: takes the results from there, or from its parts where sizes are looked up, and calls the kernel of its
+            tensors' device.
     """
     name = schema[: schema.index("(")]
     _library.define(schema)
@@ -46,12 +47,12 @@ def define(schema: str, *, launcher: Callable[..., Any], fake: Callable[..., Any
         _library.impl(name, launcher, device)
     overload = getattr(torch.ops.lowbit, name).default
 
-    @functools.wraps(fake)
-    def checked_fake(*arguments: Any) -> Any:
+    @functools.wraps(outputs)
+    def fake(*arguments: Any) -> Any:
         _check_devices(overload, arguments)
-        return fake(*arguments)
+        return outputs(*arguments)
 
-    torch.library.register_fake(f"lowbit::{name}", checked_fake, lib=_library)
+    torch.library.register_fake(f"lowbit::{name}", fake, lib=_library)
     aliases = [argument.alias_info for argument in overload._schema.arguments]
     written = [index for index, alias in enumerate(aliases) if alias is not None and alias.is_write]
     if written:

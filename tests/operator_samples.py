@@ -6,7 +6,7 @@ from conftest import generator
 from lowbit_ext import lowmem
 from lowbit_ext.binary import binarize, pack_weight
 
-GEOMETRY = (5, [3, 3], [1, 1], [1, 1, 1, 1], [1, 1], 1)  # filters, kernel, stride, padding, dilation, groups
+GEOMETRY = (5, [3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1])  # filters; kernel, stride, padding, dilation, groups
 
 
 def samples(layout):
@@ -77,6 +77,6 @@ def samples(layout):
         "lowbit::group_quantize": [(x, 4, False, None, 0), (x, 2, True, torch.tensor(1, device="cpu"), 16)],
         "lowbit::group_dequantize": [(flat, scale_minimum, [2, 70, 6, 7], last, torch.float16, 4)],
         "lowbit::group_dequantize_into": [(flat, scale_minimum, 4, last_or_dense)],
-        "lowbit::binary_max_pool2d": [(words, None, 70, [2, 2], [2, 2], [0, 0], [1, 1], False)],
-        "lowbit::binary_avg_pool2d": [(words, 70, [3, 3], [2, 2], [1, 1], True, True, 0, "sign")],
+        "lowbit::binary_max_pool2d": [(words, None, 70, [2, 2, 2, 2, 0, 0, 1, 1, 0])],
+        "lowbit::binary_avg_pool2d": [(words, 70, [3, 3, 2, 2, 1, 1, 1, 1, 1], True, 0, "sign")],
     }

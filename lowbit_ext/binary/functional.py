@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lowbit_ext import _native
 from lowbit_ext.binary import ops
+from lowbit_ext.binary.ops import Geometry, Window
 from lowbit_ext.binary.surrogates import INTERVALS, SURROGATES, derivative
 from lowbit_ext.packed import ENCODING_VALUES, PackedTensor, unpack_op, words_for
 
@@ -194,17 +195,6 @@ def pack_weight(weight: Tensor, groups: int = 1) -> PackedWeight:
 # --- convolution ------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Geometry:
-    """Geometry of one convolution call, as the operators take it."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]  # top, left, bottom, right
-    dilation: tuple[int, int]
-    groups: int
-
-
 @functools.lru_cache(maxsize=4096)
 def _cached_geometry(
     weight_shape: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair, groups: int
@@ -226,7 +216,7 @@ def _cached_geometry(
     else:
         rows, columns = _pair(padding, "padding")
         sides = (rows, columns, rows, columns)
-    return Geometry(kernel, stride, sides, dilation, groups)
+    return Geometry(*kernel, *stride, *sides, *dilation, groups)
 
 
 def geometry_of(
@@ -373,8 +363,10 @@ class _BinaryConv2d(torch.autograd.Function):
             assert weight is not None
             weight_words = _weight_words(weight)
             blocked = ops.binary_conv2d_block_weight(weight_words, channels, geometry.groups)
-        output = _run(words, blocked, weight_words.shape[0], scale, bias, residual, None, None, channels, geometry,
-                      encoding, padding_value, out_dtype)
+        output = ops.binary_conv2d(
+            words, blocked, scale, bias, residual, None, None, channels, weight_words.shape[0], geometry, encoding,
+            padding_value, out_dtype,
+        )  # fmt: skip
         keeps_input = surrogate not in ("clip", "identity") and ctx.needs_input_grad[0]
         ctx.save_for_backward(words, mask, weight_words, scale, input if keeps_input else None)
         ctx.call = (channels, geometry, encoding, surrogate, padding_value)
@@ -389,17 +381,18 @@ class _BinaryConv2d(torch.autograd.Function):
         words, mask, weight_words, scale, kept_input = ctx.saved_tensors
         channels, geometry, encoding, surrogate, padding_value = ctx.call
         filters = weight_words.shape[0]
-        shape = (filters, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
         grad = grad_output.to(torch.float32)
         grad_input = grad_weight = grad_bias = grad_residual = None
         if ctx.needs_input_grad[0]:
             size = (words.shape[0], channels, words.shape[1], words.shape[2])
-            grad_input = ops.binary_conv2d_input_grad(grad, weight_words, scale, mask, size, *shape)
+            grad_input = ops.binary_conv2d_input_grad(grad, weight_words, scale, mask, size, filters, geometry)
             if kept_input is not None:
                 grad_input = grad_input * derivative(kept_input, surrogate, encoding)
             grad_input = grad_input.to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = ops.binary_conv2d_weight_grad(grad, words, channels, *shape, encoding, padding_value)
+            grad_weight = ops.binary_conv2d_weight_grad(
+                grad, words, channels, filters, geometry, encoding, padding_value
+            )
             dtype, weight_shape = ctx.weight_like
             grad_weight = grad_weight.to(dtype).reshape(weight_shape)
         if ctx.needs_input_grad[4]:
@@ -407,17 +400,6 @@ class _BinaryConv2d(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             grad_residual = grad_output.to(ctx.residual_dtype)
         return (grad_input, grad_weight, None, None, grad_bias, grad_residual, *(None,) * 6)
-
-
-def _run(
-    words: Tensor, blocked: Tensor, filters: int, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    threshold: Tensor | None, flip: Tensor | None, channels: int, geometry: Geometry, encoding: str,
-    padding_value: int, out_dtype: torch.dtype,
-) -> Tensor:
-    return ops.binary_conv2d(
-        words, blocked, scale, bias, residual, threshold, flip, channels, filters, geometry.kernel, geometry.stride,
-        geometry.padding, geometry.dilation, geometry.groups, encoding, padding_value, out_dtype,
-    )
 
 
 def _default_dtype(input: Tensor | PackedTensor, plain: bool) -> torch.dtype:
@@ -567,8 +549,10 @@ def conv2d(
         blocked = ops.binary_conv2d_block_weight(_weight_words(weight), channels, groups)
     if not isinstance(input, PackedTensor):
         words = ops.binarize(words, None, None, DEFAULT_THRESHOLDS[encoding], encoding)
-    output = _run(words, blocked, filters, scale, bias, residual, threshold, flip, channels, geometry, encoding,
-                  padding_value, out_dtype)
+    output = ops.binary_conv2d(
+        words, blocked, scale, bias, residual, threshold, flip, channels, filters, geometry, encoding, padding_value,
+        out_dtype,
+    )  # fmt: skip
     return output if threshold is None else PackedTensor(output, threshold.shape[0] * filters, encoding)
 
 
@@ -668,6 +652,12 @@ def _check_packed(op: str, value: Any) -> None:
         raise ValueError(f"{op}: input must be (N, C, H, W), got {tuple(value.shape)}")
 
 
+def _window(kernel_size: Pair, stride: Pair | None, padding: Pair, dilation: Pair, ceil_mode: bool) -> Window:
+    kernel = _pair(kernel_size, "kernel_size")
+    strides = kernel if stride is None else _pair(stride, "stride")
+    return Window(*kernel, *strides, *_pair(padding, "padding"), *_pair(dilation, "dilation"), int(ceil_mode))
+
+
 def max_pool2d(
     input: PackedTensor,
     kernel_size: Pair,
@@ -689,12 +679,8 @@ def max_pool2d(
         TypeError, ValueError: not a four-dimensional PackedTensor, or a geometry torch refuses.
     """
     _check_packed("binary_max_pool2d", input)
-    kernel = _pair(kernel_size, "kernel_size")
-    strides = kernel if stride is None else _pair(stride, "stride")
-    words = ops.binary_max_pool2d(
-        input.words, invert, input.channels, kernel, strides, _pair(padding, "padding"), _pair(dilation, "dilation"),
-        ceil_mode,
-    )
+    window = _window(kernel_size, stride, padding, dilation, ceil_mode)
+    words = ops.binary_max_pool2d(input.words, invert, input.channels, window)
     return dataclasses.replace(input, words=words)
 
 
@@ -718,11 +704,9 @@ def avg_pool2d(
     _check_packed("binary_avg_pool2d", input)
     if divisor_override is not None and divisor_override < 1:
         raise ValueError(f"binary_avg_pool2d: divisor_override must be at least 1, got {divisor_override}")
-    kernel = _pair(kernel_size, "kernel_size")
-    strides = kernel if stride is None else _pair(stride, "stride")
+    window = _window(kernel_size, stride, padding, 1, ceil_mode)
     output = ops.binary_avg_pool2d(
-        input.words, input.channels, kernel, strides, _pair(padding, "padding"), ceil_mode, count_include_pad,
-        divisor_override or 0, input.encoding,
+        input.words, input.channels, window, count_include_pad, divisor_override or 0, input.encoding
     )
     return output if input.scale is None else output * input.scale
 

@@ -36,7 +36,7 @@ def _quantize_fake(x: Tensor, bits: int, seed: Tensor | None) -> tuple[Tensor, T
 # would be a bias for nothing. An operator, so that a compiled graph decides at every call.
 _quantize_saved = _oplib.define(
     "group_quantize_saved(Tensor x, int bits, Tensor? seed) -> (Tensor, Tensor)",
-    launcher=_quantize, fake=_quantize_fake,
+    outputs=_quantize_fake, launcher=_quantize,
 )  # fmt: skip
 
 

@@ -167,8 +167,8 @@ def _quantize_fake(
 batch_norm_relu_quantize = _oplib.define(
     "batch_norm_relu_quantize(Tensor x, Tensor mean, Tensor invstd, Tensor gamma, Tensor beta, int bits, float span, "
     "Tensor(a!)? y) -> Tensor",
+    outputs=_quantize_fake,
     launcher=_quantize,
-    fake=_quantize_fake,
 )
 
 
@@ -217,8 +217,8 @@ def _dequantize_into_fake(
 channel_dequantize_into = _oplib.define(
     "channel_dequantize_into(Tensor codes, Tensor gamma, Tensor beta, bool channels_last, int bits, float span, "
     "bool relu, Tensor(a!) output) -> ()",
+    outputs=_dequantize_into_fake,
     launcher=_dequantize_into,
-    fake=_dequantize_into_fake,
 )
 
 
@@ -244,8 +244,8 @@ def _dequantize_fake(
 channel_dequantize = _oplib.define(
     "channel_dequantize(Tensor codes, Tensor gamma, Tensor beta, SymInt[] shape, bool channels_last, ScalarType dtype, "
     "int bits, float span, bool relu) -> Tensor",
+    outputs=_dequantize_fake,
     launcher=_dequantize,
-    fake=_dequantize_fake,
 )
 
 
@@ -301,8 +301,8 @@ def _backward_fake(
 batch_norm_relu_backward = _oplib.define(
     "batch_norm_relu_backward(Tensor grad, Tensor codes, Tensor gamma, Tensor beta, Tensor invstd, int bits, "
     "float span, bool relu, bool training) -> (Tensor, Tensor, Tensor)",
+    outputs=_backward_fake,
     launcher=_backward,
-    fake=_backward_fake,
 )
 
 
@@ -351,8 +351,8 @@ def _group_quantize_fake(
 # `seed`: stochastic rounding, a function of (seed, offset, element); None: nearest.
 group_quantize = _oplib.define(
     "group_quantize(Tensor x, int bits, bool positive, Tensor? seed, int offset) -> (Tensor, Tensor)",
+    outputs=_group_quantize_fake,
     launcher=_group_quantize,
-    fake=_group_quantize_fake,
 )
 
 
@@ -396,8 +396,8 @@ def _group_dequantize_into_fake(codes: Tensor, scale_minimum: Tensor, bits: int,
 # What group codes stand for, written into `output`, whose memory order is that of the tensor that was quantised.
 group_dequantize_into = _oplib.define(
     "group_dequantize_into(Tensor codes, Tensor scale_minimum, int bits, Tensor(a!) output) -> ()",
+    outputs=_group_dequantize_into_fake,
     launcher=_group_dequantize_into,
-    fake=_group_dequantize_into_fake,
 )
 
 
@@ -421,6 +421,6 @@ def _group_dequantize_fake(
 group_dequantize = _oplib.define(
     "group_dequantize(Tensor codes, Tensor scale_minimum, SymInt[] shape, bool channels_last, ScalarType dtype, "
     "int bits) -> Tensor",
+    outputs=_group_dequantize_fake,
     launcher=_group_dequantize,
-    fake=_group_dequantize_fake,
 )
