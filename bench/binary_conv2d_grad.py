@@ -123,7 +123,7 @@ def _step_row(case: Case, config: Config, x: Tensor, weight: Tensor, grad: Tenso
 
 @torch.inference_mode()
 def _gradient_rows(case: Case, config: Config, x: Tensor, weight: Tensor, grad: Tensor) -> Iterator[Row]:
-    geometry = (case.channels, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1)
+    geometry = (case.channels, ops.Geometry(3, 3, *(1,) * 9))
     words, mask = ops.binarize_with_mask(x, 0.0, "sign")
     weight_words = binary.pack_weight(weight).words
     grad_last = grad.contiguous(memory_format=torch.channels_last)

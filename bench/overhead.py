@@ -43,12 +43,12 @@ def rows(config: Config) -> Iterator[Row]:
 
     bare, output = bare_binary_conv2d(packed, weight, padding=0)
 
-    pair = (1, 1)
+    geometry = ops.Geometry(1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1)
     calls: list[Callable[[], Any]] = [
         lambda: binary.conv2d(packed, weight),
         lambda: ops.binary_conv2d(
-            packed.words, weight.blocked, None, None, None, None, None, CHANNELS, CHANNELS, pair, pair, (0, 0, 0, 0),
-            pair, 1, "sign", 0, torch.int32,
+            packed.words, weight.blocked, None, None, None, None, None, CHANNELS, CHANNELS, geometry, "sign", 0,
+            torch.int32,
         ),
     ]  # fmt: skip
     bare()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 # First: torch loads the OpenMP runtime whose symbols the kernels use (csrc/cpu/parallel.h).
-import torch  #
+import torch
 
 try:
     from lowbit_ext import _cpu as cpu  # type: ignore[attr-defined]
@@ -19,7 +19,9 @@ except ImportError as error:
         f"project's folder (and not from inside it with PYTHONPATH set). The loader said: {error}"
     ) from error
 
-_scratch = threading.local()
+_kept = threading.local()  # each thread's workspace
+
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)  # a subclass may carry its own __torch_dispatch__
 
 ISA_LEVELS = ("scalar", "avx2", "avx512", "amx")
 CUDA_ENGINES = ("popcount", "mma", "wgmma")  # of the convolution; csrc/cuda/launch.h
@@ -43,27 +45,25 @@ def check(op: str, status: int) -> None:
         raise RuntimeError(f"{op}: {_STATUS_MESSAGES.get(status, f'unknown status {status}')}")
 
 
-def scratch(size: int, like: torch.Tensor) -> int:
-    """Address of at least `size` bytes on the device of `like`, aligned to 64 bytes, for the length of one kernel call.
+def workspace(size: int, like: torch.Tensor) -> torch.Tensor:
+    """At least `size` bytes on the device of `like`, aligned to 64, for one kernel call.
 
-    On the CPU one buffer a thread, kept: a fresh tensor costs 0.9 us and, above the allocator's threshold, page faults
-    at every call. On CUDA a fresh one from torch's allocator, which knows what its stream still uses; the thread's next
-    call of a kernel lets it go. Held longer, it would be a foreign tensor in the memory of a graph that captures it.
+    The launcher holds the tensor until the kernel has run (on CUDA: is enqueued). On the CPU it is one buffer a thread,
+    kept: a fresh tensor costs 0.9 us and, above the allocator's threshold, page faults at every call. A signal handler
+    that runs a layer between this and the kernel may replace the thread's buffer; it cannot free the caller's. On CUDA
+    it is a fresh one from torch's allocator, which knows what its stream still uses.
     """
-    if size == 0:
-        return 0
     if like.is_cuda:
-        _scratch.on_device = like.new_empty(size, dtype=torch.uint8)
-        return _scratch.on_device.data_ptr()
+        return like.new_empty(size, dtype=torch.uint8)
     try:
-        held, address = _scratch.held, _scratch.address
+        buffer, held = _kept.workspace
+        if held >= size:
+            return buffer
     except AttributeError:
-        held = address = 0
-    if held < size:
-        _scratch.buffer = torch.empty(size, dtype=torch.uint8)
-        _scratch.held, _scratch.address = size, _scratch.buffer.data_ptr()
-        address = _scratch.address
-    return address
+        pass
+    buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+    _kept.workspace = (buffer, size)
+    return buffer
 
 
 @functools.cache
@@ -127,9 +127,6 @@ class CudaKernels:
         self.popcount_peak = _with_stream(module.popcount_peak, index, stream, number)
         self.popcount_peak_operations = _with(module.popcount_peak_operations, index, number)
 
-    def __getattr__(self, name: str) -> Any:
-        raise NotImplementedError(f"{name}: there is no CUDA kernel for it yet; call it with tensors on the CPU")
-
 
 def _with(function: Callable[..., int], index: int, *choices: int) -> Callable[..., int]:
     return lambda *arguments: function(*arguments, *choices, index)
@@ -138,12 +135,7 @@ def _with(function: Callable[..., int], index: int, *choices: int) -> Callable[.
 def _with_stream(
     function: Callable[..., int], index: int, stream: Callable[[int], int], *choices: int
 ) -> Callable[..., int]:
-    def call(*arguments: Any) -> int:
-        status = function(*arguments, *choices, index, stream(index))
-        _scratch.on_device = None
-        return status
-
-    return call
+    return lambda *arguments: function(*arguments, *choices, index, stream(index))
 
 
 @functools.cache
@@ -166,14 +158,35 @@ def kernels(tensor: torch.Tensor) -> Any:
     return cuda_kernels(tensor.get_device()) if tensor.is_cuda else cpu
 
 
+class NotPlainMemory(TypeError):
+    """A tensor whose elements a kernel cannot read where the tensor points; torch's dispatcher may know how to."""
+
+
 def pointer(tensor: torch.Tensor | None, like: torch.Tensor, name: str) -> int:
-    """Address of an argument that must be where `like`, the input, is; 0 where it is absent. `name`: "op: argument"."""
+    """Address of a launcher's argument: the one door through which tensors reach a kernel.
+
+    Args:
+        tensor: None where it is absent, which gives 0: kernels take a null pointer for it.
+        like: the input, on whose device the tensor must be; its dtype, shape and memory order have been checked.
+        name: "op: argument".
+
+    Raises:
+        ValueError: it is on another device.
+        NotPlainMemory: the elements are not what lies at its address: a subclass, a negated view, a tensor that
+            stands for zeros, one whose storage has been freed.
+    """
     if tensor is None:
         return 0
+    if type(tensor) not in PLAIN_TENSORS:
+        raise NotPlainMemory(f"{name} must be a plain tensor, got {type(tensor).__name__}")
     if not (tensor.is_cpu and like.is_cpu) and tensor.device != like.device:
         place = "the CPU" if like.is_cpu else like.device
         raise ValueError(f"{name} must be on {place} like the input, got {tensor.device}")
-    return tensor.data_ptr()
+    address = tensor.data_ptr()
+    if tensor.is_neg() or (address == 0 and tensor.numel() > 0):
+        kind = "a negated view" if tensor.is_neg() else "one without storage"
+        raise NotPlainMemory(f"{name} must be a plain tensor, got {kind}")
+    return address
 
 
 def available_isas() -> tuple[str, ...]:

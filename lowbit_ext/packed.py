@@ -46,7 +46,7 @@ def unchecked(kind: type[Any], **fields: Any) -> Any:
     return made
 
 
-def _unpack(words: Tensor, channels: int, low: float, high: float, dtype: torch.dtype) -> Tensor:
+def _unpack_outputs(words: Tensor, channels: int, low: float, high: float, dtype: torch.dtype) -> Tensor:
     if words.dtype != torch.int64:
         raise TypeError(f"unpack: words must be int64, got {words.dtype}")
     if dtype not in FLOAT_TYPES:
@@ -55,26 +55,26 @@ def _unpack(words: Tensor, channels: int, low: float, high: float, dtype: torch.
         raise ValueError(
             f"unpack: {channels} channels need {words_for(channels)} words a pixel, got {words.shape[-1]}"
         )
+    return words.new_empty((*words.shape[:-1], channels), dtype=dtype)
+
+
+def _unpack(words: Tensor, channels: int, low: float, high: float, dtype: torch.dtype) -> Tensor:
+    output = _unpack_outputs(words, channels, low, high, dtype)
     words = words.contiguous()
-    output = words.new_empty((*words.shape[:-1], channels), dtype=dtype)
     pixels = words.numel() // max(words.shape[-1], 1)
     status = _native.kernels(words).unpack(
-        words.data_ptr(), pixels, channels, low, high, output.data_ptr(), FLOAT_TYPES[dtype]
+        _native.pointer(words, words, "unpack: words"), pixels, channels, low, high, output.data_ptr(),
+        FLOAT_TYPES[dtype],
     )
     _native.check("unpack", status)
     return output
 
 
-def _unpack_fake(words: Tensor, channels: int, low: float, high: float, dtype: torch.dtype) -> Tensor:
-    return words.new_empty((*words.shape[:-1], channels), dtype=dtype)
-
-
 # [..., words] -> dense [..., channels]: bit ? high : low.
 unpack_op = _oplib.define(
     "unpack(Tensor words, SymInt channels, float low, float high, ScalarType dtype) -> Tensor",
-    cpu=_unpack,
-    cuda=_unpack,
-    fake=_unpack_fake,
+    outputs=_unpack_outputs,
+    launcher=_unpack,
 )
 
 

@@ -53,7 +53,7 @@ def test_kernels(backend, call, encoding, padding_value, rng):
     options = (stride, sides, dilation, groups, padding_value)
     exact = float_gradients(a, s, g, *options, torch.float64)
     plain = float_gradients(a, s, g, *options, torch.float32)
-    shape = (filters, kernel, stride, sides, dilation, groups)
+    shape = (filters, ops.Geometry(*kernel, *stride, *sides, *dilation, groups))
     words = binarize(x, encoding).words
     weight = ops.binary_conv2d_weight_grad(g, words, channels, *shape, encoding, padding_value)
     assert_as_good(weight, plain[1], exact[1], f"{backend} weight")
@@ -73,7 +73,7 @@ def test_kernels(backend, call, encoding, padding_value, rng):
 
 def test_threads_do_not_change_gradients(backend, rng):
     g, x, w = (torch.randn(size, generator=rng) for size in [(4, 64, 14, 14), (4, 96, 14, 14), (64, 96, 3, 3)])
-    shape = (64, (3, 3), (1, 1), (1,) * 4, (1, 1), 1)
+    shape = (64, ops.Geometry(3, 3, *(1,) * 9))
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2):

@@ -17,7 +17,9 @@ GPUS = torch.cuda.device_count()
 needs_gpu = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 needs_two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 
-SHAPE = (66, (3, 3), (1, 1), (1,) * 4, (1, 1), 1)  # filters that share words, kernel, stride, padding, dilation, groups
+SHAPE = (66, ops.Geometry(3, 3, *(1,) * 9))  # filters that share words
+
+HALF = ops.Window(2, 2, 2, 2, 0, 0, 1, 1, 0)
 
 
 def operands(where="cpu", seed=0):
@@ -61,8 +63,8 @@ def every_operator(t):
         "input gradient": ops.binary_conv2d_input_grad(t["grad"], weight.words, t["scale"], mask, list(t["x"].shape),
                                                        *SHAPE),
         "weight gradient": ops.binary_conv2d_weight_grad(t["grad"], words, *conv),
-        "max": ops.binary_max_pool2d(words, no, 70, (2, 2), (2, 2), (0, 0), (1, 1), False),
-        "mean": ops.binary_avg_pool2d(words, 70, (3, 3), (2, 2), (1, 1), False, True, 0, "sign"),
+        "max": ops.binary_max_pool2d(words, no, 70, HALF),
+        "mean": ops.binary_avg_pool2d(words, 70, ops.Window(3, 3, 2, 2, 1, 1, 1, 1, 0), True, 0, "sign"),
         "levels": levels,
         "inside": inside,
         "masked": ops.masked_gradient(t["x"], inside),
@@ -161,8 +163,8 @@ def test_slices_and_permutations():
     for change in (lambda x: x[:, 1:, ::2], lambda x: x.permute(3, 1, 0, 2), lambda x: x[1:].flatten(1).t()):
         assert torch.equal(binarize(change(x.cuda())).words.cpu(), binarize(change(x)).words)
     words = binarize(x).words
-    pooled = ops.binary_max_pool2d(words[:, ::2], None, 70, (2, 2), (2, 2), (0, 0), (1, 1), False)
-    got = ops.binary_max_pool2d(words.cuda()[:, ::2], None, 70, (2, 2), (2, 2), (0, 0), (1, 1), False)
+    pooled = ops.binary_max_pool2d(words[:, ::2], None, 70, HALF)
+    got = ops.binary_max_pool2d(words.cuda()[:, ::2], None, 70, HALF)
     assert torch.equal(got.cpu(), pooled)
 
 
@@ -176,7 +178,7 @@ def test_tensors_of_different_devices_are_refused():
         ops.binary_conv2d(words, weight.blocked, t["scale"].cpu(), None, None, None, None, *conv, torch.float32)
     with pytest.raises(ValueError, match=f"binary_conv2d_weight_grad: input {here}"):
         ops.binary_conv2d_weight_grad(t["grad"], words.cpu(), *conv)
-    with pytest.raises(ValueError, match=f"antithetic_gradient: bits {here}"):
+    with pytest.raises(ValueError, match=f"antithetic_gradient: weight must be on the CPU .* got {t['x'].device}"):
         antithetic_ops.antithetic_gradient(torch.zeros(16, 70, dtype=torch.uint8), t["values"], None, 70, "sample")
     with pytest.raises(ValueError, match=f"must be on the CPU like the input, got {t['x'].device}"):
         conv2d(t["x"].cpu(), weight, padding=1)

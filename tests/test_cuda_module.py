@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 
-from lowbit_ext import _native, _oplib
+from lowbit_ext import _native
 
 
 class Module:
@@ -34,24 +34,21 @@ def test_device_and_stream_stand_behind_the_arguments():
     assert kernels.level == "cuda:0 sm_90"
 
 
-def test_workspace_lives_until_its_kernel_is_enqueued():
+def test_workspace_is_held_by_its_caller_alone():
     class Workspace:
-        def data_ptr(self):
-            return 64
+        pass
 
     class Tensor:
         is_cuda = True
 
         def new_empty(self, size, dtype):
-            workspace = Workspace()
-            self.workspace = weakref.ref(workspace)
-            return workspace
+            assert (size, dtype) == (100, torch.uint8)
+            return Workspace()
 
-    module, like = Module(90), Tensor()
-    module.unpack = lambda *arguments: like.workspace() is not None
-    kernels = _native.CudaKernels(module, 0, lambda index: 0)
-    assert kernels.unpack(_native.scratch(1, like))
-    assert like.workspace() is None
+    workspace = _native.workspace(100, Tensor())
+    held = weakref.ref(workspace)
+    del workspace
+    assert held() is None
 
 
 def test_engine_stands_before_the_device():
@@ -88,14 +85,6 @@ def test_device_that_is_too_old():
     assert str(raised.value) == (
         "lowbit_ext: cuda:0 has compute capability 6.1, this installation was built for 7.5 and later"
     )
-
-
-def test_op_without_a_cuda_kernel():
-    kernels = _native.CudaKernels(Module(90), 0, lambda index: 0)
-    with pytest.raises(NotImplementedError, match=r"^quantise: there is no CUDA kernel for it yet; "):
-        kernels.quantise(1)
-    with pytest.raises(NotImplementedError, match=r"^quantise: there is no CUDA kernel for it yet; "):
-        _oplib._no_cuda_kernel("quantise")(torch.ones(1))
 
 
 def test_module_that_was_not_built(monkeypatch):

@@ -31,6 +31,7 @@ def at(name, call, error, message):
     return pytest.param(call, error, message, id=name)
 
 
+POINT = ops.Geometry(1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1)
 WRONG_CALLS = [
     at("binarize dtype", lambda: binarize(X.double()), TypeError,
        "binarize: input must be float32, bfloat16 or float16, got torch.float64"),
@@ -199,7 +200,7 @@ WRONG_CALLS = [
        "binary_max_pool2d: invert must be on the CPU like the input, got meta"),
     at("isa name", lambda: _native.select_isa("sse9"), ValueError,
        "LOWBIT_ISA: expected one of scalar, avx2, avx512, amx, got 'sse9'"),
-    at("sums past int32", lambda: ops._conv_shape(1, 1, 1, 2**31, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1), ValueError,
+    at("sums past int32", lambda: ops.conv_shape(1, 1, 1, 2**31, 1, (1, 1), POINT), ValueError,
        "binary_conv2d: sizes (batch, height, width, channels, filters, kernel height and width, out height and width, "
        "stride, padding, dilation, groups) are inconsistent, or too large for exact int32 sums or for memory: "
        "(1, 1, 1, 2147483648, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1)"),
@@ -218,6 +219,6 @@ def test_weight_of_other_sizes_is_refused():
     other = pack_weight(torch.ones(4, 6, 5, 5))
     with pytest.raises(ValueError, match="weight was not packed for 4 filters"):
         ops.binary_conv2d(
-            WORDS, other.blocked, None, None, None, None, None, 6, 4, (3, 3), (1, 1), (0,) * 4, (1, 1), 1, "sign", 0,
-            torch.int32,
-        )
+            WORDS, other.blocked, None, None, None, None, None, 6, 4,
+            ops.Geometry(3, 3, 1, 1, 0, 0, 0, 0, 1, 1, 1), "sign", 0, torch.int32,
+        )  # fmt: skip

@@ -56,18 +56,23 @@ def _check_sample(logits: Tensor, quantile: Tensor | None, samples: int, couplin
         )
 
 
-def _sample(
+def _sample_outputs(
     logits: Tensor, quantile: Tensor | None, samples: int, coupling: str, layout: str, seed: Tensor, offset: int
 ) -> tuple[Tensor, Tensor]:
     _check_sample(logits, quantile, samples, coupling, layout)
+    size, dtype = _bits_size(logits.shape[0], logits.shape[1], samples, layout)
+    return logits.new_empty(size, dtype=dtype), logits.new_empty(logits.shape)
+
+
+def _sample(
+    logits: Tensor, quantile: Tensor | None, samples: int, coupling: str, layout: str, seed: Tensor, offset: int
+) -> tuple[Tensor, Tensor]:
+    bits, ratio = _sample_outputs(logits, quantile, samples, coupling, layout, seed, offset)
     rows, dimensions = logits.shape
     logits = logits.contiguous()
     quantile = None if quantile is None else quantile.contiguous()
-    size, dtype = _bits_size(rows, dimensions, samples, layout)
-    bits = logits.new_empty(size, dtype=dtype)
-    ratio = logits.new_empty((rows, dimensions))
     status = _native.kernels(logits).antithetic_sample(
-        logits.data_ptr(),
+        _native.pointer(logits, logits, "antithetic_sample: logits"),
         _native.pointer(quantile, logits, "antithetic_sample: quantile"),
         rows,
         dimensions,
@@ -87,28 +92,17 @@ def _sample(
     return bits, ratio
 
 
-def _sample_fake(
-    logits: Tensor, quantile: Tensor | None, samples: int, coupling: str, layout: str, seed: Tensor, offset: int
-) -> tuple[Tensor, Tensor]:
-    _check_sample(logits, quantile, samples, coupling, layout)
-    size, dtype = _bits_size(logits.shape[0], logits.shape[1], samples, layout)
-    return logits.new_empty(size, dtype=dtype), logits.new_empty(logits.shape)
-
-
 # (bits, ratio). seed: int64 tensor of one element, so that compiled graphs draw it anew at every run. ratio is 1 for
 # the gaussian coupling, whose ratio the wrapper computes.
 antithetic_sample = _oplib.define(
     "antithetic_sample(Tensor logits, Tensor? quantile, int samples, str coupling, str layout, Tensor seed, int offset)"
     " -> (Tensor, Tensor)",
-    cpu=_sample,
-    cuda=_sample,
-    fake=_sample_fake,
+    outputs=_sample_outputs,
+    launcher=_sample,
 )
 
 
-def _check_gradient(
-    bits: Tensor, weight: Tensor, ratio: Tensor | None, dimensions: int, layout: str
-) -> tuple[int, int]:
+def _gradient_outputs(bits: Tensor, weight: Tensor, ratio: Tensor | None, dimensions: int, layout: str) -> Tensor:
     if weight.dtype != torch.float32 or weight.dim() != 2:
         raise ValueError(
             f"antithetic_gradient: weight must be float32 (rows, samples), got {weight.dtype} {tuple(weight.shape)}"
@@ -128,37 +122,31 @@ def _check_gradient(
         raise ValueError(
             f"antithetic_gradient: ratio must be float32 {(rows, dimensions)}, got {ratio.dtype} {tuple(ratio.shape)}"
         )
-    return rows, samples
+    return bits.new_empty((rows, dimensions), dtype=torch.float32)
 
 
 def _gradient(bits: Tensor, weight: Tensor, ratio: Tensor | None, dimensions: int, layout: str) -> Tensor:
-    rows, samples = _check_gradient(bits, weight, ratio, dimensions, layout)
+    gradient = _gradient_outputs(bits, weight, ratio, dimensions, layout)
+    rows, samples = weight.shape
     bits, weight = bits.contiguous(), weight.contiguous()
     ratio = None if ratio is None else ratio.contiguous()
-    gradient = weight.new_empty((rows, dimensions))
-    status = _native.kernels(weight).antithetic_gradient(
-        _native.pointer(bits, weight, "antithetic_gradient: bits"),
+    status = _native.kernels(bits).antithetic_gradient(
+        _native.pointer(bits, bits, "antithetic_gradient: bits"),
         LAYOUTS[layout],
         rows,
         dimensions,
         samples,
-        weight.data_ptr(),
-        _native.pointer(ratio, weight, "antithetic_gradient: ratio"),
+        _native.pointer(weight, bits, "antithetic_gradient: weight"),
+        _native.pointer(ratio, bits, "antithetic_gradient: ratio"),
         gradient.data_ptr(),
     )
     _native.check("antithetic_gradient", status)
     return gradient
 
 
-def _gradient_fake(bits: Tensor, weight: Tensor, ratio: Tensor | None, dimensions: int, layout: str) -> Tensor:
-    _check_gradient(bits, weight, ratio, dimensions, layout)
-    return weight.new_empty((weight.shape[0], dimensions))
-
-
 # ratio * sum over samples of weight * bit, (rows, dimensions) float32.
 antithetic_gradient = _oplib.define(
     "antithetic_gradient(Tensor bits, Tensor weight, Tensor? ratio, SymInt dimensions, str layout) -> Tensor",
-    cpu=_gradient,
-    cuda=_gradient,
-    fake=_gradient_fake,
+    outputs=_gradient_outputs,
+    launcher=_gradient,
 )

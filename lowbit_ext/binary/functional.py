@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lowbit_ext import _arguments, _native, _oplib
 from lowbit_ext.binary import ops
+from lowbit_ext.binary.ops import Geometry, Window
 from lowbit_ext.binary.surrogates import INTERVALS, SURROGATES, derivative
 from lowbit_ext.packed import (
     ENCODING_VALUES,
@@ -284,17 +285,6 @@ def pack_weight(weight: Tensor, groups: int = 1) -> PackedWeight:
 # --- convolution ------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Geometry:
-    """Geometry of one convolution call, as the operators take it."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]  # top, left, bottom, right
-    dilation: tuple[int, int]
-    groups: int
-
-
 @functools.lru_cache(maxsize=4096)
 def _cached_geometry(
     weight_shape: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair, groups: int
@@ -314,7 +304,7 @@ def _cached_geometry(
         raise ValueError(f"binary_conv2d: padding must be ints, 'same' or 'valid', got {padding!r}")
     else:
         sides = _arguments.pair("", "", padding) * 2
-    return Geometry(kernel, stride, sides, dilation, groups)
+    return Geometry(*kernel, *stride, *sides, *dilation, groups)
 
 
 def geometry_of(
@@ -421,14 +411,12 @@ def _conv2d_float64(
     batch, channels, height, width = input.shape
     filters = weight.shape[0]
     _arguments.tensor_like("binary_conv2d", "weight", weight, input)
-    size = ops.check_conv(
-        (batch, height, width, words_for(channels)), channels, filters, geometry.kernel, geometry.stride,
-        geometry.padding, geometry.dilation, geometry.groups, encoding, padding_value,
-    )
+    size = (batch, height, width, words_for(channels))
+    out_size = ops.conv_size(size, channels, filters, geometry, encoding, padding_value)
     factor = None if scale is None else _channel_vector("scale", scale, filters, input, torch.float64)
     offset = None if bias is None else _channel_vector("bias", bias, filters, input, torch.float64)
     if residual is not None:
-        ops.check_residual(residual, (batch, filters, *size), (*_arguments.FLOATS, torch.float64))
+        ops.check_residual(residual, out_size, (*_arguments.FLOATS, torch.float64))
     late = _wants_grad(scale)
     top, left, bottom, right = geometry.padding
     values = F.pad(binary_activation(input, encoding, surrogate), (left, right, top, bottom), value=padding_value)
@@ -477,8 +465,10 @@ class _BinaryConv2d(torch.autograd.Function):
             assert weight is not None
             weight_words = _weight_words(weight)
             blocked = ops.binary_conv2d_block_weight(weight_words, channels, geometry.groups)
-        output = _run(words, blocked, weight_words.shape[0], scale, bias, residual, None, None, channels, geometry,
-                      encoding, padding_value, out_dtype)
+        output = ops.binary_conv2d(
+            words, blocked, scale, bias, residual, None, None, channels, weight_words.shape[0], geometry, encoding,
+            padding_value, out_dtype,
+        )  # fmt: skip
         keeps_input = surrogate not in ("clip", "identity") and ctx.needs_input_grad[0]
         ctx.save_for_backward(words, mask, weight_words, scale, input if keeps_input else None)
         ctx.call = (channels, geometry, encoding, surrogate, padding_value)
@@ -493,17 +483,18 @@ class _BinaryConv2d(torch.autograd.Function):
         words, mask, weight_words, scale, kept_input = ctx.saved_tensors
         channels, geometry, encoding, surrogate, padding_value = ctx.call
         filters = weight_words.shape[0]
-        shape = (filters, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
         grad = grad_output.to(torch.float32)
         grad_input = grad_weight = grad_bias = grad_residual = None
         if ctx.needs_input_grad[0]:
             size = (words.shape[0], channels, words.shape[1], words.shape[2])
-            grad_input = ops.binary_conv2d_input_grad(grad, weight_words, scale, mask, size, *shape)
+            grad_input = ops.binary_conv2d_input_grad(grad, weight_words, scale, mask, size, filters, geometry)
             if kept_input is not None:
                 grad_input = grad_input * derivative(kept_input, surrogate, encoding)
             grad_input = grad_input.to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = ops.binary_conv2d_weight_grad(grad, words, channels, *shape, encoding, padding_value)
+            grad_weight = ops.binary_conv2d_weight_grad(
+                grad, words, channels, filters, geometry, encoding, padding_value
+            )
             dtype, weight_shape = ctx.weight_like
             grad_weight = grad_weight.to(dtype).reshape(weight_shape)
         if ctx.needs_input_grad[4]:
@@ -511,17 +502,6 @@ class _BinaryConv2d(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             grad_residual = grad_output.to(ctx.residual_dtype)
         return (grad_input, grad_weight, None, None, grad_bias, grad_residual, *(None,) * 6)
-
-
-def _run(
-    words: Tensor, blocked: Tensor, filters: int, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    threshold: Tensor | None, flip: Tensor | None, channels: int, geometry: Geometry, encoding: str,
-    padding_value: int, out_dtype: torch.dtype,
-) -> Tensor:
-    return ops.binary_conv2d(
-        words, blocked, scale, bias, residual, threshold, flip, channels, filters, geometry.kernel, geometry.stride,
-        geometry.padding, geometry.dilation, geometry.groups, encoding, padding_value, out_dtype,
-    )
 
 
 def _default_dtype(input: Tensor | PackedTensor, plain: bool) -> torch.dtype:
@@ -658,7 +638,7 @@ def conv2d(
             torch.float32 if late else out_dtype,
         )
         if late:
-            ops.check_epilogue(filters, scale, bias, residual, None, None, out_dtype, output.shape)
+            ops.output_kind(filters, scale, bias, residual, None, None, out_dtype, output.shape)
             output = output * scale.reshape(-1, 1, 1)  # type: ignore[union-attr]
             output = output if bias is None else output + bias.reshape(-1, 1, 1)
             output = output if residual is None else output + residual
@@ -674,8 +654,10 @@ def conv2d(
         blocked = ops.binary_conv2d_block_weight(_weight_words(weight), channels, groups)
     if not isinstance(input, PackedTensor):
         words = ops.binarize(words, None, None, DEFAULT_THRESHOLDS[encoding], encoding)
-    output = _run(words, blocked, filters, scale, bias, residual, threshold, flip, channels, geometry, encoding,
-                  padding_value, out_dtype)
+    output = ops.binary_conv2d(
+        words, blocked, scale, bias, residual, threshold, flip, channels, filters, geometry, encoding, padding_value,
+        out_dtype,
+    )  # fmt: skip
     return output if threshold is None else packed_words(output, threshold.shape[0] * filters, encoding)
 
 
@@ -798,6 +780,15 @@ def _check_packed(op: str, value: Any) -> None:
         )
 
 
+def _window(
+    op: str, kernel_size: Pair, stride: Pair | None, padding: Pair, dilation: Pair, ceil_mode: bool
+) -> Window:
+    kernel = _arguments.pair(op, "kernel_size", kernel_size)
+    strides = kernel if stride is None else _arguments.pair(op, "stride", stride)
+    paddings, dilations = _arguments.pair(op, "padding", padding), _arguments.pair(op, "dilation", dilation)
+    return Window(*kernel, *strides, *paddings, *dilations, int(_arguments.flag(op, "ceil_mode", ceil_mode)))
+
+
 def max_pool2d(
     input: PackedTensor,
     kernel_size: Pair,
@@ -827,16 +818,11 @@ def max_pool2d(
         _arguments.tensor_like(op, "invert", invert, input.words)
         if invert.shape == (words_for(input.channels),) and invert.dtype == torch.int64:
             invert = clear_tail(invert, input.channels)
-    kernel = _arguments.pair(op, "kernel_size", kernel_size)
-    strides = kernel if stride is None else _arguments.pair(op, "stride", stride)
-    paddings, dilations = _arguments.pair(op, "padding", padding), _arguments.pair(op, "dilation", dilation)
-    words = ops.binary_max_pool2d(
-        input.words, invert, input.channels, kernel, strides, paddings, dilations,
-        _arguments.flag(op, "ceil_mode", ceil_mode),
-    )
+    window = _window(op, kernel_size, stride, padding, dilation, ceil_mode)
+    words = ops.binary_max_pool2d(input.words, invert, input.channels, window)
     for axis in (0, 1):
-        size = input.words.shape[1 + axis]
-        geometry = (strides[axis], paddings[axis], dilations[axis])
+        size, dilations = input.words.shape[1 + axis], window.dilation
+        geometry = (window.stride[axis], window.padding[axis], dilations[axis])
         if dilations[axis] > size and _misses_image(size, words.shape[1 + axis], *geometry):
             raise ValueError(
                 f"{op}: dilation {list(dilations)} leaves a window without a pixel of the image "
@@ -881,13 +867,9 @@ def avg_pool2d(
     divisor = 0  # none
     if divisor_override is not None:
         divisor = _arguments.integer(op, "divisor_override", divisor_override, 1, 2**63 - 1)
-    kernel = _arguments.pair(op, "kernel_size", kernel_size)
-    strides = kernel if stride is None else _arguments.pair(op, "stride", stride)
-    output = ops.binary_avg_pool2d(
-        input.words, input.channels, kernel, strides, _arguments.pair(op, "padding", padding),
-        _arguments.flag(op, "ceil_mode", ceil_mode), _arguments.flag(op, "count_include_pad", count_include_pad),
-        divisor, input.encoding,
-    )
+    window = _window(op, kernel_size, stride, padding, 1, ceil_mode)
+    include = _arguments.flag(op, "count_include_pad", count_include_pad)
+    output = ops.binary_avg_pool2d(input.words, input.channels, window, include, divisor, input.encoding)
     return output if input.scale is None else output * input.scale
 
 

@@ -150,8 +150,8 @@ class PackedConv2d(PackedLayer):
         # Looked up once here and not in each call: nn.Module.__getattr__ takes a third of a microsecond a buffer.
         self._before_residual = (self.blocked, self.scale, self.bias)
         self._after_residual = (
-            self.threshold, _unless_zero(self.flip), channels, self.shape[0], geometry.kernel, geometry.stride,
-            geometry.padding, geometry.dilation, geometry.groups, self.encoding, self.padding_value, torch.float32,
+            self.threshold, _unless_zero(self.flip), channels, self.shape[0], geometry, self.encoding,
+            self.padding_value, torch.float32,
         )  # fmt: skip
 
     def forward(self, words: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -202,12 +202,10 @@ class PackedMaxPool2d(PackedLayer):
         self.prepare()
 
     def prepare(self) -> None:
-        window = self.window
+        w = self.window
+        window = ops.Window(*w.kernel, *w.stride, *w.padding, *w.dilation, int(w.ceil_mode))
         invert = None if self.invert is None else clear_tail(self.invert, self.channels)
-        self._arguments = (
-            _unless_zero(invert), self.channels, window.kernel, window.stride, window.padding, window.dilation,
-            window.ceil_mode,
-        )  # fmt: skip
+        self._arguments = (_unless_zero(invert), self.channels, window)
 
     def forward(self, words: Tensor) -> Tensor:
         return ops.binary_max_pool2d(words, *self._arguments)
@@ -230,8 +228,12 @@ class PackedAvgPool2d(PackedLayer):
 
     def forward(self, words: Tensor) -> Tensor:
         size = words.shape[1:3]
-        window = self.window if self.window is not None else (size, size, (0, 0), False, True, 0)
-        return ops.binary_avg_pool2d(words, self.channels, *window, self.encoding)
+        given: tuple[Any, ...] = self.window if self.window is not None else (size, size, (0, 0), False, True, 0)
+        kernel, stride, padding, ceil_mode, count_include_pad, divisor_override = given
+        window = ops.Window(*kernel[:2], *stride[:2], *padding[:2], 1, 1, int(ceil_mode))
+        return ops.binary_avg_pool2d(
+            words, self.channels, window, count_include_pad, divisor_override, self.encoding
+        )
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, encoding={self.encoding!r}, window={self.window}"

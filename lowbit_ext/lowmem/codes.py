@@ -162,7 +162,7 @@ def dequantize(quantized: Codes | ChannelCodes, out: Tensor | None = None) -> Te
         Tensor of the original's shape and memory order, and of its dtype or that of `out`.
 
     Raises:
-        ValueError: `out` has another shape or memory order.
+        ValueError: `out` has another shape or memory order, or requires grad while gradients are recorded.
     """
     q = quantized
     if out is None:
@@ -172,6 +172,8 @@ def dequantize(quantized: Codes | ChannelCodes, out: Tensor | None = None) -> Te
         raise ValueError(
             f"dequantize: out must be {order} {q.shape}, got {tuple(out.shape)} with strides {out.stride()}"
         )
+    elif out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("dequantize: out requires grad, and what is written into it carries no gradient")
     if isinstance(q, ChannelCodes):
         ops.channel_dequantize_into(q.codes, q.std, q.mean, q.channels_last, q.bits, q.span, False, out)
     else:

@@ -36,7 +36,7 @@ def _quantize_fake(x: Tensor, bits: int, seed: Tensor | None) -> tuple[Tensor, T
 # would be a bias for nothing. An operator, so that a compiled graph decides at every call.
 _quantize_saved = _oplib.define(
     "group_quantize_saved(Tensor x, int bits, Tensor? seed) -> (Tensor, Tensor)",
-    cpu=_quantize, cuda=_quantize, fake=_quantize_fake,
+    outputs=_quantize_fake, launcher=_quantize,
 )  # fmt: skip
 
 
@@ -72,7 +72,10 @@ def _narrow(flat: Tensor) -> Tensor:
 
 
 def _seed(stochastic: bool, generator: torch.Generator | None = None) -> Tensor | None:
-    return torch.randint(-(2**63), 2**63 - 1, (), generator=generator) if stochastic else None
+    if not stochastic:
+        return None
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=device).cpu()
 
 
 # --- eager hooks ------------------------------------------------------------------------------------------------------

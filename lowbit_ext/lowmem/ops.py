@@ -147,7 +147,7 @@ def _quantize(
     grid = x.new_empty((4, rows.grid_width), dtype=torch.float32)
     floats = _Floats(op, x, mean=mean, invstd=invstd, gamma=gamma, beta=beta)
     status = _native.kernels(x).batch_norm_relu_quantize(
-        x.data_ptr(), FLOAT_TYPES[x.dtype], *rows, *floats.pointers, bits, span, y is not None,
+        _native.pointer(x, x, f"{op}: x"), FLOAT_TYPES[x.dtype], *rows, *floats.pointers, bits, span, y is not None,
         _native.pointer(target, x, f"{op}: y"), codes.data_ptr(), grid.data_ptr(),
     )
     _native.check(op, status)
@@ -167,9 +167,8 @@ def _quantize_fake(
 batch_norm_relu_quantize = _oplib.define(
     "batch_norm_relu_quantize(Tensor x, Tensor mean, Tensor invstd, Tensor gamma, Tensor beta, int bits, float span, "
     "Tensor(a!)? y) -> Tensor",
-    cpu=_quantize,
-    cuda=_quantize,
-    fake=_quantize_fake,
+    outputs=_quantize_fake,
+    launcher=_quantize,
 )
 
 
@@ -201,8 +200,8 @@ def _dequantize_into(
     codes = codes.contiguous()
     floats = _Floats(op, codes, gamma=gamma, beta=beta)
     status = _native.kernels(codes).channel_dequantize(
-        codes.data_ptr(), *rows, *floats.pointers, bits, span, relu, _native.pointer(output, codes, f"{op}: out"),
-        FLOAT_TYPES[output.dtype], grid.data_ptr(),
+        _native.pointer(codes, codes, f"{op}: codes"), *rows, *floats.pointers, bits, span, relu,
+        _native.pointer(output, codes, f"{op}: output"), FLOAT_TYPES[output.dtype], grid.data_ptr(),
     )
     _native.check(op, status)
 
@@ -218,9 +217,8 @@ def _dequantize_into_fake(
 channel_dequantize_into = _oplib.define(
     "channel_dequantize_into(Tensor codes, Tensor gamma, Tensor beta, bool channels_last, int bits, float span, "
     "bool relu, Tensor(a!) output) -> ()",
-    cpu=_dequantize_into,
-    cuda=_dequantize_into,
-    fake=_dequantize_into_fake,
+    outputs=_dequantize_into_fake,
+    launcher=_dequantize_into,
 )
 
 
@@ -246,9 +244,8 @@ def _dequantize_fake(
 channel_dequantize = _oplib.define(
     "channel_dequantize(Tensor codes, Tensor gamma, Tensor beta, SymInt[] shape, bool channels_last, ScalarType dtype, "
     "int bits, float span, bool relu) -> Tensor",
-    cpu=_dequantize,
-    cuda=_dequantize,
-    fake=_dequantize_fake,
+    outputs=_dequantize_fake,
+    launcher=_dequantize,
 )
 
 
@@ -282,9 +279,9 @@ def _backward(
     codes = codes.contiguous()
     floats = _Floats(op, grad, gamma=gamma, beta=beta, invstd=invstd)
     status = _native.kernels(grad).batch_norm_relu_backward(
-        grad.data_ptr(), FLOAT_TYPES[grad.dtype], *rows, _native.pointer(codes, grad, f"{op}: codes"),
-        *floats.pointers, bits, span, relu, training, grad_input.data_ptr(), grad_gamma.data_ptr(),
-        grad_beta.data_ptr(), sums.data_ptr(), grid.data_ptr(),
+        _native.pointer(grad, grad, f"{op}: grad"), FLOAT_TYPES[grad.dtype], *rows,
+        _native.pointer(codes, grad, f"{op}: codes"), *floats.pointers, bits, span, relu, training,
+        grad_input.data_ptr(), grad_gamma.data_ptr(), grad_beta.data_ptr(), sums.data_ptr(), grid.data_ptr(),
     )
     _native.check(op, status)
     return grad_input, grad_gamma, grad_beta
@@ -304,9 +301,8 @@ def _backward_fake(
 batch_norm_relu_backward = _oplib.define(
     "batch_norm_relu_backward(Tensor grad, Tensor codes, Tensor gamma, Tensor beta, Tensor invstd, int bits, "
     "float span, bool relu, bool training) -> (Tensor, Tensor, Tensor)",
-    cpu=_backward,
-    cuda=_backward,
-    fake=_backward_fake,
+    outputs=_backward_fake,
+    launcher=_backward,
 )
 
 
@@ -336,8 +332,8 @@ def _group_quantize(x: Tensor, bits: int, positive: bool, seed: Tensor | None, o
     scale_minimum = x.new_empty((groups, 2), dtype=torch.bfloat16)
     key = 0 if seed is None else int(seed) & (2**64 - 1)
     status = _native.kernels(x).group_quantize(
-        x.data_ptr(), FLOAT_TYPES[x.dtype], x.numel(), bits, positive, seed is not None, key,
-        offset & (2**64 - 1), codes.data_ptr(), scale_minimum.data_ptr(),
+        _native.pointer(x, x, "group_quantize: x"), FLOAT_TYPES[x.dtype], x.numel(), bits, positive, seed is not None,
+        key, offset & (2**64 - 1), codes.data_ptr(), scale_minimum.data_ptr(),
     )
     _native.check("group_quantize", status)
     return codes, scale_minimum
@@ -355,9 +351,8 @@ def _group_quantize_fake(
 # `seed`: stochastic rounding, a function of (seed, offset, element); None: nearest.
 group_quantize = _oplib.define(
     "group_quantize(Tensor x, int bits, bool positive, Tensor? seed, int offset) -> (Tensor, Tensor)",
-    cpu=_group_quantize,
-    cuda=_group_quantize,
-    fake=_group_quantize_fake,
+    outputs=_group_quantize_fake,
+    launcher=_group_quantize,
 )
 
 
@@ -387,8 +382,9 @@ def _group_dequantize_into(codes: Tensor, scale_minimum: Tensor, bits: int, outp
         )
     codes, scale_minimum = codes.contiguous(), scale_minimum.contiguous()
     status = _native.kernels(codes).group_dequantize(
-        codes.data_ptr(), _native.pointer(scale_minimum, codes, "group_dequantize: scale_minimum"), output.numel(),
-        bits, _native.pointer(output, codes, "group_dequantize: out"), FLOAT_TYPES[output.dtype],
+        _native.pointer(codes, codes, "group_dequantize: codes"),
+        _native.pointer(scale_minimum, codes, "group_dequantize: scale_minimum"), output.numel(), bits,
+        _native.pointer(output, codes, "group_dequantize: output"), FLOAT_TYPES[output.dtype],
     )
     _native.check("group_dequantize", status)
 
@@ -400,9 +396,8 @@ def _group_dequantize_into_fake(codes: Tensor, scale_minimum: Tensor, bits: int,
 # What group codes stand for, written into `output`, whose memory order is that of the tensor that was quantised.
 group_dequantize_into = _oplib.define(
     "group_dequantize_into(Tensor codes, Tensor scale_minimum, int bits, Tensor(a!) output) -> ()",
-    cpu=_group_dequantize_into,
-    cuda=_group_dequantize_into,
-    fake=_group_dequantize_into_fake,
+    outputs=_group_dequantize_into_fake,
+    launcher=_group_dequantize_into,
 )
 
 
@@ -426,7 +421,6 @@ def _group_dequantize_fake(
 group_dequantize = _oplib.define(
     "group_dequantize(Tensor codes, Tensor scale_minimum, SymInt[] shape, bool channels_last, ScalarType dtype, "
     "int bits) -> Tensor",
-    cpu=_group_dequantize,
-    cuda=_group_dequantize,
-    fake=_group_dequantize_fake,
+    outputs=_group_dequantize_fake,
+    launcher=_group_dequantize,
 )

@@ -1,0 +1,43 @@
+"""Operators of the binary layers. Raw: the modules beside hold what users call.
+
+Tensors here are words (int64, channels-last, packed.py) and dense floats; geometry travels as one tuple of integers.
+"""
+
+from lowbit_ext.binary.ops.activation import (
+    LEVELS,
+    masked_gradient,
+    quantized_activation,
+    quantized_activation_with_mask,
+)
+from lowbit_ext.binary.ops.binarization import binarize, binarize_with_mask
+from lowbit_ext.binary.ops.convolution import (
+    binary_conv2d,
+    binary_conv2d_block_weight,
+    check_residual,
+    output_kind,
+)
+from lowbit_ext.binary.ops.geometry import ENCODINGS, Geometry, Window, conv_shape, conv_size
+from lowbit_ext.binary.ops.gradients import binary_conv2d_input_grad, binary_conv2d_weight_grad
+from lowbit_ext.binary.ops.pooling import binary_avg_pool2d, binary_max_pool2d
+
+__all__ = [
+    "ENCODINGS",
+    "LEVELS",
+    "Geometry",
+    "Window",
+    "binarize",
+    "binarize_with_mask",
+    "binary_avg_pool2d",
+    "binary_conv2d",
+    "binary_conv2d_block_weight",
+    "binary_conv2d_input_grad",
+    "binary_conv2d_weight_grad",
+    "binary_max_pool2d",
+    "check_residual",
+    "conv_shape",
+    "conv_size",
+    "masked_gradient",
+    "output_kind",
+    "quantized_activation",
+    "quantized_activation_with_mask",
+]
