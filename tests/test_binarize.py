@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from conftest import BACKENDS, generator, running_on
 from lowbit_ext import PackedTensor, _native
 from lowbit_ext.binary import binarize, ops, unpack
-from lowbit_ext.binary.functional import DEFAULT_THRESHOLDS
+from lowbit_ext.binary.activation import DEFAULT_THRESHOLDS
 from reference import binary as reference
 
 # Below, at and past one and two words; BinaryDuo's widths; past eight words.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from conftest import BACKENDS, generator, running_on
 from lowbit_ext.binary import avg_pool2d, binarize, global_avg_pool, max_pool2d
-from lowbit_ext.binary.functional import invert_words
+from lowbit_ext.binary.activation import invert_words
 
 
 @st.composite

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.common_types import _size_1_t, _size_2_t
 
 from lowbit_ext import _arguments
-from lowbit_ext.binary import functional
+from lowbit_ext.binary import activation, convolution
 from lowbit_ext.binary.surrogates import SURROGATES
 from lowbit_ext.packed import ENCODING_VALUES, PackedTensor
 
@@ -226,7 +226,7 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
         """See the class."""
-        return functional.conv2d(  # type: ignore[return-value]
+        return convolution.conv2d(  # type: ignore[return-value]
             input,
             self.weight,
             stride=self.stride,
@@ -275,7 +275,7 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
         """See the class."""
-        return functional.conv1d(  # type: ignore[return-value]
+        return convolution.conv1d(  # type: ignore[return-value]
             input,
             self.weight,
             stride=self.stride[0],
@@ -316,7 +316,7 @@ class BinaryLinear(_BinaryLayer, nn.Linear):
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
         """See the class."""
-        return functional.linear(input, self.weight, **self._options(input))  # type: ignore[return-value]
+        return convolution.linear(input, self.weight, **self._options(input))  # type: ignore[return-value]
 
 
 class BinaryActivation(nn.Module):
@@ -345,7 +345,7 @@ class BinaryActivation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """See the class."""
-        return functional.binary_activation(input, self.encoding, self.surrogate)
+        return activation.binary_activation(input, self.encoding, self.surrogate)
 
     def extra_repr(self) -> str:
         """The options."""

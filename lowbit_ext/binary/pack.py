@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lowbit_ext.binary import functional, layers
+from lowbit_ext.binary import layers
+from lowbit_ext.binary.activation import DEFAULT_THRESHOLDS, invert_words
+from lowbit_ext.binary.convolution import geometry_of
 from lowbit_ext.binary.packed_model import (
     PackedAvgPool2d,
     PackedBinarize,
@@ -30,6 +32,7 @@ from lowbit_ext.binary.packed_model import (
     PackedUnpack,
     Window,
 )
+from lowbit_ext.binary.weights import pack_weight
 from lowbit_ext.packed import unpack_op
 
 __all__ = ["pack"]
@@ -349,7 +352,7 @@ def _fold(chain: _Chain, encoding: str, low: Tensor, high: Tensor, value: Callab
         low, high: int64 (C,), ends of the range of positions.
         value: monotone map of positions to the source's values.
     """
-    threshold = functional.DEFAULT_THRESHOLDS[encoding]
+    threshold = DEFAULT_THRESHOLDS[encoding]
 
     def run(positions: Tensor) -> tuple[Tensor, list[Tensor]]:
         values, pooled = value(positions), []
@@ -545,19 +548,19 @@ class _Packer:
         if one_pixel:
             # The features behind a flatten are channels times pixels: a convolution whose kernel is the image.
             weight = weight.reshape(-1, words.channels, words.height, words.width)
-            geometry = functional.geometry_of(weight.shape, 1, 0, 1, 1)
+            geometry = geometry_of(weight.shape, 1, 0, 1, 1)
         else:
             flat = weight.dim() == 3
             weight = weight.unsqueeze(2) if flat else weight
             padding = layer.padding
-            geometry = functional.geometry_of(
+            geometry = geometry_of(
                 weight.shape,
                 (1, *layer.stride) if flat else layer.stride,
                 padding if isinstance(padding, str) or not flat else (0, *padding),
                 (1, *layer.dilation) if flat else layer.dilation,
                 layer.groups,
             )
-        packed = functional.pack_weight(weight, geometry.groups)
+        packed = pack_weight(weight, geometry.groups)
         filters = weight.shape[0]
         scale, bias = layer.scale(), None if layer.bias is None else layer.bias.detach().clone()
         chain = fold = None
@@ -583,7 +586,7 @@ class _Packer:
         inverts = iter(fold.inverts if fold is not None else ())
         for step in chain.steps:
             if isinstance(step, Window):
-                invert = functional.invert_words(next(inverts)) if fold is not None else None
+                invert = invert_words(next(inverts)) if fold is not None else None
                 output = self._add(bits[0], "_pool", PackedMaxPool2d(channels, step, invert), output)
         words = _Words(output, *_images((0, channels, *chain.spatial)))
         self.words[bits] = words
@@ -663,7 +666,7 @@ def pack(model: nn.Module, example_input: Any) -> PackedModel:
         result = interpreter.run(*example())
         for words, node, encoding in packer.points:
             bits = unpack_op(interpreter.env[words.node], words.channels, 0.0, 1.0, torch.float32).movedim(-1, 1)
-            wanted = traced.values[node] >= functional.DEFAULT_THRESHOLDS[encoding]
+            wanted = traced.values[node] >= DEFAULT_THRESHOLDS[encoding]
             wrong = int((bits.flatten(1).bool() != wanted.flatten(1)).sum())
             if wrong:
                 raise ValueError(

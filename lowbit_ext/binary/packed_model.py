@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowbit_ext import _arguments, _native
-from lowbit_ext.binary import functional, ops
+from lowbit_ext.binary import ops
+from lowbit_ext.binary.activation import DEFAULT_THRESHOLDS
+from lowbit_ext.binary.weights import PackedWeight
 from lowbit_ext.packed import ENCODING_VALUES, clear_tail, unpack_op
 
 FORMAT = "lowbit_ext.packed"
@@ -78,7 +80,7 @@ class PackedBinarize(PackedLayer):
         self.prepare()
 
     def prepare(self) -> None:
-        common = functional.DEFAULT_THRESHOLDS[self.encoding]
+        common = DEFAULT_THRESHOLDS[self.encoding]
         self._arguments = (self.threshold, _unless_zero(self.flip), common, self.encoding)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,8 +118,8 @@ class PackedConv2d(PackedLayer):
 
     def __init__(
         self,
-        weight: functional.PackedWeight,
-        geometry: functional.Geometry,
+        weight: PackedWeight,
+        geometry: ops.Geometry,
         encoding: str,
         padding_value: int,
         *,
@@ -230,7 +232,7 @@ class PackedAvgPool2d(PackedLayer):
         size = words.shape[1:3]
         given: tuple[Any, ...] = self.window if self.window is not None else (size, size, (0, 0), False, True, 0)
         kernel, stride, padding, ceil_mode, count_include_pad, divisor_override = given
-        window = ops.Window(*kernel[:2], *stride[:2], *padding[:2], 1, 1, int(ceil_mode))
+        window = ops.Window._make((*kernel, *stride, *padding, 1, 1, int(ceil_mode)))
         return ops.binary_avg_pool2d(
             words, self.channels, window, count_include_pad, divisor_override, self.encoding
         )

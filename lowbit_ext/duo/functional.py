@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_ext.binary.functional import binarize, quantized_activation, unpack
+from lowbit_ext.binary.activation import binarize, quantized_activation, unpack
 from lowbit_ext.packed import FLOAT_TYPES, PackedTensor
 
 

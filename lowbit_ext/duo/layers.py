@@ -10,9 +10,9 @@ from torch.nn.common_types import _size_2_t
 
 from lowbit_ext import _arguments
 from lowbit_ext.binary import BinaryActivation
-from lowbit_ext.binary.functional import straight_through_weight
 from lowbit_ext.binary.layers import WEIGHT_SCALES, check_conv, check_linear, weight_scale_of
 from lowbit_ext.binary.surrogates import SURROGATES
+from lowbit_ext.binary.weights import straight_through_weight
 from lowbit_ext.duo import functional
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit_ext import _arguments
-from lowbit_ext.binary.functional import PackedWeight, binarize, linear
+from lowbit_ext.binary import PackedWeight, binarize, linear
 from lowbit_ext.packed import WORD_BITS, PackedTensor, packed_words, words_for
 
 # Rows whose products are formed at once: of 4096 features they fill 512 KB, which the second-level cache keeps for all

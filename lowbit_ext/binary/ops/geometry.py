@@ -15,6 +15,7 @@ from lowbit_ext.packed import words_for
 ENCODINGS = {"sign": 0, "step": 1}  # csrc/core/layout.h
 MOST_STEP = 2**31  # csrc/core/checks.h
 
+Pair = int | Sequence[int]
 Size = tuple[int, int, int, int]
 
 
