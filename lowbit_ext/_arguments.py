@@ -4,14 +4,16 @@ names the operation, the argument, what came and what was expected.
 
 from __future__ import annotations
 
+import functools
 import numbers
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels read
 
 
@@ -118,3 +120,15 @@ def tensor_like(op: str, name: str, value: Any, like: Tensor, dtypes: Sequence[t
         place = "the CPU" if like.is_cpu else like.device
         raise ValueError(f"{op}: {name} must be on {place} like the input, got {checked.device}")
     return checked
+
+
+def overridable(function: _Function) -> _Function:
+    """A public function of tensors that what stands for a tensor can take over: a torch.fx proxy records the call."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        if torch.overrides.has_torch_function(arguments):
+            return torch.overrides.handle_torch_function(call, arguments, *arguments, **options)
+        return function(*arguments, **options)
+
+    return call  # type: ignore[return-value]

@@ -9,7 +9,17 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_leaves
 
 from lowbit_ext import _native, _oplib, antithetic, lowmem
-from lowbit_ext.binary import avg_pool2d, binarize, conv2d, max_pool2d, pack_weight
+from lowbit_ext.binary import (
+    BinaryActivation,
+    BinaryConv2d,
+    BinaryLinear,
+    avg_pool2d,
+    binarize,
+    conv2d,
+    max_pool2d,
+    pack,
+    pack_weight,
+)
 from operator_samples import samples
 
 
@@ -198,3 +208,34 @@ def test_modes_that_record():
         assert torch.equal(traced(x), layers(x))
         assert torch.equal(graph(x), layers(x))
     assert any("lowbit" in str(node.target) for node in graph.graph.nodes)
+
+
+def test_symbolic_trace():
+    """torch.fx, and what is built on it, records layers and functions as calls."""
+    layers = torch.nn.Sequential(
+        BinaryConv2d(3, 8, 3), torch.nn.BatchNorm2d(8), BinaryActivation(), BinaryConv2d(8, 8, 3), torch.nn.Flatten(),
+        BinaryLinear(128, 5),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 3, 8, 8)
+    traced = torch.fx.symbolic_trace(layers)
+    assert torch.equal(traced(x + 1), layers(x + 1))
+    packed = pack(layers, x)
+    wrapped = torch.nn.Sequential(torch.nn.Identity(), packed)
+    assert torch.equal(torch.fx.symbolic_trace(wrapped)(x + 1), packed(x + 1))
+
+    def functions(x):
+        bits = max_pool2d(binarize(x), 2)
+        return avg_pool2d(bits, 2) + bits.unpack().mean()
+
+    assert torch.equal(torch.fx.symbolic_trace(functions)(x), functions(x))
+
+
+def test_subclass_with_a_torch_function():
+    class Named(torch.Tensor):
+        """An ordinary subclass: results of functions of it are of it."""
+
+    x = torch.randn(2, 70, 8, 8)
+    assert torch.equal(binarize(x.as_subclass(Named)).words, binarize(x).words)
+    got = conv2d(x.as_subclass(Named), torch.ones(6, 70, 3, 3))
+    assert type(got) is Named
+    assert torch.equal(got.as_subclass(torch.Tensor), conv2d(x, torch.ones(6, 70, 3, 3)))

@@ -50,6 +50,7 @@ def holds_nan(values: Tensor) -> bool:
     return _oplib._is_eager() and not values.is_meta and bool(values.isnan().any())
 
 
+@_arguments.overridable
 def binarize(
     x: Tensor,
     encoding: str = "sign",
@@ -101,6 +102,7 @@ def binarize(
     return packed_words(words, channels, encoding)
 
 
+@_arguments.overridable
 def unpack(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values of a packed tensor: see PackedTensor.unpack."""
     if not isinstance(packed, PackedTensor):
@@ -185,6 +187,7 @@ class _DenseActivation(torch.autograd.Function):
         return grad_output * derivative(input, *ctx.call), None, None
 
 
+@_arguments.overridable
 def binary_activation(x: Tensor, encoding: str = "sign", surrogate: str = "clip") -> Tensor:
     """sign(x) in {-1, +1} (sign(0) = +1) or the step 1[x >= 1/2] in {0, 1}, with a straight-through gradient.
 

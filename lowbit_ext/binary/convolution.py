@@ -259,6 +259,7 @@ def _differentiable(
     return output.to(out_dtype)
 
 
+@_arguments.overridable
 def conv2d(
     input: Tensor | PackedTensor,
     weight: Tensor | PackedWeight,
@@ -357,6 +358,7 @@ def conv2d(
     return output if threshold is None else packed_words(output, threshold.shape[0] * filters, encoding)
 
 
+@_arguments.overridable
 def conv1d(
     input: Tensor | PackedTensor,
     weight: Tensor | PackedWeight,
@@ -393,6 +395,7 @@ def conv1d(
     return output.squeeze(2)
 
 
+@_arguments.overridable
 def linear(
     input: Tensor | PackedTensor,
     weight: Tensor | PackedWeight,

@@ -81,6 +81,7 @@ def check_linear(
     }  # fmt: skip
 
 
+@_arguments.overridable
 def weight_scale_of(weight: Tensor, weight_scale: str | None) -> Tensor | None:
     """Mean |weight| without gradient, of each filter ("channel", (O,)) or of all ("layer", (1,)), or None.
 

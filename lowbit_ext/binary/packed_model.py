@@ -292,10 +292,14 @@ class PackedModel(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
-    @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's result."""
-        return self.body.forward(*args, **kwargs)
+        """The model's result. torch.fx records a packed network within another model as one call."""
+        for value in args:
+            if isinstance(value, fx.Proxy):
+                tracer: Any = value.tracer
+                return tracer.create_proxy("call_module", tracer.path_of_module(self.body), args, kwargs)
+        with torch.no_grad():
+            return self.body.forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> PackedModel:
         """Stays in evaluation mode, whatever `mode`."""

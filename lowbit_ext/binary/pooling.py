@@ -39,6 +39,7 @@ def _window(
     return Window(*kernel, *strides, *paddings, *dilations, int(_arguments.flag(op, "ceil_mode", ceil_mode)))
 
 
+@_arguments.overridable
 def max_pool2d(
     input: PackedTensor,
     kernel_size: Pair,
@@ -90,6 +91,7 @@ def _misses_image(size: int, windows: int, stride: int, padding: int, dilation: 
     return any(start % dilation >= size for start in starts)
 
 
+@_arguments.overridable
 def avg_pool2d(
     input: PackedTensor,
     kernel_size: Pair,
@@ -123,6 +125,7 @@ def avg_pool2d(
     return output if input.scale is None else output * input.scale
 
 
+@_arguments.overridable
 def global_avg_pool(input: PackedTensor) -> Tensor:
     """Mean over all pixels of a packed tensor (N, C, H, W) of at least one pixel: float32 (N, C, 1, 1)."""
     _check_packed("global_avg_pool", input)

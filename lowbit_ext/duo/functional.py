@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_ext import _arguments
 from lowbit_ext.binary.activation import binarize, quantized_activation, unpack
 from lowbit_ext.packed import FLOAT_TYPES, PackedTensor
 
 
+@_arguments.overridable
 def ternary_activation(x: Tensor, surrogate: str = "clip") -> Tensor:
     """0, 1/2 or 1 by the thresholds 1/4 and 3/4: the mean of two step activations of x - 1/4 and x + 1/4, exactly.
 
@@ -34,6 +36,7 @@ def ternary_activation(x: Tensor, surrogate: str = "clip") -> Tensor:
     return quantized_activation("ternary_activation", x, "ternary", surrogate)
 
 
+@_arguments.overridable
 def step_activation(x: Tensor, surrogate: str = "clip") -> Tensor:
     """1 where x >= 1/2, else 0; arguments, gradient and errors as ternary_activation.
 
