@@ -172,20 +172,21 @@ def pointer(tensor: torch.Tensor | None, like: torch.Tensor, name: str) -> int:
 
     Raises:
         ValueError: it is on another device.
-        NotPlainMemory: the elements are not what lies at its address: a subclass, a negated view, a tensor that
+        NotPlainMemory: the elements are not what lies at its address: a wrapper subclass, a negated view, a tensor that
             stands for zeros, one whose storage has been freed.
     """
     if tensor is None:
         return 0
-    if type(tensor) not in PLAIN_TENSORS:
-        raise NotPlainMemory(f"{name} must be a plain tensor, got {type(tensor).__name__}")
+    kind = type(tensor)
+    if kind not in PLAIN_TENSORS and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise NotPlainMemory(f"{name} must be a plain tensor, got {kind.__name__}")
     if not (tensor.is_cpu and like.is_cpu) and tensor.device != like.device:
         place = "the CPU" if like.is_cpu else like.device
         raise ValueError(f"{name} must be on {place} like the input, got {tensor.device}")
     address = tensor.data_ptr()
     if tensor.is_neg() or (address == 0 and tensor.numel() > 0):
-        kind = "a negated view" if tensor.is_neg() else "one without storage"
-        raise NotPlainMemory(f"{name} must be a plain tensor, got {kind}")
+        came = "a negated view" if tensor.is_neg() else "one without storage"
+        raise NotPlainMemory(f"{name} must be a plain tensor, got {came}")
     return address
 
 
