@@ -3,7 +3,11 @@
 import dataclasses
 import itertools
 import math
+import os
 import random
+import resource
+import subprocess
+import sys
 import time
 
 import pytest
@@ -684,6 +688,127 @@ def test_simulation_is_deterministic_and_resumes(changes, tmp_path):
     assert 0 <= whole.history[-1].measures["accuracy"] <= 1
     with pytest.raises(ValueError, match="holds a run of other settings"):
         simulate(model, server, users, dataclasses.replace(chosen, seed=9), checkpoint=path)
+
+
+CHECKPOINTED = Settings(rounds=2, steps=1, groups=1, batch=8, flip=False, threshold=0.5, bits=4, warm_up=1)
+
+
+def checkpointed(path, users=4, model=None, data=0.0, **changes):
+    """A short run with a checkpoint, of so many users, with `data` added to the last one's images."""
+    given, server, images, _ = small_problem()
+    images = [*images[: users - 1], images[users - 1] + data]
+    return simulate(model or given, server, images, dataclasses.replace(CHECKPOINTED, **changes), checkpoint=path)
+
+
+def test_a_finished_run_is_extended(tmp_path):
+    path = tmp_path / "run.pt"
+    finished = checkpointed(path)
+    again = checkpointed(path)
+    assert again.history == finished.history
+    assert all(torch.equal(again.state[key], finished.state[key]) for key in finished.state)
+    extended = checkpointed(path, rounds=3)
+    assert extended.history[:2] == finished.history
+    assert len(extended.history) == 3
+    assert not all(torch.equal(extended.state[key], finished.state[key]) for key in finished.state)
+    with pytest.raises(ValueError, match=r"^simulate: .*run.pt holds 3 rounds, more than 2 of the settings$"):
+        checkpointed(path)
+
+
+def test_failed_rounds_count_over_interruptions(tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(0.0))  # every user's reply is lost
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    result = checkpointed(path, model=model, drop=0.5, rounds=2, alternate=1)
+    assert all(report.failed for report in result.history)
+    with pytest.raises(RuntimeError, match=r"^round 2: no user's update could be used, 3 rounds in a row"):
+        checkpointed(path, model=model, drop=0.5, rounds=3, alternate=1)
+
+
+@pytest.mark.parametrize(("changes", "what"), [
+    ({"seed": 9}, "settings.*settings: seed is 0 there and 9 here"),
+    ({"users": 3}, "users, data.*users: number is 4 there and 3 here; data: images of user 3 is torch.float32 .* there "
+                   "and nothing here"),
+    ({"data": 0.1}, "data.*data: images of user 3 is torch.float32 .* there and torch.float32 .* here"),
+    ({"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 10))}, r"model.*model: 1.weight is .* there and .* here"),
+    ({"data": 0.1, "bits": 1}, "settings, data; .*settings: bits is 4 there and 1 here; data: "),
+], ids=["settings", "users", "data", "model", "two"])  # fmt: skip
+def test_another_runs_checkpoint_is_refused(changes, what, tmp_path):
+    path = tmp_path / "run.pt"
+    checkpointed(path, rounds=1)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"^simulate: .*run.pt holds a run of other {what}"):
+        checkpointed(path, **changes)
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    checkpointed(path, rounds=1)
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    for place in (30, 61, 62, len(whole) - 1, *(rng.randrange(30, len(whole)) for _ in range(20))):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"^simulate: .*run.pt is damaged, its checksum is wrong"):
+            checkpointed(path)
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"^simulate: .*run.pt is damaged"):
+        checkpointed(path)
+    for other in (b"", b"PK", whole[1:]):
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match=r"^simulate: .*run.pt is no checkpoint of this version"):
+            checkpointed(path)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
+    path = tmp_path / "run.pt"
+    checkpointed(path, rounds=1)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"simulate: the checkpoint cannot be written: File too large: '.*run.pt'"):
+            checkpointed(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.pt", "run.pt.lock"]
+    assert len(checkpointed(path).history) == 2
+
+
+HOLDER = """
+import sys
+from lowbit_ext.federated.checkpoint import Checkpoint
+with Checkpoint(sys.argv[1], {}):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "finished"])
+def test_one_process_a_checkpoint(end, tmp_path):
+    path = tmp_path / "run.pt"
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        why = rf"^simulate: .*run.pt is the checkpoint of a run that goes on in process {holder.pid}; wait for it"
+        with pytest.raises(RuntimeError, match=why):
+            checkpointed(path)
+        assert not path.exists()
+        if end == "killed":
+            holder.kill()
+        else:
+            holder.stdin.close()
+        holder.wait()
+    assert len(checkpointed(path).history) == 2
+
+
+def test_a_checkpoint_is_as_readable_as_other_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        checkpointed(tmp_path / "run.pt", rounds=1)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "run.pt").stat().st_mode & 0o777 == 0o640
 
 
 def test_training_learns_digits():

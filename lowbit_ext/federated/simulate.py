@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit_ext.federated import augment
+from lowbit_ext.federated.checkpoint import Checkpoint, fingerprint
 from lowbit_ext.federated.core import State, consistency_loss, norm_parameters, recompute_statistics
 from lowbit_ext.federated.rounds import Coordinator, Participant, RoundReport
 
@@ -248,15 +248,19 @@ def simulate(
         test: images and labels; every test_every rounds and at the end the averaged model's accuracy on them is added
             to the report as "accuracy".
         checkpoint: file that is written after every round, and read at the start: a run that was interrupted goes on
-            from there.
+            from there, and one that was finished is extended to `rounds` if these are more. The rate of the rounds
+            still to come falls as that of all `rounds`. The file holds the run of this model's tensors, these users
+            and images, and these settings, and is refused for any other.
         on_round: called with each new report, for a progress bar.
 
     Returns:
         Simulation. Measures of a report: "accuracy"; "label_accuracy" and "labels_kept", of the users' labels.
 
     Raises:
-        ValueError: settings out of range, no users, a checkpoint of other settings.
-        RuntimeError: max_failed_rounds in a row in which no user's update could be used.
+        ValueError: settings out of range, no users; a checkpoint that is damaged, another run's, or of more rounds.
+        RuntimeError: max_failed_rounds in a row in which no user's update could be used; a checkpoint that another run
+            writes.
+        OSError: the checkpoint cannot be written; the one before is left as it was.
     """
     if not users or any(len(images) == 0 for images in users):
         raise ValueError("simulate: there must be users, and each must have images")
@@ -291,29 +295,36 @@ def simulate(
         for user, images in enumerate(users)
     }
     history: list[RoundReport[int]] = []
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.exists():
-        _load(path, settings, coordinator, participants, history)
-    elif settings.warm_up:
-        generator = trainer.generator("warm-up")
-        warm = trainer.supervised(first, *server, settings.learning_rate, settings.warm_up, generator)
-        coordinator.state = warm
-        coordinator.starts = dict.fromkeys(coordinator.users, warm)
-    for number in range(len(history), settings.rounds):
-        trainer.labels_kept = trainer.labels_right = trainer.labels_seen = 0
-        report = run_round(coordinator, participants, train_server, trainings, deadline=settings.deadline)
-        if settings.alternate and not report.failed:
-            _alternate(coordinator, trainer, server)
-        if trainer.labels_seen:
-            report.measures["labels_kept"] = trainer.labels_kept / trainer.labels_seen
-            report.measures["label_accuracy"] = trainer.labels_right / max(trainer.labels_kept, 1)
-        if test is not None and ((number + 1) % test_every == 0 or number + 1 == settings.rounds):
-            report.measures["accuracy"] = trainer.accuracy(coordinator.state, *test)
-        history.append(report)
-        if path is not None:
-            _save(path, settings, coordinator, participants, history)
-        if on_round is not None:
-            on_round(report)
+    with contextlib.ExitStack() as stack:
+        file = None
+        if checkpoint is not None:
+            identity = fingerprint(first, server, users, dataclasses.asdict(settings))
+            file = stack.enter_context(Checkpoint(checkpoint, identity))
+        if file is not None and file.load(coordinator, participants, history):
+            if len(history) > settings.rounds:
+                raise ValueError(
+                    f"simulate: {checkpoint} holds {len(history)} rounds, more than {settings.rounds} of the settings"
+                )
+        elif settings.warm_up:
+            generator = trainer.generator("warm-up")
+            warm = trainer.supervised(first, *server, settings.learning_rate, settings.warm_up, generator)
+            coordinator.state = warm
+            coordinator.starts = dict.fromkeys(coordinator.users, warm)
+        for number in range(len(history), settings.rounds):
+            trainer.labels_kept = trainer.labels_right = trainer.labels_seen = 0
+            report = run_round(coordinator, participants, train_server, trainings, deadline=settings.deadline)
+            if settings.alternate and not report.failed:
+                _alternate(coordinator, trainer, server)
+            if trainer.labels_seen:
+                report.measures["labels_kept"] = trainer.labels_kept / trainer.labels_seen
+                report.measures["label_accuracy"] = trainer.labels_right / max(trainer.labels_kept, 1)
+            if test is not None and ((number + 1) % test_every == 0 or number + 1 == settings.rounds):
+                report.measures["accuracy"] = trainer.accuracy(coordinator.state, *test)
+            history.append(report)
+            if file is not None:
+                file.save(coordinator, participants, history)
+            if on_round is not None:
+                on_round(report)
     return Simulation(coordinator.state, history)
 
 
@@ -343,36 +354,3 @@ def _alternate(coordinator: Coordinator[int], trainer: Trainer, server: tuple[Te
     coordinator.state = tuned[0]
     for group, state in zip(groups, tuned[1:] or tuned, strict=True):
         coordinator.starts.update(dict.fromkeys(group, state))
-
-
-def _save(
-    path: Path, settings: Settings, coordinator: Coordinator[int], participants: Mapping[int, Participant],
-    history: list[RoundReport[int]],
-) -> None:  # fmt: skip
-    """Replaces the file as a whole, so that an interruption leaves the older one."""
-    document: dict[str, Any] = {
-        "settings": dataclasses.asdict(settings),
-        "state": coordinator.state,
-        "starts": coordinator.starts,
-        "held": coordinator.held,
-        "participants": {user: (p.received, p.residual, p.own) for user, p in participants.items()},
-        "history": [dataclasses.asdict(report) for report in history],
-    }
-    unfinished = path.with_name(path.name + ".part")
-    torch.save(document, unfinished)
-    os.replace(unfinished, path)
-
-
-def _load(
-    path: Path, settings: Settings, coordinator: Coordinator[int], participants: Mapping[int, Participant],
-    history: list[RoundReport[int]],
-) -> None:  # fmt: skip
-    document = torch.load(path, weights_only=True)
-    if document["settings"] != dataclasses.asdict(settings):
-        raise ValueError(f"simulate: {path} holds a run of other settings; remove it or name another checkpoint")
-    coordinator.state, coordinator.starts, coordinator.held = document["state"], document["starts"], document["held"]
-    for user, (received, residual, own) in document["participants"].items():
-        participants[user].received, participants[user].residual, participants[user].own = received, residual, own
-    history += [RoundReport(**report) for report in document["history"]]
-    if history:
-        coordinator.report = history[-1]
