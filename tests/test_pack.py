@@ -332,14 +332,14 @@ def test_pack_refuses(build, example, message):
 def test_pack_names_the_layer_that_differs(monkeypatch):
     # The package's attribute of this name is the function.
     module = importlib.import_module("lowbit_ext.binary.pack")
-    fold = module._fold_integers
+    fold = module.fold_integers
 
     def wrong(*arguments):
         result = fold(*arguments)
         result.threshold += 3
         return result
 
-    monkeypatch.setattr(module, "_fold_integers", wrong)
+    monkeypatch.setattr(module, "fold_integers", wrong)
     with pytest.raises(ValueError, match=r"packed bits of 1 \(.*\) differ"):
         binary.pack(nn.Sequential(BinaryLinear(32, 32), nn.BatchNorm1d(32), BinaryLinear(32, 4)), torch.randn(9, 32))
 
