@@ -164,8 +164,8 @@ def _has_input_first(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         module = modules[str(node.target)]
         return type(module).__module__.startswith("torch.nn.") or _is_own_layer(module)
-    home = getattr(node.target, "__module__", None) or "torch"  # methods of torch have none
-    return node.op == "call_function" and home.startswith("torch.")
+    home = getattr(node.target, "__module__", None) or "torch"  # torch's own builtin functions name none
+    return node.op == "call_function" and home.split(".")[0] == "torch"
 
 
 def _is_shape(node: Any) -> bool:
