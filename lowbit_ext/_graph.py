@@ -43,7 +43,8 @@ _POOLS: dict[Any, tuple[str, int, tuple[str, ...]]] = {  # kind, dimensions of t
 
 def first_line(error: Exception) -> str:
     """An error in one line, with its type."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    kind, lines = type(error).__name__, str(error).splitlines()
+    return f"{kind}: {lines[0]}" if lines else kind
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.nn.common_types import _size_2_t
 from lowbit_ext.binary import BinaryActivation
 from lowbit_ext.binary.functional import straight_through_weight
 from lowbit_ext.binary.layers import check_choice, weight_scale_of
-from lowbit_ext.binary.surrogates import SURROGATES
+from lowbit_ext.binary.surrogates import SURROGATES, keeps_bits
 from lowbit_ext.duo import functional
 
 
@@ -29,6 +29,11 @@ class TernaryActivation(nn.Module):
         super().__init__()
         check_choice("TernaryActivation", "surrogate", surrogate, SURROGATES)
         self.surrogate = surrogate
+
+    @property
+    def keeps_bits(self) -> bool:
+        """Whether the activation keeps bits for its backward pass; otherwise its surrogate needs the input."""
+        return keeps_bits(self.surrogate, "ternary")
 
     def forward(self, input: Tensor) -> Tensor:
         """See the class."""
@@ -76,6 +81,11 @@ class CoupledConv2d(nn.Conv2d):
         check_choice("CoupledConv2d", "weight_scale", weight_scale, ("channel", "layer", None))
         self.weight_scale, self.save_codes = weight_scale, save_codes
 
+    @property
+    def keeps_bits(self) -> bool:
+        """Whether the layer keeps bits for its backward pass, of an input of 0, 1/2 and 1."""
+        return self.save_codes
+
     def scale(self) -> Tensor | None:
         """Factor of the weight's signs without gradient, (O,) or (1,), or None."""
         return weight_scale_of(self.weight, self.weight_scale)
@@ -101,6 +111,11 @@ class CoupledLinear(nn.Linear):
         super().__init__(in_features, out_features, *arguments, **options)
         check_choice("CoupledLinear", "weight_scale", weight_scale, ("channel", "layer", None))
         self.weight_scale, self.save_codes = weight_scale, save_codes
+
+    @property
+    def keeps_bits(self) -> bool:
+        """Whether the layer keeps bits for its backward pass, of an input of 0, 1/2 and 1."""
+        return self.save_codes
 
     def scale(self) -> Tensor | None:
         """Factor of the weight's signs without gradient, (O,) or (1,), or None."""
