@@ -116,6 +116,12 @@ def _block(dimensions, norm_settings=None, layer=None):
     return nn.Sequential(conv(3, 4, 3), norm, nn.ReLU(), layer or conv(4, 5, 3, padding=1))
 
 
+def _of_own_layers(stage):
+    """Two residual blocks of the ResNet of this stage, the second with a shortcut that halves the image."""
+    options = {"in_channels": 1, "num_classes": 10, "stem": "imagenet", "shortcuts": "standard", "surrogate": "clip"}
+    return models.ResNet(stage, (1, 1), (4, 5, 6), **options)
+
+
 _IMAGES = (6, 1, 12, 12)
 _SMALL = (4, 3, 8, 8)
 
@@ -131,6 +137,8 @@ NETWORKS = {
         nn.BatchNorm2d(7), nn.ReLU(), nn.AvgPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(63, 9),
         nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 10),
     ), _IMAGES),
+    "binary": (lambda: _of_own_layers("binary"), _IMAGES),
+    "coupled": (lambda: _of_own_layers("coupled"), _IMAGES),
     "mlp": (lambda: nn.Sequential(
         nn.Flatten(), nn.Linear(144, 33), nn.ReLU(), nn.Linear(33, 9), nn.ReLU(), nn.Linear(9, 10)
     ), _IMAGES),

@@ -19,20 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowbit_ext._graph import Pool, pool_of
 from lowbit_ext.lowmem import ledger, ops
 from lowbit_ext.lowmem.codes import check_settings
-
-
-class Pool(NamedTuple):
-    """Arguments of a two-dimensional pooling. `divisor` None and `count_pad` matter to averages only."""
-
-    kind: str  # "max" or "average"
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    ceil_mode: bool = False
-    count_pad: bool = True
-    divisor: int | None = None
 
 
 class Stored(NamedTuple):
@@ -317,6 +306,7 @@ class _AvgPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pool: Pool) -> Tensor:
         ctx.pool, ctx.shape, ctx.channels_last = pool, tuple(x.shape), ops.is_channels_last(x)
+        ledger.stands_for(None, x)
         return _apply_pool(pool, x)
 
     @staticmethod
@@ -331,11 +321,11 @@ class _AvgPool(torch.autograd.Function):
 
 
 def pool(x: Tensor, stored: Stored | None, spec: Pool) -> tuple[Tensor, Stored | None]:
-    """Pooling of an activation and of its codes: a reader of the codes pools what they say."""
-    if stored is None or not (torch.is_grad_enabled() and x.requires_grad):
+    """Pooling of an activation and, where it has some, of its codes: a reader of the codes pools what they say."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
         return _apply_pool(spec, x), None
     out = (_MaxPool if spec.kind == "max" else _AvgPool).apply(x, spec)
-    if _version(x) != stored.version:
+    if stored is None or _version(x) != stored.version:
         return out, None
     return out, stored._replace(version=_version(out), pools=(*stored.pools, spec))
 
@@ -545,8 +535,8 @@ class LowMemBlock(nn.Module):
             raise TypeError(f"LowMemBlock: layer must be an nn.Conv1d, 2d, 3d or nn.Linear: {reason}")
         self.norm = BATCH_NORMS[type(norm)].like(norm, bits, span)
         self.layer = READERS[type(layer)].like(layer)
-        self.pool = None if pool is None else pool_spec(pool)
-        if pool is not None and self.pool is None:
+        self.pool = None if pool is None else pool_of(type(pool), vars(pool))
+        if pool is not None and not is_poolable(self.pool):
             raise TypeError(f"LowMemBlock: pool must be an nn.MaxPool2d or nn.AvgPool2d, got {pool!r}")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -559,22 +549,8 @@ class LowMemBlock(nn.Module):
         return self.layer(out, stored)
 
 
-def pool_spec(module: nn.Module) -> Pool | None:
-    """A pooling module's arguments, or None where its derivative needs more than codes."""
-
-    def pair(value: Any) -> tuple[int, int]:
-        return (value, value) if isinstance(value, int) else tuple(value)
-
-    if type(module) is nn.MaxPool2d:
-        if pair(module.dilation) != (1, 1) or module.return_indices:
-            return None
-        kernel = pair(module.kernel_size)
-        if kernel[0] * kernel[1] > 256:
-            return None
-        return Pool("max", kernel, pair(module.stride), pair(module.padding), bool(module.ceil_mode))
-    if type(module) is nn.AvgPool2d:
-        return Pool(
-            "average", pair(module.kernel_size), pair(module.stride), pair(module.padding), bool(module.ceil_mode),
-            bool(module.count_include_pad), module.divisor_override,
-        )  # fmt: skip
-    return None
+def is_poolable(pool: Pool | None) -> bool:
+    """Whether it is a two-dimensional pooling of known windows whose derivative needs no more than codes."""
+    if pool is None or not pool.is_known or len(pool.kernel) != 2:
+        return False
+    return pool.kind == "average" or (pool.dilation == (1, 1) and math.prod(pool.kernel) <= 256)
