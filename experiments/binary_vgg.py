@@ -1,41 +1,32 @@
 """Trains a binary VGG, packs it, and compares it with its float twin: accuracy, speed, size.
 
-`python examples/binary_vgg.py` takes about three minutes on two cores. JSON, a plot and the packed model go to --out.
+`python experiments/binary_vgg.py` takes about three minutes on two cores. JSON, a plot, the packed model and
+checkpoints go to --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+import common
 import data
-import lowbit_ext
+from common import plt
 from inference import accuracy_percent, faster_layout, fold_batch_norm, median_seconds, predict
 from lowbit_ext import binary
+from training import train
 
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+with common.optional_packages():
     import safetensors.torch
-    from rich import box
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
-except ImportError as error:
-    sys.exit(f'examples/binary_vgg.py needs {error.name}: pip install "lowbit-ext[examples]"')
 
 # The float twin is trained if the run is then likely to end within this time.
 TIME_LIMIT_S = 240.0
@@ -88,51 +79,56 @@ def float_vgg(images: Tensor, width: int) -> nn.Sequential:
     return _head(images, layers)
 
 
-# --- training and accuracy --------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
-def train(
-    model: nn.Module, name: str, train_set: data.Set, test_set: data.Set, options: argparse.Namespace,
-    progress: Progress, limit_s: float = math.inf,
+class TooSlow(Exception):
+    """The training would take longer than allowed."""
+
+    def __init__(self, expected_s: float) -> None:
+        super().__init__(expected_s)
+        self.expected_s = expected_s
+
+
+def watch(bar: common.Bar, steps: int, limit_s: float) -> Callable[[int], None]:
+    """Counts steps; raises TooSlow after six of a training from its start if all would take longer than limit_s."""
+    done, warm = 0, 0.0
+
+    def on_step(count: int) -> None:
+        nonlocal done, warm
+        bar.advance(count)
+        done += count
+        if done == 1:
+            warm = time.perf_counter()
+        elif done == 6 and count == 1 and (expected_s := (time.perf_counter() - warm) / 5 * steps) > limit_s:
+            raise TooSlow(expected_s)
+
+    return on_step
+
+
+def fit(
+    model: nn.Module, name: str, sets: tuple[data.Set, data.Set], options: argparse.Namespace, bar: common.Bar,
+    limit_s: float = math.inf,
 ) -> dict[str, Any]:  # fmt: skip
-    """Adam with a cosine schedule. Stops after a few steps if the whole training would take longer than limit_s.
-
-    Returns:
-        expected_s or seconds, and for every epoch the mean training loss and the test accuracy.
-    """
-    images, labels = train_set
-    # A last batch of one image would leave batch norm without a variance.
-    batch = min(options.batch, len(images))
-    steps_per_epoch = len(images) // batch
-    steps = steps_per_epoch * options.epochs
+    """Adam with a cosine schedule. What training.train returns, or expected_s where that is more than limit_s."""
+    count = len(sets[0][0])
+    batch = min(options.batch, count)
+    steps = count // batch * options.epochs
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    order = torch.Generator().manual_seed(options.seed)
-    losses: list[float] = []
-    accuracies: list[float] = []
-    task = progress.add_task(f"train {name}", total=steps)
-    start = time.perf_counter()
-    for epoch in range(options.epochs):
-        model.train()
-        total = 0.0
-        for step, chosen in enumerate(torch.randperm(len(images), generator=order).split(batch)[:steps_per_epoch]):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(images[chosen]), labels[chosen])
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item()
-            progress.advance(task)
-            if epoch == 0 and step == 0:
-                warm = time.perf_counter()
-            elif epoch == 0 and step == 5 and (expected_s := (time.perf_counter() - warm) / 5 * steps) > limit_s:
-                progress.update(task, description=f"{name}: not trained, too slow", total=step + 1)
-                return {"expected_s": expected_s}
-        losses.append(total / steps_per_epoch)
-        accuracies.append(accuracy_percent(predict(model, test_set[0]), test_set[1]))
-        progress.update(task, description=f"train {name}: loss {losses[-1]:.3f}, test {accuracies[-1]:.1f} %")
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "train_loss": losses, "test_accuracy_percent": accuracies}
+    generator = torch.Generator().manual_seed(options.seed)
+    key = {name: getattr(options, name) for name in ("data", "epochs", "batch", "width", "seed")}
+    bar.label(f"train {name}")
+    try:
+        return train(
+            model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), sets,
+            epochs=options.epochs, batch=batch,
+            orders=(torch.randperm(count, generator=generator) for _ in itertools.count()),
+            checkpoint=common.checkpoint(options.out, f"binary_vgg_{options.data}_{name.split()[0]}", key),
+            on_step=watch(bar, steps, limit_s),
+            on_epoch=lambda curve: bar.label(f"train {name}: epoch {len(curve)}, test {curve[-1]:.1f} %"),
+        )  # fmt: skip
+    except TooSlow as slow:
+        return {"expected_s": slow.expected_s}
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
@@ -149,12 +145,10 @@ def measure(twin: nn.Sequential, model: nn.Module, packed: nn.Module, images: Te
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def result_table(results: dict[str, Any]) -> Table:
+def result_table(results: dict[str, Any]) -> common.Table:
     """One column for each network."""
-    table = Table(title=results["title"], box=box.SIMPLE_HEAD, title_style="bold")
-    table.add_column("")
-    for name in CONTENDERS:
-        table.add_column(name, justify="right", style="bold" if name == CONTENDERS[-1] else "")
+    table = common.table(results["title"], "", *CONTENDERS)
+    table.columns[-1].style = "bold"
 
     def row(heading: str, values: dict[str, str], **style: Any) -> None:
         table.add_row(heading, *(values.get(name, "") for name in CONTENDERS), **style)
@@ -181,7 +175,6 @@ def result_table(results: dict[str, Any]) -> Table:
 
 def plot(path: Path, results: dict[str, Any]) -> None:
     """Test accuracy by epoch, and latency by batch size."""
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, (curves, bars) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, training in results["training"].items():
         if "seconds" in training:
@@ -208,54 +201,43 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     bars.set_yscale("log")
     bars.margins(y=0.2)
     bars.set_xticks(range(len(timed)), [f"batch {batch}" for batch in timed])
-    threads = f"{results['threads']} thread{'s' if results['threads'] > 1 else ''}"
+    count = results["environment"]["threads"]
+    threads = f"{count} thread{'s' if count > 1 else ''}"
     bars.set(ylabel="ms per image (log scale)", title=f"Inference, {threads}")
     bars.legend(frameon=False)
     figure.suptitle(results["title"])
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    common.save(figure, path)
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-
-    def positive(text: str) -> int:
-        if (value := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-        return value
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = common.arguments(__doc__)  # type: ignore[arg-type]
     parser.add_argument("--data", choices=data.DATASETS, default="mnist5k", help="dataset")
-    parser.add_argument("--root", type=Path, help="folder of the files of fashion or cifar10")
-    parser.add_argument("--epochs", type=positive, default=5, help="passes over the training set")
-    parser.add_argument("--batch", type=positive, default=50, help="images in a training step")
-    parser.add_argument("--width", type=positive, default=128,
+    parser.add_argument("--epochs", type=common.positive, default=5, help="passes over the training set")
+    parser.add_argument("--batch", type=common.positive, default=50, help="images in a training step")
+    parser.add_argument("--width", type=common.positive, default=128,
                         help="channels of the first layer; the last has four times as many")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the images")
-    parser.add_argument("--out", type=Path, default=Path("examples_out"), help="folder for results")
-    parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1,
-                        help="threads of torch and the kernels")  # fmt: skip
-    return parser.parse_args(arguments)
+    return common.parse(parser)
 
 
-def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run(options: argparse.Namespace, sets: tuple[data.Set, data.Set]) -> dict[str, Any]:
     """Trains, packs, saves, loads and measures."""
     start = time.perf_counter()
-    train_set, test_set = data.load(options.data, options.root)
-    images, labels = test_set
+    (train_images, _), (images, labels) = sets
     float_name, unpacked_name, packed_name = CONTENDERS
 
     def new_model(build: Callable[[Tensor, int], nn.Sequential]) -> nn.Sequential:
         torch.manual_seed(options.seed)
         return build(images, options.width)
 
-    columns = (TextColumn("{task.description:48}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as progress:
+    steps = len(train_images) // min(options.batch, len(train_images)) * options.epochs
+    with common.progress(2 * steps) as bar:
         model, twin = new_model(binary_vgg), new_model(float_vgg)
-        training = {unpacked_name: train(model, "binary VGG", train_set, test_set, options, progress)}
+        training = {unpacked_name: fit(model, "binary VGG", sets, options, bar)}
         predictions = predict(model, images)
         accuracy = {unpacked_name: accuracy_percent(predictions, labels)}
 
@@ -271,26 +253,23 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
         timing_s = 2 * TIMING_S * len(TIMED_BATCHES)
         left_s = TIME_LIMIT_S - timing_s - (time.perf_counter() - start)
-        training[float_name] = train(twin, "float twin", train_set, test_set, options, progress, left_s)
+        training[float_name] = fit(twin, "float twin", sets, options, bar, left_s)
         if "seconds" in training[float_name]:
             accuracy[float_name] = accuracy_percent(predict(twin, images), labels)
 
-        task = progress.add_task("time inference", total=len(TIMED_BATCHES))
-        seconds_per_batch = {}
-        for batch in TIMED_BATCHES:
-            seconds_per_batch[str(batch)] = measure(twin, model.eval(), packed, images[:batch])
-            progress.advance(task)
+        bar.label("time inference")
+        seconds_per_batch = {
+            str(batch): measure(twin, model.eval(), packed, images[:batch]) for batch in TIMED_BATCHES
+        }
     float_bytes = len(safetensors.torch.save(
         {name: value.contiguous() for name, value in fold_batch_norm(twin).state_dict().items()}
     ))  # fmt: skip
     widths = "-".join(str(channels) for channels in (options.width, *(after for _, after, _ in _body(options.width))))
     return {
         "title": f"VGG {widths} on {options.data}",
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
-        "threads": torch.get_num_threads(),
-        "isa": lowbit_ext.active_isa(),
-        "versions": {"lowbit_ext": lowbit_ext.__version__, "torch": torch.__version__},
-        "train_images": len(train_set[1]),
+        "options": common.plain(options),
+        "environment": common.environment(),
+        "train_images": len(train_images),
         "test_images": len(labels),
         "training": training,
         "test_accuracy_percent": accuracy,
@@ -305,30 +284,24 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 def main() -> None:
     """Command line entry."""
     options = parse_arguments()
-    torch.set_num_threads(options.threads)
-    console = Console()
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        results = run(options, console)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(str(error))
+    results = run(options, common.load([options.data], options.root, asked=True)[options.data])
     stem = options.out / f"binary_vgg_{options.data}"
-    stem.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+    common.write_json(stem.with_suffix(".json"), results)
     plot(stem.with_suffix(".png"), results)
-    console.print(result_table(results))
-    versions = results["versions"]
+    common.console.print(result_table(results))
+    environment = results["environment"]
     notes = [
-        f"threads {results['threads']}, level {results['isa']}, torch {versions['torch']}; medians of blocks in turns.",
-        "Float twin: the same widths in float32 with ReLU, timed with batch norm folded and in the faster of torch's",
-        "memory layouts.",
+        f"threads {environment['threads']}, level {environment['isa']}, torch {environment['torch']}; medians of",
+        "blocks in turns. Float twin: the same widths in float32 with ReLU, timed with batch norm folded and in the",
+        "faster of torch's memory layouts.",
     ]
     if "expected_s" in results["training"][CONTENDERS[0]]:
         notes.append(f"The float twin was timed but not trained: the run would have passed {TIME_LIMIT_S:.0f} s.")
-    console.print(*notes, style="dim", highlight=False)
-    console.print(f"{results['total_s']:.0f} s; written: {stem}.json, .png, .safetensors", highlight=False)
+    common.console.print(*notes, style="dim")
+    common.console.print(f"{results['total_s']:.0f} s; written: {stem}.json, .png, .safetensors")
     if min(results["identical_predictions"], results["identical_after_loading"]) != results["test_images"]:
         sys.exit("the packed model's predictions differ from the trained model's")
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

@@ -2,17 +2,15 @@
 
 The baseline trains a VGG-7 with step activations for all epochs. BinaryDuo trains a narrower one with ternary
 activations for a part of them, decouples it into a network of step activations and as many parameters, and fine-tunes
-that for the rest: the same number of steps, data and seeds. `python examples/binaryduo.py` takes about two minutes on
-two cores; `--data fashion --seeds 0 1 2` is the experiment of the README. Runs resume from --out where they stopped.
+that for the rest: the same number of steps, data and seeds. `python experiments/binaryduo.py` takes about two minutes
+on two cores; `--data fashion --epochs 6 --seeds 0 1 2` is README's table. JSON, a plot and checkpoints go to --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
-import statistics
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -21,25 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+import common
 import data
-import lowbit_ext
+from common import plt, spread
 from inference import accuracy_percent, faster_layout, median_seconds, predict
 from lowbit_ext import binary, duo, models
-
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from rich import box
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.table import Table
-except ImportError as error:
-    sys.exit(f'examples/binaryduo.py needs {error.name}: pip install "lowbit-ext[examples]"')
+from training import train
 
 PAPER_WIDTHS = (64, 64, 128, 128, 512, 512)
 COUPLED_SHARE = 0.5**0.5  # of the hidden widths: as many parameters after decoupling
@@ -102,13 +89,6 @@ def binary_parameters(model: nn.Module) -> int:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _save(path: Path, state: Any) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_suffix(".partial")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -124,42 +104,26 @@ def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> A
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.1)
 
 
-def train(
-    model: nn.Module, recipe: Recipe, sets: tuple[data.Set, data.Set], seed: int, checkpoint: Path, bar: Progress,
-    task: Any, label: str,
+def fit(
+    model: nn.Module, phase: str, recipe: Recipe, sets: tuple[data.Set, data.Set], seed: int, key: dict[str, Any],
+    options: argparse.Namespace, bar: common.Bar,
 ) -> list[float]:  # fmt: skip
-    """Trains or goes on from the checkpoint; returns the test accuracy in percent after every epoch."""
-    (images, labels), (test_images, test_labels) = sets
-    steps = len(images) // recipe.batch
+    """Trains or goes on from the checkpoint under `key`; returns the test accuracy in percent after every epoch."""
+    count = len(sets[0][0])
+    label = f"seed {seed}, {phase}"
     optimizer = _optimizer(model, recipe)
-    schedule = _schedule(optimizer, recipe, steps * recipe.epochs)
-    curve: list[float] = []
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        if state["recipe"] != dataclasses.asdict(recipe):
-            raise ValueError(f"binaryduo: {checkpoint} belongs to another recipe; choose another --out or remove it")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        curve = state["curve"]
-        bar.advance(task, steps * len(curve))
-    for epoch in range(len(curve), recipe.epochs):
-        model.train()
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1000 * seed + epoch))
-        for chosen in order.split(recipe.batch)[:steps]:
-            optimizer.zero_grad()
-            F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
-            optimizer.step()
-            schedule.step()
-            bar.advance(task)
-        curve.append(accuracy_percent(predict(model, test_images), test_labels))
-        bar.update(task, description=f"{label}: epoch {epoch + 1}, {curve[-1]:.1f} %")
-        state = {
-            "recipe": dataclasses.asdict(recipe), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(), "curve": curve,
-        }  # fmt: skip
-        _save(checkpoint, state)
-    return curve
+    key = {"phase": phase, **dataclasses.asdict(recipe), "seed": seed, "data": options.data, "images": count,
+           "width": options.width, **key}  # fmt: skip
+    bar.label(label)
+    return train(
+        model, optimizer, _schedule(optimizer, recipe, count // recipe.batch * recipe.epochs), sets,
+        epochs=recipe.epochs, batch=recipe.batch,
+        orders=(torch.randperm(count, generator=torch.Generator().manual_seed(1000 * seed + epoch))
+                for epoch in itertools.count()),
+        checkpoint=common.checkpoint(options.out, f"binaryduo_{options.data}_seed{seed}_{phase.split()[-1]}", key),
+        on_step=bar.advance,
+        on_epoch=lambda curve: bar.label(f"{label}: epoch {len(curve)}, {curve[-1]:.1f} %"),
+    )["test_accuracy_percent"]  # fmt: skip
 
 
 def recipes(options: argparse.Namespace) -> dict[str, Recipe]:
@@ -174,28 +138,21 @@ def recipes(options: argparse.Namespace) -> dict[str, Recipe]:
 
 
 def run_seed(
-    seed: int, sets: tuple[data.Set, data.Set], options: argparse.Namespace, bar: Progress, task: Any
+    seed: int, sets: tuple[data.Set, data.Set], options: argparse.Namespace, bar: common.Bar
 ) -> tuple[dict[str, Any], nn.Module]:
     """Both arms with one seed: accuracies, curves and, as a module, the fine-tuned network."""
     images, (test_images, test_labels) = sets[0][0], sets[1]
     chosen = recipes(options)
-    stem = f"{options.data}_width{options.width:g}_epochs{options.epochs}_seed{seed}"
-
-    def path(phase: str) -> Path:
-        return options.out / "checkpoints" / f"{stem}_{phase.split()[-1]}.pt"
-
-    def fit(phase: str, model: nn.Module) -> list[float]:
-        return train(model, chosen[phase], sets, seed, path(phase), bar, task, f"seed {seed}, {phase}")
-
     baseline = build("binary", images, options, seed)
-    curves = {BASELINE: fit(BASELINE, baseline)}
+    curves = {BASELINE: fit(baseline, BASELINE, chosen[BASELINE], sets, seed, {}, options, bar)}
     coupled = build("coupled", images, options, seed)
-    curves[COUPLED] = fit(COUPLED, coupled)
+    curves[COUPLED] = fit(coupled, COUPLED, chosen[COUPLED], sets, seed, {}, options, bar)
     network = duo.decouple(coupled.eval(), images[:4])
     before = predict(network, test_images)
     agreeing = int((before == predict(coupled, test_images)).sum())
     curves[DECOUPLED] = [accuracy_percent(before, test_labels)]
-    curves[TUNED] = fit(TUNED, network)
+    started_from = {"coupled": dataclasses.asdict(chosen[COUPLED])}
+    curves[TUNED] = fit(network, TUNED, chosen[TUNED], sets, seed, started_from, options, bar)
     result = {
         "seed": seed,
         "curves": curves,
@@ -253,50 +210,38 @@ def paper_network(images: Tensor) -> nn.Module:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def summary(values: Sequence[float]) -> str:
-    """Mean and, over several seeds, the standard deviation."""
-    mean = statistics.fmean(values)
-    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ± {statistics.stdev(values):.2f}"
-
-
-def print_results(console: Console, results: dict[str, Any]) -> None:
+def print_results(results: dict[str, Any]) -> None:
     """Accuracy by phase, then speed."""
     runs = results["runs"]
-    table = Table(title=results["title"], box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
-    for heading in ("", "epochs", "binary weights", "test accuracy, %", "by seed"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    table = common.table(results["title"], "", "epochs", "binary weights", "test accuracy, %", "by seed")
     chosen = results["recipes"]
     for phase in PHASES:
         values = [run["accuracy_percent"][phase] for run in runs]
         weights = runs[0]["binary_parameters"].get(phase)
         table.add_row(
             phase, str(chosen[phase]["epochs"]) if phase in chosen else "-", f"{weights:,}" if weights else "-",
-            summary(values), " ".join(f"{value:.2f}" for value in values),
+            spread(values), " ".join(f"{value:.2f}" for value in values),
             style="bold" if phase in (BASELINE, TUNED) else "",
         )  # fmt: skip
-    console.print(table)
+    common.console.print(table)
     gains = [run["accuracy_percent"][TUNED] - run["accuracy_percent"][BASELINE] for run in runs]
     better = sum(gain > 0 for gain in gains)
     count, kept = results["test_images"], runs[0]["decoupled_predictions_as_coupled"]
-    console.print(
-        f"fine-tuned minus baseline: {summary(gains)} points; better with {better} of {len(runs)} seeds\n"
+    common.console.print(
+        f"fine-tuned minus baseline: {spread(gains)} points; better with {better} of {len(runs)} seeds\n"
         f"identical predictions: decoupled and coupled {kept}, packed and fine-tuned "
-        f"{results['identical_predictions']}, of {count} test images\n",
-        highlight=False,
+        f"{results['identical_predictions']}, of {count} test images\n"
     )
-    speed = Table(title="Inference", box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
-    for heading in ("network", "batch", "float twin", "unpacked", "packed", "speed-up"):
-        speed.add_column(heading, justify="left" if heading == "network" else "right")
+    speed = common.table("Inference", "network", "batch", "float twin", "unpacked", "packed", "speed-up")
     for name, batches in results["seconds_per_batch"].items():
         for batch, times in batches.items():
             cells = [f"{1e3 * times[kind]:.3g} ms" for kind in ("float twin", "unpacked", "packed")]
             speed.add_row(name, batch, *cells, f"{times['float twin'] / times['packed']:.1f} x")
-    console.print(speed)
+    common.console.print(speed)
 
 
 def plot(path: Path, results: dict[str, Any]) -> None:
     """Test accuracy over the epochs of both arms, every seed thin and the mean thick."""
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
     start = results["recipes"][COUPLED]["epochs"]
     for phase, offset in ((BASELINE, 0), (COUPLED, 0), (TUNED, start)):
@@ -315,38 +260,31 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    common.save(figure, path)
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],  # type: ignore[union-attr]
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = common.arguments(__doc__)  # type: ignore[arg-type]
     parser.add_argument("--data", choices=data.DATASETS, default="mnist5k", help="dataset")
-    parser.add_argument("--root", type=Path, help="folder of the files of fashion or cifar10")
     parser.add_argument("--epochs", type=int, default=12,
                         help="of the baseline, and of coupled and fine-tuned together")  # fmt: skip
     parser.add_argument("--fine-tune-part", type=float, default=0.3, help="part of the epochs for fine-tuning")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each a run of both arms")
     parser.add_argument("--width", type=float, default=0.25, help="hidden widths as a part of the paper's")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=common.positive, default=128, help="images in a training step")
     parser.add_argument("--optimizer", choices=("adam", "sgd"), default="adam", help="sgd: Nesterov momentum 0.9")
-    parser.add_argument("--schedule", choices=("cosine", "step"), default="cosine")
+    parser.add_argument("--schedule", choices=("cosine", "step"), default="cosine", help="of the learning rate")
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="of the baseline")
-    parser.add_argument("--coupled-learning-rate", type=float, default=1e-2)
-    parser.add_argument("--fine-tune-learning-rate", type=float, default=3e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument("--coupled-learning-rate", type=float, default=1e-2, help="of the coupled network")
+    parser.add_argument("--fine-tune-learning-rate", type=float, default=3e-3, help="of the decoupled network")
+    parser.add_argument("--weight-decay", type=float, default=0.0, help="of all three")
     parser.add_argument("--search", nargs="+", type=float, metavar="RATE",
                         help="only compare these learning rates on a part of the training set")  # fmt: skip
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=Path("examples_out"), help="folder for results and checkpoints")
-    options = parser.parse_args(arguments)
+    options = common.parse(parser)
     if options.epochs < 2:
         parser.error(f"--epochs must be at least 2, got {options.epochs}")
     if not 0 < options.fine_tune_part < 1:
@@ -354,57 +292,45 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
-def progress(console: Console) -> Progress:
-    """The bar of a training."""
-    columns = (TextColumn("{task.description:52}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, refresh_per_second=2)
-
-
-def search(options: argparse.Namespace, sets: tuple[data.Set, data.Set], console: Console) -> None:
+def search(options: argparse.Namespace, sets: tuple[data.Set, data.Set]) -> None:
     """Accuracy on held-out training images of every learning rate, for both arms alike. Test images are not touched."""
     images, labels = sets[0]
     held = torch.arange(len(images)) % VALIDATION_PART == 0
     parts = ((images[~held], labels[~held]), (images[held], labels[held]))
     steps = len(parts[0][0]) // options.batch
-    table = Table("phase", "learning rate", "validation accuracy, %", box=box.SIMPLE_HEAD)
-    with progress(console) as bar:
-        task = bar.add_task("", total=3 * len(options.search) * options.epochs * steps)
-        best: dict[str, tuple[float, nn.Module]] = {}
-        for phase in (BASELINE, COUPLED, TUNED):
+    table = common.table("Validation", "phase", "learning rate", "accuracy, %")
+    phases = recipes(options)
+    best: dict[str, tuple[float, float, nn.Module]] = {}
+    with common.progress(steps * len(options.search) * sum(recipe.epochs for recipe in phases.values())) as bar:
+        for phase, recipe in phases.items():
             for rate in options.search:
-                start = {BASELINE: "binary", COUPLED: "coupled"}
+                started_from: dict[str, Any] = {}
                 if phase == TUNED:
-                    model = duo.decouple(best[COUPLED][1].eval(), images[:4])
+                    _, coupled_rate, coupled = best[COUPLED]
+                    model: nn.Module = duo.decouple(coupled.eval(), images[:4])
+                    coupled_recipe = dataclasses.replace(phases[COUPLED], learning_rate=coupled_rate)
+                    started_from = {"coupled": dataclasses.asdict(coupled_recipe)}
                 else:
-                    model = build(start[phase], images, options, 0)
-                epochs = recipes(options)[phase].epochs
-                recipe = dataclasses.replace(recipes(options)[phase], learning_rate=rate)
-                path = options.out / "checkpoints" / f"search_{options.data}_{phase.split()[-1]}_{rate:g}.pt"
-                accuracy = train(model, recipe, parts, 0, path, bar, task, f"{phase}, rate {rate:g}")[-1]
-                bar.advance(task, (options.epochs - epochs) * steps)
+                    model = build("binary" if phase == BASELINE else "coupled", images, options, 0)
+                recipe = dataclasses.replace(recipe, learning_rate=rate)
+                accuracy = fit(model, phase, recipe, parts, 0, started_from, options, bar)[-1]
                 table.add_row(phase, f"{rate:g}", f"{accuracy:.2f}")
                 if phase not in best or accuracy > best[phase][0]:
-                    best[phase] = (accuracy, model)
-    console.print(table)
+                    best[phase] = (accuracy, rate, model)
+    common.console.print(table)
 
 
-def run(options: argparse.Namespace, console: Console) -> dict[str, Any] | None:
+def run(options: argparse.Namespace, sets: tuple[data.Set, data.Set]) -> dict[str, Any]:
     """Trains, decouples, packs and measures."""
-    sets = data.load(options.data, options.root)
-    (options.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    if options.search:
-        search(options, sets, console)
-        return None
     start = time.perf_counter()
     test_images = sets[1][0]
     steps = len(sets[0][0]) // options.batch
     runs = []
-    with progress(console) as bar:
-        task = bar.add_task("", total=2 * options.epochs * steps * len(options.seeds))
+    with common.progress(2 * options.epochs * steps * len(options.seeds)) as bar:
         for seed in options.seeds:
-            result, network = run_seed(seed, sets, options, bar, task)
+            result, network = run_seed(seed, sets, options, bar)
             runs.append(result)
-        bar.update(task, description="packing and timing")
+        bar.label("packing and timing")
         widths = tuple(round(width * options.width) for width in PAPER_WIDTHS)
         packed, trained_seconds = pack_and_time(network, widths, test_images)
         identical = int((predict(packed, test_images) == predict(network, test_images)).sum())
@@ -412,11 +338,9 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     shape = "x".join(str(size) for size in test_images.shape[1:])
     return {
         "title": f"VGG-7, widths {'-'.join(map(str, widths))}, on {options.data}",
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "options": common.plain(options),
+        "environment": common.environment(),
         "recipes": {phase: dataclasses.asdict(recipe) for phase, recipe in recipes(options).items()},
-        "threads": torch.get_num_threads(),
-        "isa": lowbit_ext.active_isa(),
-        "versions": {"lowbit_ext": lowbit_ext.__version__, "torch": torch.__version__},
         "test_images": len(test_images),
         "runs": runs,
         "identical_predictions": identical,
@@ -428,26 +352,22 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any] | None:
 def main() -> None:
     """Command line entry."""
     options = parse_arguments()
-    torch.set_num_threads(options.threads)
-    console = Console()
-    try:
-        results = run(options, console)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(str(error))
-    if results is None:
-        return
+    sets = common.load([options.data], options.root, asked=True)[options.data]
+    if options.search:
+        return search(options, sets)
+    results = run(options, sets)
     stem = options.out / f"binaryduo_{options.data}"
-    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    common.write_json(stem.with_suffix(".json"), results)
     plot(stem.with_suffix(".png"), results)
-    print_results(console, results)
-    console.print(
-        f"threads {results['threads']}, level {results['isa']}, torch {results['versions']['torch']}; "
-        f"{results['total_s']:.0f} s; written: {stem}.json (recipes, curves), .png",
-        highlight=False,
+    print_results(results)
+    environment = results["environment"]
+    common.console.print(
+        f"threads {environment['threads']}, level {environment['isa']}, torch {environment['torch']}; "
+        f"{results['total_s']:.0f} s; written: {stem}.json (recipes, curves), .png"
     )
     if results["identical_predictions"] != results["test_images"]:
         sys.exit("the packed network's predictions differ from the fine-tuned one's")
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

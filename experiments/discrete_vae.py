@@ -2,17 +2,15 @@
 
 Every estimator gets the same number of decoder evaluations a step, the same data and the same seeds. Reported are the
 bound, the variance of the gradient while training, its variance on one and the same trained model, and the time a
-step. `python examples/discrete_vae.py` takes about four minutes on two cores; `--full` is the whole experiment. JSON
-and plots go to --out, after every run; runs that are there already, made with the same options, are not made again.
+step. `python experiments/discrete_vae.py` takes about four minutes on two cores; `--full` is the whole experiment. A
+record of all runs and plots go to --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,27 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import data
+import common
+from common import console, plt, spread
 from lowbit_ext import antithetic
 from lowbit_ext.models import BernoulliVAE
-
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.table import Table
-except ImportError as error:
-    sys.exit(f'examples/discrete_vae.py needs {error.name}: pip install "lowbit-ext[examples]"')
 
 HIDDEN = {"linear": (), "nonlinear": (200, 200)}
 LABELS = {
@@ -56,6 +37,7 @@ BOUND_ESTIMATORS = ("vimco", "disarm", "arms_d", "arms_s")  # of the importance-
 CURVE_POINTS, CURVE_IMAGES = 25, 1000  # evaluations along a run, of as many images
 EVALUATION_SAMPLES = 16  # of the bounds in the tables
 VARIANCE_DATA, VARIANCE_REPEATS = 50, 400  # images, and estimates of each one's gradient, on the trained model
+SHAPING = ("steps", "batch", "latents", "learning_rate", "prior_learning_rate")  # options that change every run
 MOMENT_DECAY = 0.99  # of the running moments of the gradient
 
 
@@ -94,6 +76,7 @@ class Result:
     test_curve: list[float]
     running_variance: float
     milliseconds_per_step: float
+    variances: dict[str, dict[str, float]]  # variances_on the trained model, for the first run on a data set and model
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -152,8 +135,10 @@ class RunningVariance:
         return statistics.fmean(self.variances[len(self.variances) // 2 :])
 
 
-def train(setting: Setting, sets: tuple[Tensor, Tensor], options: argparse.Namespace, progress: Any) -> Any:
-    """Trains one model; returns it and its Result."""
+def train(
+    setting: Setting, sets: tuple[Tensor, Tensor], options: argparse.Namespace, bar: common.Bar
+) -> tuple[BernoulliVAE, Result]:
+    """Trains one model."""
     train_images, test_images = sets
     torch.manual_seed(setting.seed)
     generator = torch.Generator().manual_seed(setting.seed)
@@ -164,7 +149,7 @@ def train(setting: Setting, sets: tuple[Tensor, Tensor], options: argparse.Names
         torch.optim.SGD([model.prior_logits], lr=options.prior_learning_rate),
     ]
     running = RunningVariance()
-    result = Result(setting, [], [], [], 0.0, 0.0)
+    result = Result(setting, [], [], [], 0.0, 0.0, {})
     every = max(1, options.steps // CURVE_POINTS)
     batch = options.batch
     probe = train_images[:CURVE_IMAGES]
@@ -184,7 +169,7 @@ def train(setting: Setting, sets: tuple[Tensor, Tensor], options: argparse.Names
             result.steps.append(step)
             result.train_curve.append(bound(model, probe, setting, 1))
             result.test_curve.append(bound(model, test_images[:CURVE_IMAGES], setting, 2))
-            progress.advance(every)
+            bar.advance(every)
     result.train_curve[-1] = bound(model, train_images[:10000], setting, 1)
     result.test_curve[-1] = bound(model, test_images, setting, 2)
     result.running_variance = running.mean()
@@ -192,51 +177,19 @@ def train(setting: Setting, sets: tuple[Tensor, Tensor], options: argparse.Names
     return model, result
 
 
-# --- runs made before ------------------------------------------------------------------------------------------------
-
-
-class Record:
-    """The JSON document of the experiment, written after every run, and what it held before with the same options."""
-
-    _SHAPING = ("steps", "batch", "latents", "learning_rate", "prior_learning_rate")  # options that change a run
-
-    def __init__(self, path: Path, options: argparse.Namespace) -> None:
-        self.path = path
-        self.facts = {"torch": torch.__version__, "options": {key: getattr(options, key) for key in self._SHAPING}}
-        self.runs: dict[Setting, Result] = {}
-        self.variances: dict[str, dict[int, dict[str, float]]] = {}
-        if not path.is_file():
-            return
-        document = json.loads(path.read_text())
-        if {key: document.get(key) for key in self.facts} != self.facts:
-            return
-        for run in document["runs"]:
-            setting = Setting(**run.pop("setting"))
-            self.runs[setting] = Result(setting, **run)
-        for pair, table in document["variances"].items():
-            self.variances[pair] = {int(n): row for n, row in table.items()}
-
-    def write(self) -> None:
-        """Replaces the file as a whole, so that an interruption leaves the older one."""
-        runs = [dataclasses.asdict(run) for run in self.runs.values()]
-        unfinished = self.path.with_suffix(".part")
-        unfinished.write_text(json.dumps({**self.facts, "runs": runs, "variances": self.variances}, indent=1))
-        unfinished.replace(self.path)
-
-
 # --- variance on one model --------------------------------------------------------------------------------------------
 
 
-def variances_on(model: BernoulliVAE, images: Tensor, estimators: Sequence[str], counts: Sequence[int]) -> dict:
-    """Variance of each estimator's gradient with respect to the logits, on one model: by n and estimator.
+def variances_on(model: BernoulliVAE, images: Tensor, estimators: Sequence[str], counts: Sequence[int]) -> Any:
+    """Variance of each estimator's gradient with respect to the logits, on one model: by n, as text, and estimator.
 
     Averaged over images, summed over latents, from repeated estimates for the same images.
     """
     generator = torch.Generator().manual_seed(3)
     x = binarized(images[:VARIANCE_DATA], generator)
-    table: dict[int, dict[str, float]] = {}
+    table: dict[str, dict[str, float]] = {}
     for n in counts:
-        table[n] = {}
+        row = table[str(n)] = {}
         for estimator in estimators:
             first = torch.zeros(len(x), model.prior_logits.numel(), dtype=torch.float64)
             second = torch.zeros_like(first)
@@ -252,18 +205,12 @@ def variances_on(model: BernoulliVAE, images: Tensor, estimators: Sequence[str],
                 first += logits.grad
                 second += logits.grad.double().square()
             mean = first / VARIANCE_REPEATS
-            spread = (second / VARIANCE_REPEATS - mean.square()) * VARIANCE_REPEATS / (VARIANCE_REPEATS - 1)
-            table[n][estimator] = float(spread.sum(1).mean())
+            variance = (second / VARIANCE_REPEATS - mean.square()) * VARIANCE_REPEATS / (VARIANCE_REPEATS - 1)
+            row[estimator] = float(variance.sum(1).mean())
     return table
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and, over several seeds, the standard deviation."""
-    mean = statistics.fmean(values)
-    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ± {statistics.stdev(values):.2f}"
 
 
 def groups_of(results: Sequence[Result]) -> dict[str, dict[str, list[Result]]]:
@@ -274,11 +221,10 @@ def groups_of(results: Sequence[Result]) -> dict[str, dict[str, list[Result]]]:
     return groups
 
 
-def print_group(console: Console, group: str, runs: dict[str, list[Result]]) -> None:
+def print_group(group: str, runs: dict[str, list[Result]]) -> None:
     """One table: a line an estimator."""
-    table = Table("estimator", title=group, title_justify="left", title_style="bold")
-    for heading in ("evaluations", "train bound", "test bound", "running variance", "ms a step"):
-        table.add_column(heading, justify="right")
+    headings = ("evaluations", "train bound", "test bound", "running variance", "ms a step")
+    table = common.table(group, "estimator", *headings)
     base = runs.get("loorf") or runs.get("vimco")
     base_variance = statistics.fmean(run.running_variance for run in base) if base else None
     for estimator, results in runs.items():
@@ -306,16 +252,14 @@ def print_group(console: Console, group: str, runs: dict[str, list[Result]]) -> 
         console.print(f"better test bound than {name} with the same seed: {', '.join(wins)}\n", style="dim")
 
 
-def print_variances(console: Console, pair: str, table: dict[int, dict[str, float]]) -> None:
+def print_variances(pair: str, table: dict[str, dict[str, float]]) -> None:
     """Variance of the estimators on one trained model, relative to LOORF or the first."""
     estimators = list(next(iter(table.values())))
     base = "loorf" if "loorf" in estimators else estimators[0]
     title = f"{pair}: variance of the gradient on one trained model, {LABELS[base]} with the same n = 1"
-    lines = Table("n", title=title, title_justify="left", title_style="bold")
-    for estimator in estimators:
-        lines.add_column(LABELS[estimator], justify="right")
+    lines = common.table(title, "n", *(LABELS[estimator] for estimator in estimators))
     for n, row in table.items():
-        lines.add_row(str(n), *(f"{row[estimator] / row[base]:.3f}" for estimator in estimators))
+        lines.add_row(n, *(f"{row[estimator] / row[base]:.3f}" for estimator in estimators))
     console.print(lines)
 
 
@@ -339,11 +283,9 @@ def plot_curves(path: Path, groups: dict[str, dict[str, list[Result]]]) -> None:
         axis.set_title(group, fontsize=10)
         axis.set_xlabel("steps")
         axis.set_ylabel("test bound, nats")
-        axis.spines[["top", "right"]].set_visible(False)
     axes.flat[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    common.save(figure, path)
 
 
 def plot_images(path: Path, model: BernoulliVAE, images: Tensor, title: str) -> None:
@@ -363,19 +305,7 @@ def plot_images(path: Path, model: BernoulliVAE, images: Tensor, title: str) -> 
         axis.set_title(name, fontsize=9, loc="left")
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-class _Stepper:
-    """Advances the progress bar's task."""
-
-    def __init__(self, bar: Progress, task: Any) -> None:
-        self._bar, self._task = bar, task
-
-    def advance(self, steps: int) -> None:
-        """Counts steps done."""
-        self._bar.advance(self._task, steps)
+    common.save(figure, path)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -383,28 +313,30 @@ class _Stepper:
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line; what is not given depends on --full."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = common.arguments(__doc__)  # type: ignore[arg-type]
     parser.add_argument("--full", action="store_true", help="both data sets and models, n = 2 and 4, three seeds")
-    parser.add_argument("--data", nargs="+", choices=("digits", "mnist5k", "fashion"))
-    parser.add_argument("--root", help="folder of Fashion-MNIST's files")
-    parser.add_argument("--model", nargs="+", choices=tuple(HIDDEN))
+    parser.add_argument("--data", nargs="+", choices=("digits", "mnist5k", "fashion"),
+                        help="default mnist5k, with --full fashion too")  # fmt: skip
+    parser.add_argument("--model", nargs="+", choices=tuple(HIDDEN), help="default nonlinear, with --full both")
     parser.add_argument("--estimators", nargs="+", choices=tuple(antithetic.ESTIMATORS), metavar="NAME",
                         default=["loorf", "disarm", "arms_d", "arms_s"],
                         help=f"of {', '.join(antithetic.ESTIMATORS)}")  # fmt: skip
-    parser.add_argument("--samples", nargs="+", type=int, metavar="N", help="samples n of each estimator")
-    parser.add_argument("--importance-samples", type=int, default=5, help="K of the importance-weighted bound")
-    parser.add_argument("--seeds", type=int)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--batch", type=int, default=50)
-    parser.add_argument("--latents", type=int, default=200)
+    parser.add_argument("--samples", nargs="+", type=common.positive, metavar="N",
+                        help="samples n of each estimator: default 4, with --full 2 and 4")  # fmt: skip
+    parser.add_argument("--importance-samples", type=common.positive, default=5,
+                        help="K of the importance-weighted bound")  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, help="default 0, with --full 0 1 2")
+    parser.add_argument("--steps", type=common.positive, help="of every run: default 3000, with --full 5000")
+    parser.add_argument("--batch", type=common.positive, default=50, help="images in a step")
+    parser.add_argument("--latents", type=common.positive, default=200, help="Bernoulli variables of a model")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="Adam; the papers train longer with 1e-4")
     parser.add_argument("--prior-learning-rate", type=float, default=1e-2, help="SGD on the prior's logits")
-    parser.add_argument("--out", type=Path, default=Path("examples_out"))
-    options = parser.parse_args()
+    options = common.parse(parser)
+    options.asked = options.data is not None
     options.data = options.data or (["mnist5k", "fashion"] if options.full else ["mnist5k"])
     options.model = options.model or (["linear", "nonlinear"] if options.full else ["nonlinear"])
     options.samples = options.samples or ([2, 4] if options.full else [4])
-    options.seeds = options.seeds or (3 if options.full else 1)
+    options.seeds = options.seeds or ([0, 1, 2] if options.full else [0])
     options.steps = options.steps or (5000 if options.full else 3000)
     return options
 
@@ -412,7 +344,7 @@ def parse_arguments() -> argparse.Namespace:
 def settings_of(options: argparse.Namespace, name: str, model: str) -> list[Setting]:
     """The runs on one data set with one model, seeds outermost."""
     runs = []
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for n in options.samples:
             runs += [Setting(name, model, "elbo", estimator, n, 0, seed) for estimator in options.estimators]
         count = options.importance_samples
@@ -421,49 +353,56 @@ def settings_of(options: argparse.Namespace, name: str, model: str) -> list[Sett
     return runs
 
 
+def make_runs(
+    name: str, model_name: str, sets: tuple[Tensor, Tensor], options: argparse.Namespace, record: common.Record,
+    bar: common.Bar,
+) -> list[Result]:  # fmt: skip
+    """The runs on one data set with one model. The first one's model stands for all: its variances and pictures."""
+    results = []
+    shaping = {key: getattr(options, key) for key in SHAPING}
+    first = {"estimators": options.estimators, "counts": sorted({*options.samples, 8})}
+    for setting in settings_of(options, name, model_name):
+        analysis = None if results else first
+        bar.label(f"{setting.group}: {LABELS[setting.estimator]}, seed {setting.seed}")
+
+        def make(setting: Setting = setting, analysis: dict[str, Any] | None = analysis) -> dict[str, Any]:
+            model, result = train(setting, sets, options, bar)
+            if analysis is not None:
+                bar.label(f"{name}, {model_name}: variance on one model")
+                result.variances = variances_on(model, sets[1], **analysis)
+                plot_images(options.out / f"discrete_vae_{name}_{model_name}.png", model, sets[1],
+                            f"{name}, {model_name}")  # fmt: skip
+            return dataclasses.asdict(result)
+
+        key = {**dataclasses.asdict(setting), **shaping, "analysis": analysis}
+        found = record.run(key, make, on_found=lambda: bar.advance(options.steps))
+        results.append(Result(**{**found, "setting": setting}))
+    return results
+
+
 def main() -> None:
     """Command line entry."""
     options = parse_arguments()
-    console = Console()
-    options.out.mkdir(parents=True, exist_ok=True)
-    record = Record(options.out / "discrete_vae.json", options)
-    pairs = [(name, model) for name in options.data for model in options.model]
-    runs_per_pair = len(settings_of(options, "", ""))
-    counters = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    columns = (TextColumn("{task.description:44}"), BarColumn(), *counters)
+    loaded = common.load(options.data, options.root, asked=options.asked, normalise=False)
+    record = common.Record(options.out / "discrete_vae.json")
+    pairs = [(name, model) for name in loaded for model in options.model]
     results: list[Result] = []
-    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as bar:
-        task = bar.add_task("", total=len(pairs) * runs_per_pair * options.steps)
+    variances = {}
+    with common.progress(len(pairs) * len(settings_of(options, "", "")) * options.steps) as bar:
         for name, model_name in pairs:
-            try:
-                (train_images, _), (test_images, _) = data.load(name, options.root, normalise=False)
-            except (ImportError, OSError, ValueError) as error:
-                sys.exit(str(error))
+            (train_images, _), (test_images, _) = loaded[name]
             sets = (train_images.flatten(1), test_images.flatten(1))
-            pair = f"{name}, {model_name}"
-            for index, setting in enumerate(settings_of(options, name, model_name)):
-                bar.update(task, description=f"{setting.group}: {LABELS[setting.estimator]}, seed {setting.seed}")
-                shown = index == 0  # whose pictures and variances stand for the pair
-                if setting in record.runs and not (shown and pair not in record.variances):
-                    bar.advance(task, options.steps)
-                else:
-                    model, record.runs[setting] = train(setting, sets, options, _Stepper(bar, task))
-                    if shown:
-                        bar.update(task, description=f"{pair}: variance on one model")
-                        counts = sorted({*options.samples, 8})
-                        record.variances[pair] = variances_on(model, sets[1], options.estimators, counts)
-                        plot_images(options.out / f"discrete_vae_{name}_{model_name}.png", model, sets[1], pair)
-                    record.write()
-                results.append(record.runs[setting])
+            runs = make_runs(name, model_name, sets, options, record, bar)
+            variances[f"{name}, {model_name}"] = runs[0].variances
+            results += runs
     groups = groups_of(results)
-    for group, runs in groups.items():
-        print_group(console, group, runs)
-    for name, model_name in pairs:
-        pair = f"{name}, {model_name}"
-        print_variances(console, pair, record.variances[pair])
+    for group, by_estimator in groups.items():
+        print_group(group, by_estimator)
+    for pair, table in variances.items():
+        print_variances(pair, table)
     plot_curves(options.out / "discrete_vae_curves.png", groups)
-    console.print(f"written: {record.path} and its plots", highlight=False)
+    console.print(f"written: {record.path} and its plots")
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

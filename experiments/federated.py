@@ -2,51 +2,34 @@
 
 Compares consistency with self-training, group with batch normalisation, grouping with FedAvg, alternate training, and
 messages of 32, 4 and 1 bits, each beside the server trained alone on its labels for as many steps.
-`python examples/federated.py` takes about four minutes on two cores; `--full` is the whole comparison. JSON and plots
-go to --out after every run; runs that are there already are not made again. `--engine flower` sends one configuration
-through Flower and Ray.
+`python experiments/federated.py` takes about four minutes on two cores; `--full` is the whole comparison. A record of
+all runs and a plot go to --out. `--engine flower` sends one configuration through Flower and Ray.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import common
 import data
+from common import console, plt, spread
 from lowbit_ext import federated
 from lowbit_ext.federated.simulate import Trainer, copy_of
 
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from rich import box
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.table import Table
-except ImportError as error:
-    sys.exit(f'examples/federated.py needs {error.name}: pip install "lowbit-ext[examples]"')
-
 USERS = 10
 SERVER_ONLY = "server alone"
+# Options that change every run.
+SHAPING = ("data", "labelled", "non_iid", "rounds", "steps", "warm_up", "batch", "learning_rate", "threshold",
+           "test_every")  # fmt: skip
 MIRRORED = {"fashion", "cifar10"}  # whose mirror images are of the same class
 NORMS = {"BN": nn.BatchNorm2d, "GN": lambda channels: nn.GroupNorm(8, channels)}
 
@@ -100,9 +83,9 @@ class Problem:
     level: float
 
 
-def problem(options: argparse.Namespace, seed: int) -> Problem:
+def problem(sets: tuple[data.Set, data.Set], options: argparse.Namespace, seed: int) -> Problem:
     """Draws the split of a data set."""
-    (images, labels), test = data.load(options.data, options.root, normalise=False)
+    (images, labels), test = sets
     split = federated.partition(
         labels, USERS, options.non_iid, labelled=options.labelled, generator=torch.Generator().manual_seed(seed)
     )
@@ -130,13 +113,15 @@ def model_of(given: Problem, norm: str, seed: int) -> nn.Sequential:
     return network(given.server[0].shape[1], given.server[0].shape[2], norm)
 
 
-def run(configuration: Configuration, given: Problem, options: argparse.Namespace, seed: int, progress: Any) -> dict:
+def run(
+    configuration: Configuration, given: Problem, options: argparse.Namespace, seed: int, on_round: Callable[[], None]
+) -> dict[str, Any]:
     """One simulation, as JSON."""
     began = time.perf_counter()
     result = federated.simulate(
         model_of(given, configuration.norm, seed), given.server, given.users,
         settings_of(configuration, options, seed), user_labels=given.user_labels, test=given.test,
-        test_every=options.test_every, on_round=lambda report: progress(),
+        test_every=options.test_every, on_round=lambda report: on_round(),
     )  # fmt: skip
     return {
         "name": str(configuration), "seed": seed, "seconds": time.perf_counter() - began,
@@ -144,7 +129,9 @@ def run(configuration: Configuration, given: Problem, options: argparse.Namespac
     }  # fmt: skip
 
 
-def run_server_alone(given: Problem, options: argparse.Namespace, seed: int, progress: Any) -> dict:
+def run_server_alone(
+    given: Problem, options: argparse.Namespace, seed: int, on_round: Callable[[], None]
+) -> dict[str, Any]:
     """The baseline: the server's steps without users."""
     settings = settings_of(Configuration(), options, seed)
     trainer = Trainer(model_of(given, "GN", seed), settings)
@@ -162,7 +149,7 @@ def run_server_alone(given: Problem, options: argparse.Namespace, seed: int, pro
         if (number + 1) % options.test_every == 0 or number + 1 == settings.rounds:
             report.measures["accuracy"] = trainer.accuracy(state, *given.test)
         rounds.append(dataclasses.asdict(report))
-        progress()
+        on_round()
     return {"name": SERVER_ONLY, "seed": seed, "seconds": time.perf_counter() - began, "rounds": rounds}
 
 
@@ -244,17 +231,13 @@ def by_name(runs: Sequence[dict]) -> dict[str, list[dict]]:
 def shown(values: Sequence[float | None], digits: int = 2) -> str:
     """Mean and spread; nothing where nothing was measured."""
     known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    mean = f"{statistics.fmean(known):.{digits}f}"
-    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
+    return spread(known, digits) if known else ""
 
 
-def print_table(console: Console, title: str, runs: Sequence[dict]) -> None:
+def print_table(title: str, runs: Sequence[dict]) -> None:
     """A line a configuration."""
-    table = Table("training", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("test, %", "labels right, %", "kept, %", "D", "n D", "MB a round", "s a round"):
-        table.add_column(heading, justify="right")
+    headings = ("test, %", "labels right, %", "kept, %", "D", "n D", "MB a round", "s a round")
+    table = common.table(title, "training", *headings)
     for name, group in by_name(runs).items():
         traffic = [(r["rounds"][-1]["bytes_down"] + r["rounds"][-1]["bytes_up"]) / 1e6 for r in group]
         right, kept = ([mean_of(r, key, True) for r in group] for key in ("label_accuracy", "labels_kept"))
@@ -275,7 +258,7 @@ def print_table(console: Console, title: str, runs: Sequence[dict]) -> None:
     )
 
 
-def print_comparisons(console: Console, runs: Sequence[dict]) -> None:
+def print_comparisons(runs: Sequence[dict]) -> None:
     """Pairs that differ in one thing, seed by seed."""
     found = {(one["name"], one["seed"]): one for one in runs}
     names = list(by_name(runs))
@@ -295,7 +278,7 @@ def print_comparisons(console: Console, runs: Sequence[dict]) -> None:
         if "FedAvg" in what:
             lower = sum(a < b for a, b in diverse)
             line += f"; diversity lower {lower} of {len(seeds)}"
-        console.print(line, highlight=False)
+        console.print(line)
 
 
 def plot(path: Path, title: str, runs: Sequence[dict]) -> None:
@@ -318,12 +301,10 @@ def plot(path: Path, title: str, runs: Sequence[dict]) -> None:
             axis.plot([j + 1 for j in steps], curves.mean(0), label=name, color=colours[i % 20], linewidth=1.3)
         axis.set_title(heading, fontsize=10)
         axis.set_xlabel("round")
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=7)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    common.save(figure, path)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -331,81 +312,71 @@ def plot(path: Path, title: str, runs: Sequence[dict]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = common.arguments(__doc__)  # type: ignore[arg-type]
     parser.add_argument("--full", action="store_true", help="every configuration, three seeds, more rounds")
-    parser.add_argument("--engine", choices=("process", "flower"), default="process")
-    parser.add_argument("--data", choices=data.DATASETS, default="mnist5k")
-    parser.add_argument("--root", type=Path, help="folder of the files of fashion or cifar10")
-    parser.add_argument("--labelled", type=int, default=200, help="labelled images of the server")
+    parser.add_argument("--engine", choices=("process", "flower"), default="process", help="one process, or Flower")
+    parser.add_argument("--data", choices=data.DATASETS, default="mnist5k", help="dataset")
+    parser.add_argument("--labelled", type=common.positive, default=200, help="labelled images of the server")
     parser.add_argument("--non-iid", type=float, default=0.4, help="R of the users")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--steps", type=int, default=8, help="local steps of everyone in a round")
+    parser.add_argument("--rounds", type=common.positive, help="default 30, with --full 60")
+    parser.add_argument("--steps", type=common.positive, default=8, help="local steps of everyone in a round")
     parser.add_argument("--warm-up", type=int, default=200, help="supervised steps before the first round")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=0.05)
-    parser.add_argument("--threshold", type=float, default=0.95)
-    parser.add_argument("--test-every", type=int, default=5)
-    parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--out", type=Path, default=Path("examples_out"))
-    options = parser.parse_args()
+    parser.add_argument("--batch", type=common.positive, default=32, help="images in a step")
+    parser.add_argument("--learning-rate", type=float, default=0.05, help="of everyone")
+    parser.add_argument("--threshold", type=float, default=0.95, help="confidence from which users take their label")
+    parser.add_argument("--test-every", type=common.positive, default=5, help="rounds")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default 0, with --full 0 1 2")
+    options = common.parse(parser)
     options.rounds = options.rounds or (60 if options.full else 30)
     options.seeds = options.seeds or ([0, 1, 2] if options.full else [0])
     return options
 
 
+def make_runs(
+    problems: dict[int, Problem], options: argparse.Namespace, record: common.Record
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The server alone and every configuration with every seed."""
+    configurations = [None, *(FULL if options.full else QUICK)]
+    shaping = {key: getattr(options, key) for key in SHAPING}
+    runs = []
+    with common.progress(len(configurations) * len(options.seeds) * options.rounds) as bar:
+        for seed, given in problems.items():
+            for configuration in configurations:
+
+                def make(
+                    configuration: Configuration | None = configuration, seed: int = seed, given: Problem = given
+                ) -> dict[str, Any]:
+                    if configuration is None:
+                        return run_server_alone(given, options, seed, bar.advance)
+                    return run(configuration, given, options, seed, bar.advance)
+
+                name = SERVER_ONLY if configuration is None else str(configuration)
+                bar.label(f"{name}, seed {seed}")
+                key = {"training": name, "seed": seed, **shaping}
+                runs.append(record.run(key, make, on_found=lambda: bar.advance(options.rounds)))
+    return runs
+
+
 def main() -> None:
     """Command line entry."""
     options = parse_arguments()
-    console = Console()
-    options.out.mkdir(parents=True, exist_ok=True)
-    try:
-        problems = {seed: problem(options, seed) for seed in options.seeds}
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(str(error))
+    sets = common.load([options.data], options.root, asked=True, normalise=False)[options.data]
+    problems = {seed: problem(sets, options, seed) for seed in options.seeds}
     if options.engine == "flower":
         return run_flower(problems[options.seeds[0]], options)
-    path = options.out / f"federated_{options.data}.json"
-    shaping = {key: getattr(options, key) for key in (
-        "labelled", "non_iid", "rounds", "steps", "warm_up", "batch", "learning_rate", "threshold")}  # fmt: skip
-    document: dict[str, Any] = {"options": shaping, "runs": []}
-    if path.is_file() and json.loads(path.read_text())["options"] == shaping:
-        document = json.loads(path.read_text())
-    done = {(one["name"], one["seed"]): one for one in document["runs"]}
-    configurations: list[Configuration | None] = [None, *(FULL if options.full else QUICK)]
-    columns = (TextColumn("{task.description:44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    runs = []
-    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as bar:
-        task = bar.add_task("", total=len(configurations) * len(options.seeds) * options.rounds)
-        for seed, given in problems.items():
-            for configuration in configurations:
-                name = SERVER_ONLY if configuration is None else str(configuration)
-                bar.update(task, description=f"{name}, seed {seed}")
-                if (name, seed) in done:
-                    bar.advance(task, options.rounds)
-                else:
-                    step = lambda: bar.advance(task)  # noqa: E731
-                    one = (
-                        run_server_alone(given, options, seed, step)
-                        if configuration is None
-                        else run(configuration, given, options, seed, step)
-                    )
-                    done[name, seed] = one
-                    document["runs"].append(one)
-                    unfinished = path.with_suffix(".part")
-                    unfinished.write_text(json.dumps(document))
-                    unfinished.replace(path)
-                runs.append(done[name, seed])
+    record = common.Record(options.out / "federated.json")
+    runs = make_runs(problems, options, record)
     level = statistics.fmean(given.level for given in problems.values())
     title = (
         f"{options.data}: {options.labelled} labelled, {USERS} users at non-iid level {level:.2f}, {options.rounds} "
         f"rounds of {options.steps} steps, {len(options.seeds)} seeds"
     )
-    print_table(console, title, runs)
-    print_comparisons(console, runs)
-    plot(options.out / f"federated_{options.data}.png", title, runs)
-    console.print(f"written: {path}, .png", highlight=False)
+    print_table(title, runs)
+    print_comparisons(runs)
+    picture = options.out / f"federated_{options.data}.png"
+    plot(picture, title, runs)
+    console.print(f"written: {record.path}, {picture}")
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

@@ -2,16 +2,13 @@
 
 First on three-layer perceptrons that learn from a teacher, for several widths of the smoothing window, as in
 BinaryDuo's analysis; then on a small convolutional network on real images, with a sample of each layer's weights.
-`python examples/gradient_mismatch.py` takes about two minutes on two cores; table, JSON and plot go to --out.
+`python experiments/gradient_mismatch.py` takes about two minutes on two cores; a record and a plot go to --out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,20 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import common
 import data
+from common import console, plt
 from lowbit_ext.duo import StepActivation, TernaryActivation, gradient_mismatch
-
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from rich import box
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
-except ImportError as error:
-    sys.exit(f'examples/gradient_mismatch.py needs {error.name}: pip install "lowbit-ext[examples]"')
 
 
 class TwoBitActivation(nn.Module):
@@ -54,6 +41,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 COLOURS = {"float": "#7f8c9a", "2-bit": "#2a8f5b", "ternary": "#1f5fa8", "binary": "#d1863a"}
 FEATURES = 16
+STUDENT_WEIGHTS = 2 * FEATURES**2 + FEATURES
 LAYERS = ("first layer", "second layer", "third layer")
 WINDOWS = (0.05, 0.1, 0.2)  # eps, in units of the weights
 
@@ -74,21 +62,32 @@ def perceptron(activation: Callable[[], nn.Module], seed: int) -> nn.Sequential:
     return model
 
 
-def on_perceptrons(samples: int, students: int, advance: Callable[[int], None]) -> dict[str, Any]:
+def on_perceptrons(options: argparse.Namespace, record: common.Record, bar: common.Bar) -> dict[str, Any]:
     """Cosines by eps, activation and layer, one a student."""
+
+    def cosines_of(eps: float, activation: Callable[[], nn.Module], seed: int) -> list[float]:
+        x = torch.randn(options.samples, FEATURES, generator=torch.Generator().manual_seed(seed))
+        student = perceptron(activation, seed)
+        with torch.no_grad():
+            target = perceptron(_clip, 100 + seed)(x).double()
+            student[-1].bias += (target - student(x)).mean()
+        found = gradient_mismatch(student, F.mse_loss, (x, target), eps=eps, progress=bar.advance)
+        return list(found.cosines.values())
+
     results: dict[str, Any] = {}
     for eps in WINDOWS:
         results[str(eps)] = {}
         for name, activation in ACTIVATIONS.items():
+            bar.label(f"perceptrons, eps {eps}, {name}")
             cosines = []
-            for seed in range(students):
-                x = torch.randn(samples, FEATURES, generator=torch.Generator().manual_seed(seed))
-                student = perceptron(activation, seed)
-                with torch.no_grad():
-                    target = perceptron(_clip, 100 + seed)(x).double()
-                    student[-1].bias += (target - student(x)).mean()
-                found = gradient_mismatch(student, F.mse_loss, (x, target), eps=eps, progress=advance)
-                cosines.append(list(found.cosines.values()))
+            for seed in range(options.students):
+                key = {"network": "perceptron", "eps": eps, "activation": name, "seed": seed,
+                       "samples": options.samples}  # fmt: skip
+                arguments = eps, activation, seed
+                cosines.append(record.run(
+                    key, lambda arguments=arguments: cosines_of(*arguments),
+                    on_found=lambda: bar.advance(STUDENT_WEIGHTS),
+                ))  # fmt: skip
             results[str(eps)][name] = [list(values) for values in zip(*cosines, strict=True)]
     return results
 
@@ -109,50 +108,61 @@ def network(activation: Callable[[], nn.Module], images: Tensor) -> nn.Sequentia
 
 
 def on_images(
-    images: Tensor, labels: Tensor, weights: int, eps: float, advance: Callable[[int], None]
+    images: Tensor, labels: Tensor, options: argparse.Namespace, record: common.Record, bar: common.Bar
 ) -> dict[str, Any]:
     """Cosines by activation and layer, from a sample of the weights."""
+
+    def cosines_of(activation: Callable[[], nn.Module]) -> list[float]:
+        found = gradient_mismatch(
+            network(activation, images), F.cross_entropy, (images[chosen], labels[chosen]), eps=options.eps,
+            max_weights=options.weights, generator=torch.Generator().manual_seed(0), progress=bar.advance,
+        )  # fmt: skip
+        return [layer.cosine for layer in found.layers]
+
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: options.images]
     results = {}
     for name, activation in ACTIVATIONS.items():
-        found = gradient_mismatch(
-            network(activation, images), F.cross_entropy, (images, labels), eps=eps, max_weights=weights,
-            generator=torch.Generator().manual_seed(0), progress=advance,
+        bar.label(f"convolutions, {name}")
+        key = {"network": "convolutions", "activation": name,
+               **{name: getattr(options, name) for name in ("data", "images", "weights", "eps")}}  # fmt: skip
+        results[name] = record.run(
+            key, lambda activation=activation: cosines_of(activation),
+            on_found=lambda: bar.advance(sampled_weights(images, options)),
         )  # fmt: skip
-        results[name] = [layer.cosine for layer in found.layers]
     return results
 
 
-def print_results(console: Console, results: dict[str, Any]) -> None:
+def sampled_weights(images: Tensor, options: argparse.Namespace) -> int:
+    """Weights that are moved in a convolutional network."""
+    layers = [value.numel() for value in network(_clip, images).parameters() if value.dim() > 1]
+    return sum(min(options.weights, size) for size in layers)
+
+
+def print_results(options: argparse.Namespace, perceptrons: dict[str, Any], images: dict[str, Any]) -> None:
     """One table for the perceptrons, one for the images."""
-    options = results["options"]
-    title = f"Perceptrons, {options['samples']} samples, mean of {options['students']} students"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
-    for heading in ("eps", "layer", *ACTIVATIONS):
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
-    for eps, by_activation in results["perceptrons"].items():
+    title = f"Perceptrons, {options.samples} samples, mean of {options.students} students"
+    table = common.table(title, "eps", "layer", *ACTIVATIONS)
+    for eps, by_activation in perceptrons.items():
         for index, layer in enumerate(LAYERS):
             cells = [f"{statistics.fmean(by_activation[name][index]):.3f}" for name in ACTIVATIONS]
             table.add_row(eps, layer, *cells, end_section=index + 1 == len(LAYERS))
     console.print(table)
     title = (
-        f"Convolutions on {options['data']}, {options['images']} images, up to {options['weights']} weights a layer, "
-        f"eps {options['eps']}"
+        f"Convolutions on {options.data}, {options.images} images, up to {options.weights} weights a layer, "
+        f"eps {options.eps}"
     )
-    table = Table("layer", title=title, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
-    for heading in ACTIVATIONS:
-        table.add_column(heading, justify="right")
-    for index in range(len(results["images"]["float"])):
+    table = common.table(title, "layer", *ACTIVATIONS)
+    for index in range(len(images["float"])):
         name = f"convolution {index + 1}" if index < 3 else "classifier"
-        table.add_row(name, *(f"{results['images'][kind][index]:.3f}" for kind in ACTIVATIONS))
+        table.add_row(name, *(f"{images[kind][index]:.3f}" for kind in ACTIVATIONS))
     console.print(table)
 
 
-def plot(path: Path, results: dict[str, Any]) -> None:
+def plot(path: Path, options: argparse.Namespace, perceptrons: dict[str, Any], images: dict[str, Any]) -> None:
     """Cosine by layer, one panel a window and one for the images."""
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     panels = [(f"perceptrons, eps {eps}", {name: [statistics.fmean(c) for c in values] for name, values in by.items()})
-              for eps, by in results["perceptrons"].items()]  # fmt: skip
-    panels.append((f"convolutions on {results['options']['data']}, eps {results['options']['eps']}", results["images"]))
+              for eps, by in perceptrons.items()]  # fmt: skip
+    panels.append((f"convolutions on {options.data}, eps {options.eps}", images))
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), sharey=True, layout="constrained")
     for axis, (title, curves) in zip(axes, panels, strict=True):
         for name, values in curves.items():
@@ -162,53 +172,35 @@ def plot(path: Path, results: dict[str, Any]) -> None:
         axis.grid(axis="y", alpha=0.25)
     axes[0].set_ylabel("cosine of straight-through and\nsmoothed gradient")
     axes[0].legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    common.save(figure, path)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = common.arguments(__doc__)  # type: ignore[arg-type]
+    parser.add_argument("--samples", type=common.positive, default=16000, help="of the perceptrons' batch")
+    parser.add_argument("--students", type=common.positive, default=3, help="perceptrons of other weights")
+    parser.add_argument("--data", choices=data.DATASETS, default="mnist5k", help="of the convolutional networks")
+    parser.add_argument("--images", type=common.positive, default=2000, help="batch of the convolutional networks")
+    parser.add_argument("--weights", type=common.positive, default=40, help="weights sampled from each of their layers")
+    parser.add_argument("--eps", type=float, default=0.1, help="window of the convolutional networks")
+    return common.parse(parser)
 
 
 def main() -> None:
     """Command line entry."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],  # type: ignore[union-attr]
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--samples", type=int, default=16000, help="of the perceptrons' batch")
-    parser.add_argument("--students", type=int, default=3, help="perceptrons of other weights")
-    parser.add_argument("--data", choices=data.DATASETS, default="mnist5k")
-    parser.add_argument("--root", type=Path, help="folder of the files of fashion or cifar10")
-    parser.add_argument("--images", type=int, default=2000, help="batch of the convolutional networks")
-    parser.add_argument("--weights", type=int, default=40, help="weights sampled from each of their layers")
-    parser.add_argument("--eps", type=float, default=0.1, help="window of the convolutional networks")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=Path("examples_out"))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    console = Console()
-    try:
-        (images, labels), _ = data.load(options.data, options.root)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(str(error))
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: options.images]
-    perceptron_weights = len(WINDOWS) * len(ACTIVATIONS) * options.students * (2 * FEATURES**2 + FEATURES)
-    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
-        task = bar.add_task("perceptrons", total=perceptron_weights)
-        perceptrons = on_perceptrons(options.samples, options.students, lambda count: bar.advance(task, count))
-        layers = [value.numel() for value in network(_clip, images).parameters() if value.dim() > 1]
-        total = len(ACTIVATIONS) * sum(min(options.weights, size) for size in layers)
-        other = bar.add_task("convolutions", total=total)
-        found = on_images(
-            images[chosen], labels[chosen], options.weights, options.eps, lambda count: bar.advance(other, count)
-        )
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    results = {"options": settings, "perceptrons": perceptrons, "images": found}
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / "gradient_mismatch"
-    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(stem.with_suffix(".png"), results)
-    print_results(console, results)
-    console.print(f"written: {stem}.json, {stem}.png", highlight=False)
+    options = parse_arguments()
+    (images, labels), _ = common.load([options.data], options.root, asked=True)[options.data]
+    record = common.Record(options.out / "gradient_mismatch.json")
+    students = len(WINDOWS) * options.students * STUDENT_WEIGHTS
+    with common.progress(len(ACTIVATIONS) * (students + sampled_weights(images, options))) as bar:
+        perceptrons = on_perceptrons(options, record, bar)
+        found = on_images(images, labels, options, record, bar)
+    picture = options.out / "gradient_mismatch.png"
+    plot(picture, options, perceptrons, found)
+    print_results(options, perceptrons, found)
+    console.print(f"written: {record.path}, {picture}")
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

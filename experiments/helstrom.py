@@ -1,15 +1,14 @@
 """Compares the quantum-inspired classifier with others: does it recall more of every category, and at what price?
 
 Every classifier tells each category from all others on the same bits: pixels above half of white, or words in a text.
-`python examples/helstrom.py` takes under four minutes on two cores. Tables go to the terminal, JSON and plots to --out.
+`python experiments/helstrom.py` takes under four minutes on two cores, `--quick` under one. A record and a plot go to
+--out.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import pickle
 import sys
 import time
@@ -18,20 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+import common
 import data
-import lowbit_ext
+from common import console, plt
 
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from rich import box
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
+with common.optional_packages():
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import precision_recall_fscore_support, recall_score
@@ -44,8 +35,6 @@ try:
     from threadpoolctl import threadpool_limits
 
     from lowbit_ext.helstrom import HelstromClassifier
-except ImportError as error:
-    sys.exit(f'examples/helstrom.py needs {error.name}: pip install "lowbit-ext[examples]"')
 
 try:
     from bornrule import BornClassifier
@@ -97,9 +86,9 @@ class Contender:
     samples: int
 
 
-def image_problem(name: str, root: Path | None) -> Problem:
+def image_problem(name: str, sets: tuple[data.Set, data.Set]) -> Problem:
     """Binarized images."""
-    (images, labels), (test, test_labels) = data.load(name, root, normalise=False)
+    (images, labels), (test, test_labels) = sets
     threshold = GREY_THRESHOLD[name]
     bits, test_bits = ((part.flatten(1) > threshold).float().numpy() for part in (images, test))
     return Problem(name, bits, labels.numpy(), test_bits, test_labels.numpy())
@@ -107,7 +96,10 @@ def image_problem(name: str, root: Path | None) -> Problem:
 
 def text_problem(path: Path | None, words: int) -> Problem:
     """Which of the most frequent words a text has."""
-    texts, labels = data.load_texts(path)
+    try:
+        texts, labels = data.load_texts(path)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
     train, test, labels, test_labels = train_test_split(
         texts, labels, test_size=0.3, stratify=labels, random_state=SEED
     )
@@ -187,36 +179,24 @@ def measure(contender: Contender, problem: Problem) -> dict[str, Any]:
     return result
 
 
-def price_sweep(problem: Problem, options: argparse.Namespace, advance: Callable[[], None]) -> list[dict[str, float]]:
-    """Mean metrics by the price p0 / p1 of a wrong "yes"."""
+def prices_of(ratio: float, problem: Problem, options: argparse.Namespace) -> dict[str, float]:
+    """Mean metrics at a price p0 / p1 of a wrong "yes"."""
     problem = problem.part(options.samples)
-    rows = []
-    for ratio in np.geomspace(1 / 4, 4, options.prices):
-        model = HelstromClassifier(prior=float(ratio)).fit(problem.train, problem.labels)
-        means = {name: float(np.mean(values)) for name, values in scores(decisions(model, problem), problem).items()}
-        rows.append({"ratio": float(ratio), **means})
-        advance()
-    return rows
+    model = HelstromClassifier(prior=ratio).fit(problem.train, problem.labels)
+    means = {name: float(np.mean(values)) for name, values in scores(decisions(model, problem), problem).items()}
+    return {"ratio": ratio, **means}
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def _table(title: str, headings: Sequence[str]) -> Table:
-    style = dict(title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    table = Table(title=f"\n{title}", **style)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-    return table
-
-
-def mean_table(result: dict[str, Any]) -> Table:
+def mean_table(result: dict[str, Any]) -> common.Table:
     """Means over the categories, "least" being the lowest recall; time and the size of the model."""
     count = len(result["categories"])
-    table = _table(
+    table = common.table(
         f"{result['problem']}, {result['features']} bits: each of {count} categories against the others, means",
-        ["classifier", "train", *HEADINGS.values(), "least", "fit s", "test s", "MB"],
-    )
+        "classifier", "train", *HEADINGS.values(), "least", "fit s", "test s", "MB",
+    )  # fmt: skip
     best = {metric: max(np.mean(row["scores"][metric]) for row in result["rows"]) for metric in METRICS}
     for row in result["rows"]:
         means = {metric: np.mean(row["scores"][metric]) for metric in METRICS}
@@ -243,12 +223,12 @@ def named(result: dict[str, Any], name: str) -> dict[str, Any]:
     return next(row for row in result["rows"] if row["name"] == name)
 
 
-def category_table(result: dict[str, Any]) -> Table:
+def category_table(result: dict[str, Any]) -> common.Table:
     """Our metrics in each category, beside the best of the others."""
-    table = _table(
+    table = common.table(
         f"{result['problem']}: {OURS} by category, and the best of the others",
-        ["category", *HEADINGS.values(), "best recall", "best F1"],
-    )
+        "category", *HEADINGS.values(), "best recall", "best F1",
+    )  # fmt: skip
     ours = named(result, OURS)["scores"]
     for index, category in enumerate(result["categories"]):
         cells = [f"{ours[metric][index]:.3f}" for metric in METRICS]
@@ -290,7 +270,6 @@ def verdict(result: dict[str, Any]) -> str:
 
 def plot(path: Path, results: list[dict[str, Any]]) -> None:
     """For each problem the metrics by price, and recall against precision of all contenders."""
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(len(results), 2, figsize=(11, 3.6 * len(results)), layout="constrained", squeeze=False)
     for (sweep, plane), result in zip(axes, results, strict=True):
         rows = result["prices"]
@@ -315,107 +294,97 @@ def plot(path: Path, results: list[dict[str, Any]]) -> None:
                 arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "relpos": (0, 0.5)},
             )  # fmt: skip
         plane.set(xlabel="mean recall", ylabel="mean precision", title="recall and precision (line: by price)")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    common.save(figure, path)
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-
-    def positive(text: str) -> int:
-        if (value := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-        return value
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="digits and mnist5k alone, fewer samples, under a minute")
+    parser = common.arguments(__doc__)  # type: ignore[arg-type]
+    parser.add_argument("--quick", action="store_true", help="digits and mnist5k alone, fewer samples")
     parser.add_argument("--data", nargs="+", choices=(*IMAGES, "text"), help="default: all, text with --texts only")
     parser.add_argument("--texts", type=Path, help="vaderSentiment-3.3.2.tar.gz, or a folder with a folder for each "
                         "category, such as 20 Newsgroups")  # fmt: skip
-    parser.add_argument("--root", type=Path, help="folder of the files of fashion")
-    parser.add_argument("--samples", type=positive, default=6000, help="most training samples for most classifiers")
-    parser.add_argument("--gram-samples", type=positive, default=800, help="most training samples for 2 copies, whose "
-                        "work grows with their cube")  # fmt: skip
-    parser.add_argument("--words", type=positive, default=1000, help="words of the texts that are features")
-    parser.add_argument("--prices", type=positive, default=9, help="prior ratios in the sweep from 1/4 to 4")
-    parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1, help="of torch, numpy and the kernels")
-    parser.add_argument("--out", type=Path, default=Path("examples_out"), help="folder for results")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--samples", type=common.positive, default=6000,
+                        help="most training samples for most classifiers")  # fmt: skip
+    parser.add_argument("--gram-samples", type=common.positive, default=800, help="most training samples for 2 copies, "
+                        "whose work grows with their cube")  # fmt: skip
+    parser.add_argument("--words", type=common.positive, default=1000, help="words of the texts that are features")
+    parser.add_argument("--prices", type=common.positive, default=9, help="prior ratios in the sweep from 1/4 to 4")
+    options = common.parse(parser)
     if options.quick:
         options.samples, options.gram_samples = min(options.samples, 2000), min(options.gram_samples, 400)
         options.prices = min(options.prices, 5)
+    options.asked = options.data is not None
     if options.data is None:
         options.data = ["digits", "mnist5k"] if options.quick else list(IMAGES)
         options.data += ["text"] * (options.texts is not None)
     return options
 
 
-def run(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    """Trains and tests every contender on every problem."""
-    columns = (TextColumn("{task.description:44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    results = []
-    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as progress:
-        for name in options.data:
-            is_text = name == "text"
-            problem = text_problem(options.texts, options.words) if is_text else image_problem(name, options.root)
-            field = contenders(problem, options)
-            task = progress.add_task(name, total=len(field) + options.prices)
-            rows = []
-            for contender in field:
-                progress.update(task, description=f"{name}: {contender.name}")
-                rows.append(measure(contender, problem))
-                progress.advance(task)
-            progress.update(task, description=f"{name}: prices")
-            prices = price_sweep(problem, options, lambda task=task: progress.advance(task))
-            results.append({
-                "problem": name, "categories": problem.categories.tolist(), "features": problem.train.shape[1],
-                "test_samples": len(problem.test_labels), "rows": rows, "prices": prices,
-            })  # fmt: skip
-    return results
+def problems_of(options: argparse.Namespace) -> list[Problem]:
+    """Everything that is to be learned."""
+    images = [name for name in options.data if name != "text"]
+    sets = common.load(images, options.root, asked=options.asked, normalise=False)
+    texts = [text_problem(options.texts, options.words)] if "text" in options.data else []
+    return [*(image_problem(name, pair) for name, pair in sets.items()), *texts]
+
+
+def compare(
+    problem: Problem, options: argparse.Namespace, record: common.Record, bar: common.Bar
+) -> dict[str, Any]:  # fmt: skip
+    """Trains and tests every contender, and ours by price."""
+    shape = {"data": problem.name, "size": problem.train.shape,
+             "texts": str(options.texts) if problem.name == "text" else None}  # fmt: skip
+    rows = []
+    for contender in contenders(problem, options):
+        bar.label(f"{problem.name}: {contender.name}")
+        key = {**shape, "classifier": contender.name, "samples": contender.samples}
+        rows.append(record.run(key, lambda contender=contender: measure(contender, problem)))
+        bar.advance()
+    bar.label(f"{problem.name}: prices")
+    prices = []
+    for ratio in map(float, np.geomspace(1 / 4, 4, options.prices)):
+        key = {**shape, "price": ratio, "samples": options.samples}
+        prices.append(record.run(key, lambda ratio=ratio: prices_of(ratio, problem, options)))
+        bar.advance()
+    return {
+        "problem": problem.name, "categories": problem.categories.tolist(), "features": problem.train.shape[1],
+        "rows": rows, "prices": prices,
+    }  # fmt: skip
 
 
 def main() -> None:
     """Command line entry."""
     start = time.perf_counter()
     options = parse_arguments()
-    torch.set_num_threads(options.threads)
-    console = Console()
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        with threadpool_limits(options.threads):
-            results = run(options, console)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(str(error))
-    stem = options.out / "helstrom"
-    report = {
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
-        "threads": options.threads, "isa": lowbit_ext.active_isa(), "versions": {
-            "lowbit_ext": lowbit_ext.__version__, "torch": torch.__version__, "numpy": np.__version__},
-        "results": results,
-    }  # fmt: skip
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(stem.with_suffix(".png"), results)
+    problems = problems_of(options)
+    record = common.Record(options.out / "helstrom.json")
+    total = sum(len(contenders(problem, options)) + options.prices for problem in problems)
+    with threadpool_limits(options.threads), common.progress(total) as bar:
+        results = [compare(problem, options, record, bar) for problem in problems]
+    picture = options.out / "helstrom.png"
+    plot(picture, results)
     for result in results:
         console.print(mean_table(result), category_table(result))
         for category, words in named(result, OURS).get("explanation", {}).items():
-            console.print(f"  {category}: {', '.join(word for word, _ in words)}", style="dim", highlight=False)
+            console.print(f"  {category}: {', '.join(word for word, _ in words)}", style="dim")
     console.rule('"Recall above the others\' in every category"')
     for result in results:
-        console.print(verdict(result), highlight=False)
+        console.print(verdict(result))
     console.print(
         "Equal priors weigh a category as much as all others together, so a wrong yes costs little: that buys recall, "
         "and pays in precision. Compare with classifiers of the same weights, and choose the price by p0 / p1.",
-        style="dim", highlight=False,
-    )  # fmt: skip
+        style="dim",
+    )
     if BornClassifier is None:
-        console.print("Not installed, so not compared: bornrule (pip install bornrule)", style="dim", highlight=False)
+        console.print("Not installed, so not compared: bornrule (pip install bornrule)", style="dim")
     if "text" not in options.data:
-        console.print("Texts are compared with --texts: see --help", style="dim", highlight=False)
-    console.print(f"{time.perf_counter() - start:.0f} s; written: {stem}.json, {stem}.png", highlight=False)
+        console.print("Texts are compared with --texts: see --help", style="dim")
+    console.print(f"{time.perf_counter() - start:.0f} s; written: {record.path}, {picture}")
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

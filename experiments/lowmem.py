@@ -3,9 +3,9 @@
 Variants: exact; lowmem.convert with 4 and 8 bits; lowmem.saved_tensors with 4 bits; torch.utils.checkpoint for every
 block. All have the same initial weights, batches and schedule for a seed. Memory is what autograd keeps (lowmem.ledger)
 and what the operating system sees: a few steps of every variant in a process of its own.
-`python examples/lowmem.py` takes about five minutes on two cores; `--full` is Fashion-MNIST, under an hour; `--data
+`python experiments/lowmem.py` takes about five minutes on two cores; `--full` is Fashion-MNIST, under an hour; `--data
 cifar10 --root FOLDER --recipe paper --device cuda` the ResNet-164 of the paper; `--audit` the error of gradients by
-depth. JSON and plots go to --out, after every run; runs that are there already are not made again.
+depth. A record of all runs and plots go to --out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import os
 import resource
@@ -31,21 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import common
 import data
-import lowbit_ext
+from common import console, plt, spread
 from lowbit_ext import lowmem, models
-
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from rich import box
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.table import Table
-except ImportError as error:
-    sys.exit(f'examples/lowmem.py needs {error.name}: pip install "lowbit-ext[examples]"')
 
 CURVE_POINTS, CURVE_IMAGES = 10, 500  # evaluations along a run, of as many test images
 EVALUATION_BATCH = 250
@@ -158,9 +146,6 @@ class Case(Recipe):
     variant: str
     layout: str
     device: str
-    threads: int
-    torch: str
-    isa: str
 
     @property
     def network_label(self) -> str:
@@ -347,12 +332,12 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure_memory(case: Case) -> tuple[int, int]:
+def measure_memory(case: Case, threads: int) -> tuple[int, int]:
     """For a fresh process: bytes that autograd keeps, and the peak over a few steps beyond what was there before.
 
     A step of two images in front makes gradients, the optimizer's state and what libraries allocate once.
     """
-    torch.set_num_threads(case.threads)
+    torch.set_num_threads(threads)
     trainer, (x, labels) = Trainer(case, 0), random_batch(case)
     trainer.step(x[:2], labels[:2], 0.0)
     before = reset_peak(case.device)
@@ -366,64 +351,43 @@ def measure_memory(case: Case) -> tuple[int, int]:
 
 def memory_of(case: Case) -> Memory:
     """measure_memory in two processes of their own, that differ in what malloc does."""
-    context = multiprocessing.get_context("spawn")
-    quiet = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # an interruption is for this process alone
-    with ProcessPoolExecutor(1, context, *quiet) as default, ProcessPoolExecutor(1, context, *quiet) as frugal:
-        as_it_is = default.submit(measure_memory, case)  # starts the process
-        before = dict(os.environ)
-        os.environ.update([GIVE_BACK])
+    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    environment = dict(os.environ)
+    with ProcessPoolExecutor(1, context) as default, ProcessPoolExecutor(1, context) as frugal:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: an interruption is for this process alone
         try:
-            giving_back = frugal.submit(measure_memory, case)
+            as_it_is = default.submit(measure_memory, case, threads)  # starts the process
+            os.environ.update([GIVE_BACK])
+            giving_back = frugal.submit(measure_memory, case, threads)
         finally:
             os.environ.clear()
-            os.environ.update(before)
+            os.environ.update(environment)
+            signal.signal(signal.SIGINT, handler)
         return Memory(*giving_back.result(), as_it_is.result()[1])
 
 
 # --- runs made before -------------------------------------------------------------------------------------------------
 
 
-class Record:
-    """The JSON document of all runs ever made with this --out, written after every one."""
+def training_key(case: Case, seed: int) -> dict[str, Any]:
+    """Of a run in the record."""
+    return {"what": "training", **dataclasses.asdict(case), "seed": seed}
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.memory: dict[Case, Memory] = {}
-        self.runs: dict[tuple[Case, int], Run] = {}
-        if not path.is_file():
-            return
-        for entry in json.loads(path.read_text()):
-            case = Case(**{key: tuple(v) if isinstance(v, list) else v for key, v in entry["case"].items()})
-            if entry["memory"] is not None:
-                self.memory[case] = Memory(**entry["memory"])
-            for seed, run in entry["runs"].items():
-                self.runs[case, int(seed)] = Run(**run)
 
-    def write(self) -> None:
-        """Replaces the file as a whole, so that an interruption leaves the older one."""
-        entries = []
-        for case in dict.fromkeys((*self.memory, *(case for case, _ in self.runs))):
-            memory = self.memory.get(case)
-            runs = {seed: dataclasses.asdict(run) for (owner, seed), run in self.runs.items() if owner == case}
-            entries.append(
-                {
-                    "case": dataclasses.asdict(case),
-                    "memory": None if memory is None else dataclasses.asdict(memory),
-                    "runs": runs,
-                }
-            )
-        unfinished = self.path.with_suffix(".part")
-        unfinished.write_text(json.dumps(entries, indent=1))
-        unfinished.replace(self.path)
+def memory_key(case: Case) -> dict[str, Any]:
+    """Of a measurement of memory in the record."""
+    return {"what": "memory", **dataclasses.asdict(case)}
+
+
+@dataclasses.dataclass
+class Results:
+    """What the cases of one table gave."""
+
+    memory: dict[Case, Memory] = dataclasses.field(default_factory=dict)
+    runs: dict[Case, list[Run]] = dataclasses.field(default_factory=dict)  # by seed
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and, over several seeds, the standard deviation."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def duration(seconds: float) -> str:
@@ -438,14 +402,6 @@ def seeds_label(seeds: Sequence[int]) -> str:
     return f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
 
 
-def report_table(title: str) -> Table:
-    """A narrow table whose first column names the lines."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, collapse_padding=True,
-                  pad_edge=False, show_edge=False)  # fmt: skip
-    table.add_column("", no_wrap=True)
-    return table
-
-
 def beside(value: float, exact: float | None) -> str:
     """A time or a size, and how many times exact training's, or which part of it."""
     if not exact:
@@ -454,12 +410,11 @@ def beside(value: float, exact: float | None) -> str:
     return f"{value:.3g} ({part})"
 
 
-def print_results(console: Console, title: str, cases: Sequence[Case], seeds: Sequence[int], record: Record) -> None:
+def print_results(title: str, cases: Sequence[Case], results: Results) -> None:
     """The table: a line a variant and network."""
     gpu = cases[0].device.startswith("cuda")
-    table = report_table(title)
-    for heading in ("test, %", "ms a step", "stored, MB", "peak, MB", *(() if gpu else ("default, MB",))):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("test, %", "ms a step", "stored, MB", "peak, MB", *(() if gpu else ("default, MB",)))
+    table = common.table(title, "", *headings)
     for network in dict.fromkeys(case.network_label for case in cases):
         table.add_section()
         table.add_row(network, style="bold")
@@ -467,7 +422,7 @@ def print_results(console: Console, title: str, cases: Sequence[Case], seeds: Se
         for case in cases:
             if case.network_label != network:
                 continue
-            runs, memory = [record.runs[case, seed] for seed in seeds], record.memory[case]
+            runs, memory = results.runs[case], results.memory[case]
             values = {"ms": statistics.median(run.step_ms for run in runs), "stored": memory.stored / 1e6,
                       "peak": memory.peak / 1e6}  # fmt: skip
             cells = [beside(value, exact.get(name)) for name, value in values.items()]
@@ -489,13 +444,11 @@ def print_results(console: Console, title: str, cases: Sequence[Case], seeds: Se
         f"{note}. In brackets: beside exact. With checkpoint, batch norms' running statistics move twice a step; its "
         "weights are those of exact.\n",
         style="dim",
-        highlight=False,
     )
 
 
-def plot(path: Path, title: str, cases: Sequence[Case], seeds: Sequence[int], record: Record) -> None:
+def plot(path: Path, title: str, cases: Sequence[Case], results: Results) -> None:
     """A row for each network: test accuracy and train loss over the steps, memory and time as bars."""
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     networks = list(dict.fromkeys(case.network_label for case in cases))
     size = 16, 3.7 * len(networks)
     figure, axes = plt.subplots(len(networks), 4, figsize=size, squeeze=False, layout="constrained")
@@ -504,7 +457,7 @@ def plot(path: Path, title: str, cases: Sequence[Case], seeds: Sequence[int], re
         labels = [VARIANTS[case.variant].label for case in chosen]
         colours = [VARIANTS[case.variant].colour for case in chosen]
         for case, label, colour in zip(chosen, labels, colours, strict=True):
-            runs = [record.runs[case, seed] for seed in seeds]
+            runs = results.runs[case]
             for axis, curves in (
                 (accuracy, torch.tensor([run.test_accuracy for run in runs])),
                 (loss, torch.tensor([run.train_loss for run in runs])),
@@ -515,7 +468,7 @@ def plot(path: Path, title: str, cases: Sequence[Case], seeds: Sequence[int], re
         loss.set(title="train loss", xlabel="step", yscale="log")
         accuracy.legend(frameon=False, loc="lower right")
         places = range(len(chosen))
-        measured = [record.memory[case] for case in chosen]
+        measured = [results.memory[case] for case in chosen]
         for offset, values, alpha in (
             (-0.2, [one.stored / 1e6 for one in measured], 1.0),
             (0.2, [one.peak / 1e6 for one in measured], 0.4),
@@ -523,50 +476,56 @@ def plot(path: Path, title: str, cases: Sequence[Case], seeds: Sequence[int], re
             bars = memory.bar([place + offset for place in places], values, 0.38, color=colours, alpha=alpha)
             memory.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=7)
         memory.set(title="memory of a step, MB: stored, and peak (pale)")
-        values = [statistics.median(record.runs[case, seed].step_ms for seed in seeds) for case in chosen]
+        values = [statistics.median(run.step_ms for run in results.runs[case]) for case in chosen]
         times.bar_label(times.bar(places, values, 0.6, color=colours), [f"{value:.3g}" for value in values], fontsize=7)
         times.set(title="ms a step")
         for axis in (memory, times):
             axis.set_xticks(list(places), labels, rotation=20)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    common.save(figure, path)
 
 
 # --- error of gradients by depth --------------------------------------------------------------------------------------
 
 
-def run_audit(options: argparse.Namespace, console: Console) -> None:
+def run_audit(options: argparse.Namespace, name: str, sets: tuple[data.Set, data.Set]) -> None:
     """Table of the errors of the convolutions' weight gradients at initialisation."""
-    (images, labels), _ = data.load(options.data, options.root)
+    (images, labels), _ = sets
     widths = options.widths or RECIPES["full"].widths
     batch = options.batch or AUDIT_BATCH
     layout = MEMORY_FORMATS[options.layout]
     console.print(
         f"Error of the gradients of pre-activation ResNets of depth {', '.join(map(str, AUDIT_DEPTHS))} at "
-        f"initialisation: {batch} images of {options.data}, {seeds_label(options.seeds)}, {options.layout}. "
-        "About a minute on two cores.",
-        highlight=False,
+        f"initialisation: {batch} images of {name}, {seeds_label(options.seeds)}, {options.layout}. "
+        "About a minute on two cores."
     )
-    found: dict[tuple[int, str], list[list[lowmem.LayerError]]] = {}
-    with progress(console) as bar:
-        task = bar.add_task("", total=len(options.seeds) * len(AUDIT_METHODS) * sum(AUDIT_DEPTHS))
+
+    def measure(depth: int, seed: int, method: str, bits: int) -> list[dict[str, Any]]:
+        torch.manual_seed(seed)
+        model = models.preact_resnet(
+            depth, in_channels=images.shape[1], num_classes=int(labels.max()) + 1, widths=widths
+        ).to(options.device, memory_format=layout)
+        rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:batch]
+        examples = images[rows].to(options.device, memory_format=layout), labels[rows].to(options.device)
+        errors = lowmem.gradient_audit(model, audit_loss, examples, bits=bits, method=method)
+        return [dataclasses.asdict(error) for error in errors]
+
+    record = common.Record(options.out / "lowmem_audit.json")
+    found: dict[tuple[int, str], list[list[dict[str, Any]]]] = {}
+    with common.progress(len(options.seeds) * len(AUDIT_METHODS) * sum(AUDIT_DEPTHS)) as bar:
         for depth in AUDIT_DEPTHS:
             for seed in options.seeds:
-                torch.manual_seed(seed)
-                model = models.preact_resnet(
-                    depth, in_channels=images.shape[1], num_classes=int(labels.max()) + 1, widths=widths
-                ).to(options.device, memory_format=layout)
-                rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:batch]
-                examples = images[rows].to(options.device, memory_format=layout), labels[rows].to(options.device)
                 for method, bits in AUDIT_METHODS:
-                    bar.update(task, description=f"depth {depth}, seed {seed}, {method}({bits})")
-                    errors = lowmem.gradient_audit(model, audit_loss, examples, bits=bits, method=method)
-                    found.setdefault((depth, method), []).append([e for e in errors if "conv" in e.name])
-                    bar.advance(task, depth)
-    table = report_table("Error of the convolutions' weight gradients, as a part of the gradient's norm")
-    for heading in ("all", "first quarter", "last quarter", "largest", "cosine"):
-        table.add_column(heading, justify="right", no_wrap=True)
+                    bar.label(f"depth {depth}, seed {seed}, {method}({bits})")
+                    key = {"data": name, "depth": depth, "widths": widths, "batch": batch, "seed": seed,
+                           "method": method, "bits": bits, "layout": options.layout,
+                           "device": options.device}  # fmt: skip
+                    arguments = depth, seed, method, bits
+                    errors = record.run(key, lambda arguments=arguments: measure(*arguments))
+                    found.setdefault((depth, method), []).append([e for e in errors if "conv" in e["name"]])
+                    bar.advance(depth)
+    headings = ("all", "first quarter", "last quarter", "largest", "cosine")
+    table = common.table("Error of the convolutions' weight gradients, as a part of the gradient's norm", "", *headings)
     for depth in AUDIT_DEPTHS:
         table.add_section()
         table.add_row(f"ResNet-{depth}", style="bold")
@@ -575,27 +534,14 @@ def run_audit(options: argparse.Namespace, console: Console) -> None:
             quarter = len(runs[0]) // 4
             table.add_row(
                 f"{method}({bits})",
-                spread([statistics.fmean(e.relative for e in errors) for errors in runs], 3),
-                spread([statistics.fmean(e.relative for e in errors[:quarter]) for errors in runs], 3),
-                spread([statistics.fmean(e.relative for e in errors[-quarter:]) for errors in runs], 3),
-                spread([max(e.relative for e in errors) for errors in runs], 3),
-                spread([statistics.fmean(e.cosine for e in errors) for errors in runs], 4),
+                spread([statistics.fmean(e["relative"] for e in errors) for errors in runs], 3),
+                spread([statistics.fmean(e["relative"] for e in errors[:quarter]) for errors in runs], 3),
+                spread([statistics.fmean(e["relative"] for e in errors[-quarter:]) for errors in runs], 3),
+                spread([max(e["relative"] for e in errors) for errors in runs], 3),
+                spread([statistics.fmean(e["cosine"] for e in errors) for errors in runs], 4),
             )
     console.print(table)
-    path = options.out / f"lowmem_audit_{options.data}.json"
-    document = [
-        {
-            "depth": depth,
-            "method": method,
-            "bits": dict(AUDIT_METHODS)[method],
-            "seed": seed,
-            "layers": [dataclasses.asdict(error) for error in errors],
-        }
-        for (depth, method), runs in found.items()
-        for seed, errors in zip(options.seeds, runs, strict=True)
-    ]
-    path.write_text(json.dumps(document, indent=1))
-    console.print(f"written: {path}", highlight=False)
+    console.print(f"written: {record.path}")
 
 
 def audit_loss(model: nn.Module, examples: Any) -> Tensor:
@@ -609,69 +555,56 @@ def audit_loss(model: nn.Module, examples: Any) -> Tensor:
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line; what is not given depends on the data and the recipe."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--full", action="store_true", help="Fashion-MNIST: short for --data fashion")
-    parser.add_argument("--data", choices=data.ALL_DATASETS, help="default mnist5k")
-    parser.add_argument("--root", type=Path, help="folder of the files of fashion, cifar10 or cifar100")
+    parser = common.arguments(__doc__)  # type: ignore[arg-type]
+    parser.add_argument("--full", action="store_true", help="Fashion-MNIST")
+    parser.add_argument("--data", choices=data.ALL_DATASETS, help="default mnist5k, with --full fashion")
     parser.add_argument("--recipe", choices=tuple(RECIPES), help="default quick for digits and mnist5k, else full")
     parser.add_argument("--audit", action="store_true", help="only the error of gradients of ResNets by depth")
     parser.add_argument("--network", nargs="+", choices=("resnet", "vgg"), help="default both; paper: resnet")
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), metavar="NAME",
                         default=list(DEFAULT_VARIANTS),
                         help=f"of {', '.join(VARIANTS)} (s: stochastic rounding)")  # fmt: skip
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="each a run of every variant")
     for field in dataclasses.fields(Recipe):
         name = f"--{field.name.replace('_', '-')}"
         if field.name == "widths":
-            parser.add_argument(name, nargs=3, type=int, metavar="W", help="of both networks' groups of blocks")
+            parser.add_argument(name, nargs=3, type=common.positive, metavar="W", help="of both networks' groups")
         elif field.type in ("int", "float"):
-            parser.add_argument(name, type=int if field.type == "int" else float, help="in place of the recipe's")
+            kind = common.positive if field.type == "int" else float
+            parser.add_argument(name, type=kind, help="in place of the recipe's")
     parser.add_argument("--layout", choices=tuple(MEMORY_FORMATS),
                         help="default channels_last on CPUs, which makes exact training faster")  # fmt: skip
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=Path("examples_out"))
-    options = parser.parse_args()
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    options = common.parse(parser)
+    options.asked = options.data is not None
     options.data = options.data or ("fashion" if options.full else "mnist5k")
     options.recipe = options.recipe or ("quick" if options.data in ("digits", "mnist5k") else "full")
     options.network = options.network or (["resnet"] if options.recipe == "paper" else ["resnet", "vgg"])
     options.layout = options.layout or ("channels_last" if options.device == "cpu" else "contiguous")
-    for name in ("depth", "batch", "steps", "threads"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     return options
 
 
-def cases_of(options: argparse.Namespace, images: Tensor, classes: int) -> list[Case]:
+def cases_of(options: argparse.Namespace, name: str, images: Tensor, classes: int) -> list[Case]:
     """The lines of the table."""
     recipe = dataclasses.asdict(RECIPES[options.recipe])
     given = {name: getattr(options, name, None) for name in recipe}
     recipe.update({name: value for name, value in given.items() if value is not None})
     common = dict(
-        recipe, widths=tuple(recipe["widths"]), data=options.data, image=tuple(images.shape[1:]), classes=classes,
-        layout=options.layout, device=options.device, threads=options.threads, torch=torch.__version__,
-        isa=lowbit_ext.active_isa(),
+        recipe, widths=tuple(recipe["widths"]), data=name, image=tuple(images.shape[1:]), classes=classes,
+        layout=options.layout, device=options.device,
     )  # fmt: skip
     cases = [Case(**common, network=network, variant=v) for network in options.network for v in options.variants]
     if cases[0].batch > len(images):
-        raise ValueError(f"lowmem: --batch {cases[0].batch} is more than the {len(images)} training images")
+        sys.exit(f"lowmem: --batch {cases[0].batch} is more than the {len(images)} training images")
     return cases
 
 
-def progress(console: Console) -> Progress:
-    """The bar."""
-    columns = (TextColumn("{task.description:52}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, refresh_per_second=2)
-
-
 def make_runs(
-    console: Console, cases: Sequence[Case], seeds: Sequence[int], sets: tuple[data.Set, data.Set], record: Record
-) -> None:
-    """Makes what the record lacks, seeds outermost."""
-    missing = [(case, seed) for seed in seeds for case in cases if (case, seed) not in record.runs]
-    unmeasured = [case for case in cases if case not in record.memory]
-    if not missing and not unmeasured:
-        return
+    cases: Sequence[Case], seeds: Sequence[int], sets: tuple[data.Set, data.Set], record: common.Record
+) -> Results:
+    """What the record has, and what it lacks made, seeds outermost."""
+    missing = [(case, seed) for seed in seeds for case in cases if training_key(case, seed) not in record]
+    unmeasured = [case for case in cases if memory_key(case) not in record]
     with console.status("timing a few steps of each variant"):
         step_s = {case: probe(case) for case in dict.fromkeys(case for case, _ in missing)}
     # Evaluation has no backward pass: a third of a step's time for as many images.
@@ -680,30 +613,33 @@ def make_runs(
     total_s = MEMORY_S * len(unmeasured) + sum(cost_s[case] * case.steps for case, _ in missing)
     console.print(
         f"{len(missing)} runs to make, {len(cases) * len(seeds) - len(missing)} there already: about "
-        f"{duration(total_s)} on this machine. Results so far are kept when you interrupt it.",
-        highlight=False,
+        f"{duration(total_s)} on this machine. Results so far are kept when you interrupt it."
     )
-    with progress(console) as bar:
-        task = bar.add_task("", total=total_s)
-        for case in unmeasured:
-            bar.update(task, description=f"memory: {case.network}, {VARIANTS[case.variant].label}")
-            record.memory[case] = memory_of(case)
-            record.write()
-            bar.advance(task, MEMORY_S)
-        for number, (case, seed) in enumerate(missing, 1):
-            name = f"{case.network}, {VARIANTS[case.variant].label}, seed {seed}"
-            bar.update(task, description=f"run {number} of {len(missing)}: {name}")
-            record.runs[case, seed] = train(case, seed, sets, lambda case=case: bar.advance(task, cost_s[case]))
-            record.write()
+    results = Results()
+    with common.progress(total_s) as bar:
+        for case in cases:
+            bar.label(f"memory: {case.network}, {VARIANTS[case.variant].label}")
+            found = record.run(memory_key(case), lambda case=case: dataclasses.asdict(memory_of(case)))
+            results.memory[case] = Memory(**found)
+            bar.advance(MEMORY_S * (case in unmeasured))
+        for seed in seeds:
+            for case in cases:
+                bar.label(f"{case.network}, {VARIANTS[case.variant].label}, seed {seed}")
+
+                def make(case: Case = case, seed: int = seed) -> dict[str, Any]:
+                    return dataclasses.asdict(train(case, seed, sets, lambda: bar.advance(cost_s[case])))
+
+                results.runs.setdefault(case, []).append(Run(**record.run(training_key(case, seed), make)))
+    return results
 
 
-def compare(options: argparse.Namespace, console: Console) -> None:
+def compare(options: argparse.Namespace, name: str, sets: tuple[data.Set, data.Set]) -> None:
     """The comparison: makes the runs, prints and plots."""
-    (images, labels), test = data.load(options.data, options.root)
-    cases = cases_of(options, images, int(labels.max()) + 1)
+    images, labels = sets[0]
+    cases = cases_of(options, name, images, int(labels.max()) + 1)
     first = cases[0]
     title = (
-        f"{options.data}: {first.steps} steps of {first.batch} of {len(images)} images "
+        f"{name}: {first.steps} steps of {first.batch} of {len(images)} images "
         f"({first.steps * first.batch / len(images):.2g} epochs), {seeds_label(options.seeds)}"
     )
     kinds = {"resnet": "pre-activation", "vgg": "batch norm"}
@@ -711,36 +647,28 @@ def compare(options: argparse.Namespace, console: Console) -> None:
     widths = "-".join(map(str, first.widths))
     variants = ", ".join(VARIANTS[name].label for name in options.variants)
     console.print(
-        f"{title}.\n{networks}, widths {widths}; activations: {variants}. On "
-        f"{options.device}, {options.threads} threads, {options.layout}, level {first.isa}.",
-        highlight=False,
+        f"{title}.\n{networks}, widths {widths}; activations: {variants}. On {options.device}, {options.threads} "
+        f"threads, {options.layout}, level {common.environment()['isa']}."
     )
-    sets = tuple((x.to(options.device), y.to(options.device)) for x, y in ((images, labels), test))
-    record = Record(options.out / "lowmem.json")
-    make_runs(console, cases, options.seeds, sets, record)  # type: ignore[arg-type]
-    print_results(console, title, cases, options.seeds, record)
-    picture = options.out / f"lowmem_{options.data}_{options.recipe}.png"
-    plot(picture, title, cases, options.seeds, record)
-    console.print(f"written: {record.path} (all runs and curves), {picture}", highlight=False)
+    on_device = tuple((x.to(options.device), y.to(options.device)) for x, y in sets)
+    record = common.Record(options.out / "lowmem.json")
+    results = make_runs(cases, options.seeds, on_device, record)  # type: ignore[arg-type]
+    print_results(title, cases, results)
+    picture = options.out / f"lowmem_{name}_{options.recipe}.png"
+    plot(picture, title, cases, results)
+    console.print(f"written: {record.path} (all runs and curves), {picture}")
 
 
 def main() -> None:
     """Command line entry."""
     options = parse_arguments()
-    console = Console()
-    torch.set_num_threads(options.threads)
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"lowmem: no device {options.device!r}: {str(error).splitlines()[0]}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    try:
-        (run_audit if options.audit else compare)(options, console)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on with the run that was under way")
+    for name, sets in common.load([options.data], options.root, asked=options.asked).items():
+        (run_audit if options.audit else compare)(options, name, sets)
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)
