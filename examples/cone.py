@@ -59,8 +59,8 @@ def main() -> None:
             flush=True,
         )
         order = quantiles[:, 4].argsort()
-        axis.plot(quantiles[order], linewidth=1)
-        axis.plot(y[is_test][order], "k.", markersize=3)
+        axis.plot(quantiles[order].numpy(), linewidth=1)
+        axis.plot(y[is_test][order].numpy(), "k.", markersize=3)
         axis.set(title=name, xlabel="test patients, by predicted median")
     axes[0].set_ylabel("progression and its quantiles")
     OUT.mkdir(exist_ok=True)

@@ -65,7 +65,7 @@ def main() -> None:
     curves.set(xlabel="step", ylabel="evidence lower bound, nats")
     curves.legend()
     drawn = model.generate(40, generator=torch.Generator().manual_seed(0))
-    pictures.imshow(drawn.view(5, 8, 8, 8).transpose(1, 2).reshape(40, 64), cmap="gray_r")
+    pictures.imshow(drawn.view(5, 8, 8, 8).transpose(1, 2).reshape(40, 64).numpy(), cmap="gray_r")
     pictures.set(title="drawn from the model", xticks=[], yticks=[])
     OUT.mkdir(exist_ok=True)
     figure.savefig(OUT / "discrete_vae.png")

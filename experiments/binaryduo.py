@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -245,7 +246,7 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
     start = results["recipes"][COUPLED]["epochs"]
     for phase, offset in ((BASELINE, 0), (COUPLED, 0), (TUNED, start)):
-        curves = torch.tensor([run["curves"][phase] for run in results["runs"]])
+        curves = np.array([run["curves"][phase] for run in results["runs"]])
         epochs = [offset + epoch + 1 for epoch in range(curves.shape[1])]
         for curve in curves:
             axes.plot(epochs, curve, color=COLOURS[phase], linewidth=0.7, alpha=0.4)

@@ -80,7 +80,7 @@ def load(
         except (ImportError, OSError, ValueError) as error:
             if asked or root is not None or name != "fashion" or not isinstance(error, FileNotFoundError):
                 sys.exit(str(error))
-            console.print(f"{error}. Here mnist5k takes its place.")
+            console.print(f"{error}. Here mnist5k takes its place.", soft_wrap=True)
             sets |= load(["mnist5k"], None, asked=True, normalise=normalise)
     return sets
 

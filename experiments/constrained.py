@@ -331,7 +331,7 @@ def train_vae(
 def vae_report(
     model: Vae, constraints: cone.Cone, test: Tensor, seed: int, seconds: float, *, projects: bool
 ) -> dict[str, Any]:
-    """Bound, error and violations of a trained model as it is and, if asked for, with its outputs projected; pictures."""
+    """Bound, error, violations and pictures of a trained model as it is and, if asked, with its outputs projected."""
 
     def measures(x: Tensor, generated: Tensor, bound: Tensor) -> dict[str, float]:
         return {

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -273,10 +274,10 @@ def plot_curves(path: Path, groups: dict[str, dict[str, list[Result]]]) -> None:
     for axis, (group, runs) in zip(axes.flat, groups.items(), strict=False):
         best = -float("inf")
         for estimator, results in runs.items():
-            curves = torch.tensor([run.test_curve for run in results])
+            curves = np.array([run.test_curve for run in results])
             steps, mean = results[0].steps, curves.mean(0)
             axis.plot(steps, mean, label=LABELS[estimator], color=COLOURS[estimator], linewidth=1.5)
-            axis.fill_between(steps, curves.amin(0), curves.amax(0), color=COLOURS[estimator], alpha=0.15, linewidth=0)
+            axis.fill_between(steps, curves.min(0), curves.max(0), color=COLOURS[estimator], alpha=0.15, linewidth=0)
             best = max(best, float(mean.max()))
             start = float(mean[len(mean) // 8])
         axis.set_ylim(start, best + 0.06 * (best - start))
@@ -299,7 +300,7 @@ def plot_images(path: Path, model: BernoulliVAE, images: Tensor, title: str) -> 
     }  # fmt: skip
     figure, axes = plt.subplots(len(lines), 1, figsize=(count * 0.8, len(lines) * 1.05))
     for axis, (name, pictures) in zip(axes, lines.items(), strict=True):
-        strip = pictures.reshape(count, side, side).permute(1, 0, 2).reshape(side, count * side)
+        strip = pictures.reshape(count, side, side).permute(1, 0, 2).reshape(side, count * side).numpy()
         axis.imshow(strip, cmap="gray_r", vmin=0, vmax=1)
         axis.set_axis_off()
         axis.set_title(name, fontsize=9, loc="left")

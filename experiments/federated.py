@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -297,7 +298,7 @@ def plot(path: Path, title: str, runs: Sequence[dict]) -> None:
             if not steps:
                 continue
             chosen = [[r["rounds"][j]["measures"] if measure else r["rounds"][j] for j in steps] for r in group]
-            curves = torch.tensor([[point.get(key) or 0 for point in one] for one in chosen])
+            curves = np.array([[point.get(key) or 0 for point in one] for one in chosen])
             axis.plot([j + 1 for j in steps], curves.mean(0), label=name, color=colours[i % 20], linewidth=1.3)
         axis.set_title(heading, fontsize=10)
         axis.set_xlabel("round")

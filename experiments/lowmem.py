@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -459,11 +460,11 @@ def plot(path: Path, title: str, cases: Sequence[Case], results: Results) -> Non
         for case, label, colour in zip(chosen, labels, colours, strict=True):
             runs = results.runs[case]
             for axis, curves in (
-                (accuracy, torch.tensor([run.test_accuracy for run in runs])),
-                (loss, torch.tensor([run.train_loss for run in runs])),
+                (accuracy, np.array([run.test_accuracy for run in runs])),
+                (loss, np.array([run.train_loss for run in runs])),
             ):
                 axis.plot(runs[0].steps, curves.mean(0), label=label, color=colour, linewidth=1.6)
-                axis.fill_between(runs[0].steps, curves.amin(0), curves.amax(0), color=colour, alpha=0.12, linewidth=0)
+                axis.fill_between(runs[0].steps, curves.min(0), curves.max(0), color=colour, alpha=0.12, linewidth=0)
         accuracy.set(title=f"{network}: test accuracy, %", xlabel="step")
         loss.set(title="train loss", xlabel="step", yscale="log")
         accuracy.legend(frameon=False, loc="lower right")
