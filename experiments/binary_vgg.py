@@ -214,7 +214,7 @@ def plot(path: Path, results: dict[str, Any]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-    parser = common.arguments(__doc__)  # type: ignore[arg-type]
+    parser = common.arguments(__doc__)
     parser.add_argument("--data", choices=data.DATASETS, default="mnist5k", help="dataset")
     parser.add_argument("--epochs", type=common.positive, default=5, help="passes over the training set")
     parser.add_argument("--batch", type=common.positive, default=50, help="images in a training step")

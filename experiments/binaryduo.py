@@ -269,7 +269,7 @@ def plot(path: Path, results: dict[str, Any]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-    parser = common.arguments(__doc__)  # type: ignore[arg-type]
+    parser = common.arguments(__doc__)
     parser.add_argument("--data", choices=data.DATASETS, default="mnist5k", help="dataset")
     parser.add_argument("--epochs", type=int, default=12,
                         help="of the baseline, and of coupled and fine-tuned together")  # fmt: skip

@@ -102,9 +102,9 @@ def positive(text: str) -> int:
     return value
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that every experiment has; its description is the first paragraph."""
-    parser = argparse.ArgumentParser(description=description.split("\n\n")[0], formatter_class=_Help)
+def arguments(document: str | None) -> argparse.ArgumentParser:
+    """A parser with the arguments that every experiment has; its description is the docstring's first paragraph."""
+    parser = argparse.ArgumentParser(description=(document or "").split("\n\n")[0], formatter_class=_Help)
     parser.add_argument("--root", type=Path, help="folder of the files of fashion or CIFAR")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of torch and the kernels")
     parser.add_argument("--out", type=Path, default=Path("experiments_out"), help="folder of records and plots")

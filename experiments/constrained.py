@@ -572,7 +572,7 @@ IMAGES = {"projection": "mnist5k", "vae": "fashion"}
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-    parser = common.arguments(__doc__)  # type: ignore[arg-type]
+    parser = common.arguments(__doc__)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", default=True, help="under three minutes")
     size.add_argument("--full", dest="quick", action="store_false", help="all images, more epochs and folds")

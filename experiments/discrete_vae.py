@@ -314,7 +314,7 @@ def plot_images(path: Path, model: BernoulliVAE, images: Tensor, title: str) -> 
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line; what is not given depends on --full."""
-    parser = common.arguments(__doc__)  # type: ignore[arg-type]
+    parser = common.arguments(__doc__)
     parser.add_argument("--full", action="store_true", help="both data sets and models, n = 2 and 4, three seeds")
     parser.add_argument("--data", nargs="+", choices=("digits", "mnist5k", "fashion"),
                         help="default mnist5k, with --full fashion too")  # fmt: skip

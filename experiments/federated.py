@@ -313,7 +313,7 @@ def plot(path: Path, title: str, runs: Sequence[dict]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-    parser = common.arguments(__doc__)  # type: ignore[arg-type]
+    parser = common.arguments(__doc__)
     parser.add_argument("--full", action="store_true", help="every configuration, three seeds, more rounds")
     parser.add_argument("--engine", choices=("process", "flower"), default="process", help="one process, or Flower")
     parser.add_argument("--data", choices=data.DATASETS, default="mnist5k", help="dataset")

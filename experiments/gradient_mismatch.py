@@ -177,7 +177,7 @@ def plot(path: Path, options: argparse.Namespace, perceptrons: dict[str, Any], i
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-    parser = common.arguments(__doc__)  # type: ignore[arg-type]
+    parser = common.arguments(__doc__)
     parser.add_argument("--samples", type=common.positive, default=16000, help="of the perceptrons' batch")
     parser.add_argument("--students", type=common.positive, default=3, help="perceptrons of other weights")
     parser.add_argument("--data", choices=data.DATASETS, default="mnist5k", help="of the convolutional networks")

@@ -302,7 +302,7 @@ def plot(path: Path, results: list[dict[str, Any]]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-    parser = common.arguments(__doc__)  # type: ignore[arg-type]
+    parser = common.arguments(__doc__)
     parser.add_argument("--quick", action="store_true", help="digits and mnist5k alone, fewer samples")
     parser.add_argument("--data", nargs="+", choices=(*IMAGES, "text"), help="default: all, text with --texts only")
     parser.add_argument("--texts", type=Path, help="vaderSentiment-3.3.2.tar.gz, or a folder with a folder for each "

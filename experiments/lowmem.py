@@ -556,7 +556,7 @@ def audit_loss(model: nn.Module, examples: Any) -> Tensor:
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line; what is not given depends on the data and the recipe."""
-    parser = common.arguments(__doc__)  # type: ignore[arg-type]
+    parser = common.arguments(__doc__)
     parser.add_argument("--full", action="store_true", help="Fashion-MNIST")
     parser.add_argument("--data", choices=data.ALL_DATASETS, help="default mnist5k, with --full fashion")
     parser.add_argument("--recipe", choices=tuple(RECIPES), help="default quick for digits and mnist5k, else full")
