@@ -24,7 +24,7 @@ import common
 import data
 from common import console, plt, spread
 from lowbit_ext import federated
-from lowbit_ext.federated.simulate import Trainer, copy_of
+from lowbit_ext.federated._simulate import Trainer, copy_of
 
 USERS = 10
 SERVER_ONLY = "server alone"

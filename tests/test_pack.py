@@ -371,7 +371,7 @@ def test_pack_refuses(build, example, message):
 
 def test_pack_names_the_layer_that_differs(monkeypatch):
     # The package's attribute of this name is the function.
-    module = importlib.import_module("lowbit_ext.binary.pack")
+    module = importlib.import_module("lowbit_ext.binary._pack")
     fold = module.fold_integers
 
     def wrong(*arguments):

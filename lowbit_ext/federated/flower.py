@@ -19,9 +19,9 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from lowbit_ext.federated import wire
+from lowbit_ext.federated._simulate import LocalTraining
 from lowbit_ext.federated.core import State
 from lowbit_ext.federated.rounds import Coordinator, Participant, RoundReport
-from lowbit_ext.federated.simulate import LocalTraining
 from lowbit_ext.federated.wire import CompressedUpdate
 
 _NAME = "message"

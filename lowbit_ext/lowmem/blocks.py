@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit_ext._graph import Pool, pool_of
-from lowbit_ext.lowmem import ledger, ops
+from lowbit_ext.lowmem import _ledger, ops
 from lowbit_ext.lowmem.codes import check_settings
 
 
@@ -136,9 +136,9 @@ class _BatchNorm(torch.autograd.Function):
             x, batch_mean, invstd, ones, zeros, bits, span, y if relu else None
         )
         # torch keeps the input, the batch's statistics, and the ReLU's result.
-        ledger.stands_for(codes, x, *((batch_mean, invstd) if training else ()), *((y,) if relu else ()))
+        _ledger.stands_for(codes, x, *((batch_mean, invstd) if training else ()), *((y,) if relu else ()))
         for extra in (invstd, ones, zeros):
-            ledger.stands_for(extra)
+            _ledger.stands_for(extra)
         ctx.save_for_backward(codes, invstd.view(torch.uint8), ones, zeros)  # as bytes: saved_tensors() codes floats
         ctx.settings, ctx.statistics = (bits, span, relu, training), invstd.dtype
         ctx.mark_non_differentiable(codes, ones, zeros)
@@ -168,8 +168,8 @@ class _ReLU(torch.autograd.Function):
         out = x.relu()
         codes, scale_minimum = ops.group_quantize(out, bits, True, None, 0)
         scale_minimum = scale_minimum.view(torch.uint8)  # as bytes: saved_tensors() codes floats
-        ledger.stands_for(codes, out)
-        ledger.stands_for(scale_minimum)
+        _ledger.stands_for(codes, out)
+        _ledger.stands_for(scale_minimum)
         ctx.save_for_backward(codes, scale_minimum)
         ctx.settings = tuple(x.shape), ops.is_channels_last(out), bits
         ctx.mark_non_differentiable(codes, scale_minimum)
@@ -266,7 +266,7 @@ class _MaxPool(torch.autograd.Function):
         ctx.pool, ctx.shape, ctx.channels_last = pool, tuple(x.shape), ops.is_channels_last(x)
         step = indices - _corners(pool, x.shape[-1], out)
         place = _in_lines(step, x.shape[-1], pool.kernel[1], pool).to(torch.uint8)
-        ledger.stands_for(place, x, indices)
+        _ledger.stands_for(place, x, indices)
         ctx.save_for_backward(place)
         return out
 
@@ -306,7 +306,7 @@ class _AvgPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pool: Pool) -> Tensor:
         ctx.pool, ctx.shape, ctx.channels_last = pool, tuple(x.shape), ops.is_channels_last(x)
-        ledger.stands_for(None, x)
+        _ledger.stands_for(None, x)
         return _apply_pool(pool, x)
 
     @staticmethod
@@ -341,7 +341,7 @@ class _Conv(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Callable[..., Tensor],
         geometry: tuple[Any, ...], meta: Stored, *tensors: Tensor,
     ) -> Tensor:  # fmt: skip
-        ledger.stands_for(tensors[0], x)
+        _ledger.stands_for(tensors[0], x)
         stride, padding, dilation, groups = geometry
         out = call(x, weight, bias, stride, padding, dilation, groups)
         ctx.save_for_backward(weight, *tensors)
@@ -374,7 +374,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, meta: Stored, *tensors: Tensor
     ) -> Tensor:
-        ledger.stands_for(tensors[0], x)
+        _ledger.stands_for(tensors[0], x)
         ctx.save_for_backward(weight, *tensors)
         ctx.meta, ctx.dtype, ctx.bias_dtype = meta, x.dtype, None if bias is None else bias.dtype
         ctx.features = x.shape[-1]
