@@ -138,7 +138,7 @@ def trace(model: nn.Module, is_whole: Callable[[nn.Module], bool] = lambda modul
     """The model's graph, with sizes spelled x.size(axis) and the input of a call as its first argument.
 
     Args:
-        model: whose layers are one node each: torch's and this library's, also classes derived from these.
+        model: whose layers are one node each: torch's, this library's and those derived from this library's.
         is_whole: other modules that tracing does not look into.
 
     Raises:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flattens import SPELLINGS, Flattened
-from lowbit_ext import binary, models
+from lowbit_ext import binary, duo, models
 from lowbit_ext.binary import BinaryConv2d, BinaryLinear
 from lowbit_ext.binary.packed_model import PackedBinarize, PackedConv2d, PackedMaxPool2d, PackedUnpack
 from lowbit_ext.duo import CoupledConv2d, CoupledLinear, StepActivation, TernaryActivation, decouple
@@ -457,6 +457,15 @@ class Branching(nn.Module):
         return self.act(x) if x.sum() > 0 else x
 
 
+class FunctionalActivation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.act, self.fc = nn.BatchNorm1d(4), TernaryActivation(), CoupledLinear(4, 4)
+
+    def forward(self, x):
+        return self.fc(duo.ternary_activation(self.bn(x)))
+
+
 class FunctionalDropout(nn.Module):
     def __init__(self):
         super().__init__()
@@ -471,6 +480,7 @@ class FunctionalDropout(nn.Module):
     [
         (lambda: nn.Sequential(nn.Linear(4, 4)), "the model has no TernaryActivation"),
         (Branching, "torch.fx cannot trace the model"),
+        (FunctionalActivation, "use a TernaryActivation module|TernaryActivation as modules"),
         (FunctionalDropout, r"dropout \(dropout\) would keep the mode it is traced in"),
         (lambda: nn.Sequential(nn.Linear(4, 4), TernaryActivation()),
          r"1 \(TernaryActivation\) must read a batch norm.*it reads 0 \(Linear\)"),

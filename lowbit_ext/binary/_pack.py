@@ -267,6 +267,9 @@ def pack(model: nn.Module, example_input: Any) -> PackedModel:
     Returns:
         PackedModel.
 
+    Warns:
+        UserWarning: names a layer with a binary weight that stays as it is, and why.
+
     Raises:
         TypeError: not a module.
         ValueError: the model has no binary layer, cannot be traced or run on the example, is not float32 on the CPU, or

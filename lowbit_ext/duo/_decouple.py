@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from lowbit_ext._graph import Traced, first_line, reads_batch_size, trace
 from lowbit_ext.binary import BinaryConv2d, BinaryLinear
+from lowbit_ext.duo.functional import ternary_activation
 from lowbit_ext.duo.layers import CoupledConv2d, CoupledLinear, StepActivation, TernaryActivation
 
 __all__ = ["decouple"]
@@ -96,6 +97,8 @@ class _Decoupler(Traced):
 
     def _classify(self, node: fx.Node) -> None:
         inputs = node.all_input_nodes
+        if self.kind(node) is ternary_activation:
+            raise ValueError(f"decouple: {self.label(node)} is a function; use a TernaryActivation module")
         if self._is_activation(node):
             self.halves[node] = _BITS
         elif self.is_batch_norm(node):

@@ -66,9 +66,10 @@ def convert(model: nn.Module, bits: int = 4, range: float | None = None) -> nn.M
     """The same model, exact in its forward pass, that keeps codes of `bits` bits for its backward pass.
 
     Batch norms keep codes of their result, with the ReLU behind them where there is one; ReLUs elsewhere keep codes in
-    groups of 256; convolutions and linear layers that read one of these, also through pooling or flattening, read its
-    codes and keep nothing. Layers of lowbit_ext.binary and lowbit_ext.duo keep bits already. Everything else, and what
-    torch.fx cannot trace, stays as it is. `report` lists both.
+    groups of 256; convolutions and linear layers that read one of these, also through pooling or reshapes, read its
+    codes and keep nothing. Max-pooling keeps a byte a window, average pooling nothing. Layers of lowbit_ext.binary and
+    lowbit_ext.duo keep bits already. Everything else, and what torch.fx cannot trace, stays as it is. `report` lists
+    both.
 
     Args:
         model: any module: ResNets of both orders, VGG, perceptrons. It is not modified, but the result shares its
