@@ -1,10 +1,8 @@
 // Two passes over the codes and the gradient: sums of each channel, then the gradient of the input.
-#pragma once
-
 #include "cpu/batch_norm_relu_backward/batch_norm_relu_backward.h"
-#include "cpu/codes/codes.h"
+#include "cpu/shared/codes.h"
 
-namespace lowbit {
+namespace lowbit::LOWBIT_LEVEL {
 namespace {
 
 // Masked gradients and xhat of a block; masked gradients past `count` are 0.
@@ -131,16 +129,17 @@ inline void input_rows(const BatchNormReluBackwardArgs& args, int64_t begin, int
   for_each_block(args.shape, args.bits, args.grid, begin, end, differentiate);
 }
 
-inline void run_batch_norm_relu_sums(const BatchNormReluBackwardArgs& args, int64_t begin, int64_t end) {
+}  // namespace
+
+void batch_norm_relu_sums(const BatchNormReluBackwardArgs& args, int64_t begin, int64_t end) noexcept {
   for_type(args.type, [&](auto type) {
     if (args.shape.channels_last) return sum_pixels(args, begin, end, type);
     sum_rows(args, begin, end, type);
   });
 }
 
-inline void run_batch_norm_relu_backward(const BatchNormReluBackwardArgs& args, int64_t begin, int64_t end) {
+void batch_norm_relu_backward(const BatchNormReluBackwardArgs& args, int64_t begin, int64_t end) noexcept {
   for_type(args.type, [&](auto type) { input_rows(args, begin, end, type); });
 }
 
-}  // namespace
-}  // namespace lowbit
+}  // namespace lowbit::LOWBIT_LEVEL

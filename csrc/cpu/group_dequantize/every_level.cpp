@@ -1,10 +1,8 @@
 // A group at a time.
-#pragma once
-
-#include "cpu/codes/codes.h"
 #include "cpu/group_dequantize/group_dequantize.h"
+#include "cpu/shared/codes.h"
 
-namespace lowbit {
+namespace lowbit::LOWBIT_LEVEL {
 namespace {
 
 template <class Type>
@@ -21,9 +19,10 @@ inline void dequantize_groups(const GroupDequantizeArgs& args, int64_t begin, in
   }
 }
 
-inline void run_group_dequantize(const GroupDequantizeArgs& args, int64_t begin, int64_t end) {
+}  // namespace
+
+void group_dequantize(const GroupDequantizeArgs& args, int64_t begin, int64_t end) noexcept {
   for_type(args.type, [&](auto type) { dequantize_groups(args, begin, end, type); });
 }
 
-}  // namespace
-}  // namespace lowbit
+}  // namespace lowbit::LOWBIT_LEVEL

@@ -1,4 +1,4 @@
-// Loops of binary_conv2d_weight_grad round the register tile of lookup.h, one source for avx2 and avx512.
+// Loops of binary_conv2d_weight_grad round the register tile of lookup.h: `Vector` is its Lookup.
 //
 // A tile is kTileRows filters times kTileChannels channels at one tap. The terms of a table are one filter's gradients
 // at kTerms output pixels (a step), so a table serves every tap and channel, and the indices of a step at a tap serve
@@ -8,12 +8,10 @@
 //
 // Where padding contributes nothing although a bit cannot say so (sign, padding value 0), steps are formed among pixels
 // for which the same taps fall inside, and a tap skips the steps for which it falls outside.
-#pragma once
-
-#include "cpu/lookup/lookup.h"
 #include "cpu/binary_conv2d_weight_grad/binary_conv2d_weight_grad.h"
+#include "cpu/shared/lookup.h"
 
-namespace lowbit {
+namespace lowbit::LOWBIT_LEVEL {
 namespace {
 
 constexpr int64_t kChunkSteps =
@@ -291,5 +289,27 @@ class WeightGrad {
   int64_t chunk_count_ = 0;  // of the block so far
 };
 
+using SignGradient = WeightGrad<Lookup<Encoding::sign>>;
+using StepGradient = WeightGrad<Lookup<Encoding::step>>;
+
 }  // namespace
-}  // namespace lowbit
+
+int64_t binary_conv2d_weight_grad_workspace_bytes(const BinaryConv2dWeightGradArgs& args) noexcept {
+  return args.encoding == Encoding::sign ? SignGradient(args, nullptr).workspace_bytes()
+                                         : StepGradient(args, nullptr).workspace_bytes();
+}
+
+int64_t binary_conv2d_weight_grad_items(const BinaryConv2dWeightGradArgs& args) noexcept {
+  return args.encoding == Encoding::sign ? SignGradient(args, nullptr).items() : StepGradient(args, nullptr).items();
+}
+
+void binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t begin, int64_t end,
+                               void* workspace) noexcept {
+  if (args.encoding == Encoding::sign) {
+    SignGradient(args, workspace).run(begin, end);
+  } else {
+    StepGradient(args, workspace).run(begin, end);
+  }
+}
+
+}  // namespace lowbit::LOWBIT_LEVEL
