@@ -81,7 +81,6 @@ __device__ inline uint32_t is_inside(float x, MaskInterval interval) {
 }
 
 // --- channels-last
-// ----------------------------------------------------------------------------------------------------
 
 constexpr int kHalves = 2;  // 32-bit halves of a word
 constexpr int kHalfBits = 32;
@@ -152,7 +151,6 @@ __global__ void __launch_bounds__(kThreads) binarize_channels_last_kernel(Binari
 }
 
 // --- planar
-// -----------------------------------------------------------------------------------------------------------
 
 // A warp makes one word of kTile pixels, a block up to 8 words of as many tiles as its warps suffice for. kVector: 16
 // bytes hold neighbouring pixels of one image; else a thread has two pixels, a warp apart. The pitch keeps the words of
@@ -247,7 +245,6 @@ __global__ void __launch_bounds__(kThreads) binarize_planar_kernel(BinarizeKerne
 }
 
 // --- launch
-// -----------------------------------------------------------------------------------------------------------
 
 template <FloatType kType>
 Status binarize_type(const BinarizeArgs& args, Stream stream) {

@@ -7,7 +7,6 @@ namespace lowbit::LOWBIT_LEVEL {
 namespace {
 
 // --- sorting
-// ----------------------------------------------------------------------------------------------------------
 
 constexpr int kMostUnrolled = 15;  // networks up to here are straight-line code: 56 comparators
 
@@ -84,7 +83,6 @@ void sort(LanesU32* values, int count) {
 }
 
 // --- from logits to integer thresholds
-// --------------------------------------------------------------------------------
 
 // One block of a row.
 struct Block {
@@ -182,14 +180,15 @@ inline bool read_block(const AntitheticSampleArgs& args, int64_t item, Block& bl
 
 // Where the logit is above 0, and low stands for b = 0: a bit a lane, or `bits` in the lane.
 inline uint32_t flips(const Block& block, int lane) {
-  return LanesU32::greater(LanesU32::broadcast(0x7fffffffu), LanesU32::load(block.logits + lane) - LanesU32::broadcast(1));
+  return LanesU32::greater(LanesU32::broadcast(0x7fffffffu),
+                           LanesU32::load(block.logits + lane) - LanesU32::broadcast(1));
 }
 inline LanesU32 flips(const Block& block, int lane, uint32_t bits) {
-  return LanesU32::greater(LanesU32::broadcast(0x7fffffffu), LanesU32::load(block.logits + lane) - LanesU32::broadcast(1), bits);
+  return LanesU32::greater(LanesU32::broadcast(0x7fffffffu),
+                           LanesU32::load(block.logits + lane) - LanesU32::broadcast(1), bits);
 }
 
 // --- the low events of kLanes elements
-// ---------------------------------------------------------------------------------
 
 // Where the events go: bits of one integer an element, kHalves of 32 samples each, or bits of one word a sample.
 template <int kHalves>
@@ -207,14 +206,16 @@ struct ByDimension {
   uint64_t* words;  // one a sample
   int lane;         // of the first element in its word
 
-  void add(int sample, LanesU32 a, LanesU32 b) { words[sample] |= static_cast<uint64_t>(LanesU32::greater(a, b)) << lane; }
+  void add(int sample, LanesU32 a, LanesU32 b) {
+    words[sample] |= static_cast<uint64_t>(LanesU32::greater(a, b)) << lane;
+  }
 };
 
 inline void draw(const Block& block, int lane, uint64_t seed, int count, LanesU32* draws) {
   const LanesU32 low = LanesU32::load(block.index_low + lane), high = LanesU32::load(block.index_high + lane);
   for (int i = 0; i < count; i += kPhiloxOutputs) {
     LanesU32 counter[kPhiloxOutputs] = {low, high, LanesU32::broadcast(static_cast<uint32_t>(i / kPhiloxOutputs)),
-                                    LanesU32::broadcast(0)};
+                                        LanesU32::broadcast(0)};
     philox(counter, seed);
     for (int j = 0; j < kPhiloxOutputs; ++j) draws[i + j] = counter[j];
   }
@@ -293,7 +294,6 @@ inline void low_events(const AntitheticSampleArgs& args, const Block& block, int
 }
 
 // --- output
-// -----------------------------------------------------------------------------------------------------------
 
 void sample_by_dimension(const AntitheticSampleArgs& args, const Block& block) {
   uint64_t words[kMostSamples] = {}, flip = 0;

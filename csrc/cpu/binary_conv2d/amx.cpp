@@ -46,7 +46,7 @@ inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 // Part `index` of `total` cut into `parts` of nearly equal size.
 inline int64_t part_begin(int64_t total, int64_t parts, int64_t index) { return total * index / parts; }
 
-// ---------------------------------------------------------------------------------------------------------- geometry
+// --- geometry
 
 // One dimension. Padded input coordinate = out * stride + tap * dilation = (out + shift(tap)) * stride + residue, so
 // that the inputs of one residue, a phase, form a plane in which a tap is a constant shift.
@@ -222,14 +222,14 @@ struct Plan {
   }
 };
 
-// --------------------------------------------------------------------------------------------------------- use of AMX
+// --- use of AMX
 
 // Channels and filters that fill at least half of a tile; the rest goes to AVX-512 alone, and has no weight copy here.
 inline bool weight_suits_amx(const ConvShape& shape) {
   return taps(shape) > 0 && channels_per_group(shape) > 32 && filters_per_group(shape) >= kTileRows;
 }
 
-// ------------------------------------------------------------------------------------------------------------ weights
+// --- weights
 
 constexpr int64_t kMaskBytes = kTileRows * static_cast<int64_t>(sizeof(uint64_t));  // of a weight tile
 
@@ -264,7 +264,7 @@ inline void expand_weight(const uint8_t* masks, int64_t tiles, int8_t* out) {
   }
 }
 
-// ------------------------------------------------------------------------------------------------------ micro-kernels
+// --- micro-kernels
 
 // Steps of one micro-kernel call: bytes from a cell to its activations, and from the strip's first weight tile.
 struct StepList {
@@ -317,7 +317,7 @@ inline void multiply_tiles(const StepList& steps, const int8_t* const* pixels, c
   if constexpr (kPixelTiles > 1 && kFilterTiles > 1) _tile_stored(3, lower + kLine, kAccRow);
 }
 
-// --------------------------------------------------------------------------------------------------------------- work
+// --- work
 
 // The workspace of a thread.
 struct WorkspaceLayout {

@@ -1,5 +1,5 @@
-// Plain C++ on the compiler's vector type: a window is loads and ORs of whole words, and no instruction set has anything
-// better.
+// Plain C++ on the compiler's vector type: a window is loads and ORs of whole words, and no instruction set has
+// anything better.
 #include <cstring>
 
 #include "core/tap_range.h"

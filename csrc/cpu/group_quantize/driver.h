@@ -28,8 +28,8 @@ inline void rounding_thresholds(uint64_t seed, uint64_t first_block, float* thre
     words[1][i] = static_cast<uint32_t>(block >> 32);
   }
   for (int i = 0; i < kRoundingBlocks; i += LanesU32::kLanes) {
-    LanesU32 counter[kPhiloxOutputs] = {LanesU32::load(words[0] + i), LanesU32::load(words[1] + i), LanesU32::broadcast(0),
-                                    LanesU32::broadcast(0)};
+    LanesU32 counter[kPhiloxOutputs] = {LanesU32::load(words[0] + i), LanesU32::load(words[1] + i),
+                                        LanesU32::broadcast(0), LanesU32::broadcast(0)};
     philox(counter, seed);
     for (int word = 0; word < kPhiloxOutputs; ++word) counter[word].store(words[word] + i);
   }

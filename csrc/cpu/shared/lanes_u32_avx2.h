@@ -12,7 +12,9 @@ struct LanesU32 {
   static constexpr int kLanes = 8;
   __m256i u32x8;
 
-  static LanesU32 load(const uint32_t* values) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values))}; }
+  static LanesU32 load(const uint32_t* values) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values))};
+  }
   void store(uint32_t* values) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), u32x8); }
   static LanesU32 broadcast(uint32_t value) { return {_mm256_set1_epi32(static_cast<int>(value))}; }
   static LanesU32 min(LanesU32 a, LanesU32 b) { return {_mm256_min_epu32(a.u32x8, b.u32x8)}; }
