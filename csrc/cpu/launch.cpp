@@ -17,7 +17,7 @@ constexpr int64_t kGrainBinaryMacs = 1 << 22;
 constexpr int64_t kGrainDraws = 1 << 14;
 
 int64_t grain_for(int64_t grain_total, int64_t per_item) {
-  return per_item >= grain_total ? 1 : grain_total / (per_item > 0 ? per_item : 1);
+  return per_item >= grain_total ? 1 : grain_total / max(per_item, 1);
 }
 
 int64_t macs(const ConvShape& shape) {
@@ -37,7 +37,7 @@ Status run_with_workspace(const Args& args, int64_t items, int64_t grain, int64_
 }  // namespace
 
 Status binarize(const BinarizeArgs& args) noexcept {
-  if (args.thresholds != 1 && args.thresholds != 2) return Status::bad_argument;
+  if (!valid(args.input_type) || (args.thresholds != 1 && args.thresholds != 2)) return Status::bad_argument;
   if (args.thresholds == 2 && (!args.threshold || args.mask)) return Status::bad_argument;
   if (!addressable(args.outer, args.channels, args.spatial, args.thresholds)) return Status::bad_shape;
   const int64_t pixels_per_item = args.channels_last ? 1 : kBinarizePixels;
@@ -47,6 +47,7 @@ Status binarize(const BinarizeArgs& args) noexcept {
 }
 
 Status unpack(const UnpackArgs& args) noexcept {
+  if (!valid(args.output_type)) return Status::bad_argument;
   if (!addressable(args.pixels, args.channels)) return Status::bad_shape;
   parallel_for(args.pixels, grain_for(kGrainBytes, 4 * args.channels),
                [&](int64_t begin, int64_t end, int) { kernels().unpack(args, begin, end); });
@@ -119,6 +120,7 @@ Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t
 }
 
 Status quantized_activation(const QuantizedActivationArgs& args) noexcept {
+  if (!valid(args.type)) return Status::bad_argument;
   if (!addressable(args.count)) return Status::bad_shape;
   parallel_for(words_for(args.count), grain_for(kGrainBytes, 4 * kWordBits),
                [&](int64_t begin, int64_t end, int) { kernels().quantized_activation(args, begin, end); });
@@ -126,6 +128,7 @@ Status quantized_activation(const QuantizedActivationArgs& args) noexcept {
 }
 
 Status masked_gradient(const MaskedGradientArgs& args) noexcept {
+  if (!valid(args.type)) return Status::bad_argument;
   if (!addressable(args.count)) return Status::bad_shape;
   parallel_for(words_for(args.count), grain_for(kGrainBytes, 4 * kWordBits),
                [&](int64_t begin, int64_t end, int) { kernels().masked_gradient(args, begin, end); });
@@ -133,7 +136,7 @@ Status masked_gradient(const MaskedGradientArgs& args) noexcept {
 }
 
 Status batch_norm_relu_quantize(const BatchNormReluQuantizeArgs& args) noexcept {
-  if (!valid_bits(args.bits) || !(args.span > 0)) return Status::bad_argument;
+  if (!valid_bits(args.bits) || !valid(args.type) || !(args.span > 0)) return Status::bad_argument;
   if (!valid(args.shape)) return Status::bad_shape;
   for (int64_t column = 0; column < grid_width(args.shape); ++column) fill_grid(args, column);
   parallel_for(row_count(args.shape), grain_for(kGrainBytes, 8 * row_length(args.shape)),
@@ -142,7 +145,7 @@ Status batch_norm_relu_quantize(const BatchNormReluQuantizeArgs& args) noexcept 
 }
 
 Status channel_dequantize(const ChannelDequantizeArgs& args) noexcept {
-  if (!valid_bits(args.bits) || !(args.span > 0)) return Status::bad_argument;
+  if (!valid_bits(args.bits) || !valid(args.type) || !(args.span > 0)) return Status::bad_argument;
   if (!valid(args.shape)) return Status::bad_shape;
   for (int64_t column = 0; column < grid_width(args.shape); ++column) fill_grid(args, column);
   parallel_for(row_count(args.shape), grain_for(kGrainBytes, 4 * row_length(args.shape)),
@@ -151,7 +154,7 @@ Status channel_dequantize(const ChannelDequantizeArgs& args) noexcept {
 }
 
 Status batch_norm_relu_backward(const BatchNormReluBackwardArgs& args) noexcept {
-  if (!valid_bits(args.bits) || !(args.span > 0)) return Status::bad_argument;
+  if (!valid_bits(args.bits) || !valid(args.type) || !(args.span > 0)) return Status::bad_argument;
   if (!valid(args.shape)) return Status::bad_shape;
   const ChannelShape& shape = args.shape;
   for (int64_t column = 0; column < grid_width(shape); ++column) fill_grid(args, column);
@@ -167,7 +170,7 @@ Status batch_norm_relu_backward(const BatchNormReluBackwardArgs& args) noexcept 
 }
 
 Status group_quantize(const GroupQuantizeArgs& args) noexcept {
-  if (!valid_bits(args.bits)) return Status::bad_argument;
+  if (!valid_bits(args.bits) || !valid(args.type)) return Status::bad_argument;
   if (!addressable(args.count)) return Status::bad_shape;
   parallel_for(ceil_div(args.count, kGroup), grain_for(kGrainBytes, 4 * kGroup),
                [&](int64_t begin, int64_t end, int) { kernels().group_quantize(args, begin, end); });
@@ -175,7 +178,7 @@ Status group_quantize(const GroupQuantizeArgs& args) noexcept {
 }
 
 Status group_dequantize(const GroupDequantizeArgs& args) noexcept {
-  if (!valid_bits(args.bits)) return Status::bad_argument;
+  if (!valid_bits(args.bits) || !valid(args.type)) return Status::bad_argument;
   if (!addressable(args.count)) return Status::bad_shape;
   parallel_for(ceil_div(args.count, kGroup), grain_for(kGrainBytes, 4 * kGroup),
                [&](int64_t begin, int64_t end, int) { kernels().group_dequantize(args, begin, end); });
@@ -196,7 +199,7 @@ Status antithetic_sample(const AntitheticSampleArgs& args) noexcept {
 Status antithetic_gradient(const AntitheticGradientArgs& args) noexcept {
   if (args.samples < 1 || args.samples > kMostSamples) return Status::bad_argument;
   if (!addressable(args.rows, args.dimensions, args.samples)) return Status::bad_shape;
-  const int64_t width = args.dimensions < kGradientDimensions ? args.dimensions : kGradientDimensions;
+  const int64_t width = min(args.dimensions, kGradientDimensions);
   parallel_for(antithetic_gradient_items(args), grain_for(kGrainBytes, 10 * width),
                [&](int64_t begin, int64_t end, int) { kernels().antithetic_gradient(args, begin, end); });
   return Status::ok;

@@ -284,19 +284,11 @@ Status binarize_type(const BinarizeArgs& args, Stream stream) {
 }  // namespace
 
 Status binarize(const BinarizeArgs& args, Stream stream) noexcept {
-  if (args.thresholds != 1 && args.thresholds != 2) return Status::bad_argument;
+  if (!valid(args.input_type) || (args.thresholds != 1 && args.thresholds != 2)) return Status::bad_argument;
   if (args.thresholds == 2 && (!args.threshold || args.mask)) return Status::bad_argument;
   if (!addressable(args.outer, args.thresholds, args.channels, args.spatial)) return Status::bad_shape;
   if (args.outer == 0 || args.channels == 0 || args.spatial == 0) return Status::ok;
-  switch (args.input_type) {
-    case FloatType::float32:
-      return binarize_type<FloatType::float32>(args, stream);
-    case FloatType::bfloat16:
-      return binarize_type<FloatType::bfloat16>(args, stream);
-    case FloatType::float16:
-      return binarize_type<FloatType::float16>(args, stream);
-  }
-  return Status::bad_argument;
+  return for_type(args.input_type, [&](auto type) { return binarize_type<type.value>(args, stream); });
 }
 
 }  // namespace lowbit::cuda

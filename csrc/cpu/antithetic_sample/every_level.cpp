@@ -153,7 +153,7 @@ inline bool read_block(const AntitheticSampleArgs& args, int64_t item, Block& bl
   block.row = item / row_blocks;
   block.first = item % row_blocks * kWordBits;
   const int64_t left = args.dimensions - block.first;
-  block.count = static_cast<int>(left < kWordBits ? left : kWordBits);
+  block.count = static_cast<int>(min(left, kWordBits));
   const int64_t start = block.row * args.dimensions + block.first;
   memset(block.logits, 0, sizeof block.logits);
   memcpy(block.logits, args.logits + start, static_cast<size_t>(block.count) * sizeof(float));

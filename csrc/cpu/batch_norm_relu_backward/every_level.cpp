@@ -92,12 +92,12 @@ inline void sum_pixels(const BatchNormReluBackwardArgs& args, int64_t begin, int
   const int64_t row_bytes = code_bytes(channels, args.bits), width = grid_width(args.shape);
   const int64_t step = block_pixels(args.shape, args.bits);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const int64_t past = (chunk + 1) * kChunkPixels < pixels ? (chunk + 1) * kChunkPixels : pixels;
+    const int64_t past = min((chunk + 1) * kChunkPixels, pixels);
     for (int64_t first = 0; first < channels; first += kBlock) {
-      const int64_t block_channels = channels - first < kBlock ? channels - first : kBlock;
+      const int64_t block_channels = min(channels - first, kBlock);
       LaneSums<kBlock> lanes;
       for (int64_t pixel = chunk * kChunkPixels; pixel < past; pixel += step) {
-        const int64_t here = step < past - pixel ? step : past - pixel;
+        const int64_t here = min(step, past - pixel);
         for_each_part(here * block_channels, [&](int64_t part, int64_t count, auto size) {
           const int64_t column = first + part;
           const auto parameter = [&](int index) { return Each{args.grid + index * width + column}; };

@@ -39,10 +39,6 @@ struct alignas(64) TileConfig {
 };
 const TileConfig kTileConfig;
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
-inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Part `index` of `total` cut into `parts` of nearly equal size.
 inline int64_t part_begin(int64_t total, int64_t parts, int64_t index) { return total * index / parts; }
 
@@ -65,7 +61,7 @@ struct Axis {
       b = rest;
     }
     period = stride / a;
-    phases = min_of(kernel, period);
+    phases = min(kernel, period);
     reach = (kernel - 1) * dilation / stride;
   }
 
@@ -82,8 +78,8 @@ struct Axis {
     for (int64_t tap = 0; tap < kernel; ++tap) {
       const int64_t first = tap * dilation - pad;
       const int64_t begin = first >= 0 ? 0 : ceil_div(-first, stride);
-      const int64_t end = first >= size ? 0 : min_of(ceil_div(size - first, stride), out_size);
-      total += max_of(end - begin, 0);
+      const int64_t end = first >= size ? 0 : min(ceil_div(size - first, stride), out_size);
+      total += max(end - begin, 0);
     }
     return total;
   }
@@ -136,8 +132,8 @@ struct BlockGeometry {
   // Of the cells of tiles [begin, end), as far as they are outputs.
   int64_t first_row(int64_t begin) const { return first_cell(begin) / (pitch * images); }
   int64_t end_row(int64_t end) const {
-    return min_of((first_cell(end - 1) + kTileRows - 1) / (pitch * images),
-                  ((end - 1) / tiles_per_run + 1) * rows_per_run - 1) +
+    return min((first_cell(end - 1) + kTileRows - 1) / (pitch * images),
+               ((end - 1) / tiles_per_run + 1) * rows_per_run - 1) +
            1;
   }
   int64_t plane_bytes() const { return (cells + kTileRows) * kLine; }  // a run's last tile reads up to 15 cells on
@@ -172,7 +168,7 @@ struct Plan {
       for (int64_t j = 0; j < 2; ++j) {
         const int64_t images = i == 0 ? shape.batch / image_blocks : ceil_div(shape.batch, image_blocks);
         const int64_t rows = j == 0 ? shape.out_height / row_blocks : ceil_div(shape.out_height, row_blocks);
-        groups_per_block = max_of(groups_per_block, geometry(images, rows).groups);
+        groups_per_block = max(groups_per_block, geometry(images, rows).groups);
       }
     }
   }
@@ -189,15 +185,15 @@ struct Plan {
   // Images are merged in powers of two; rows fill what space is left. The cost counts cycles per output pixel.
   void choose_blocks() {
     double best = 0;
-    for (int64_t images = 1;; images = min_of(2 * images, shape.batch)) {
+    for (int64_t images = 1;; images = min(2 * images, shape.batch)) {
       const int64_t image_parts = ceil_div(shape.batch, images);
       const int64_t block_images = ceil_div(shape.batch, image_parts);
       const int64_t row_cells = (horizontal.out_size + horizontal.reach) * block_images;
       int64_t rows = kMaxBlockTiles * kTileRows / row_cells;
-      rows = min_of(rows,
-                    kMaxBandBytes / (row_cells * words * kLine * vertical.phases * horizontal.phases) - vertical.reach);
+      rows =
+          min(rows, kMaxBandBytes / (row_cells * words * kLine * vertical.phases * horizontal.phases) - vertical.reach);
       if (images > 1 && rows < 1) break;
-      const int64_t row_parts = ceil_div(shape.out_height, min_of(max_of(rows, 1), shape.out_height));
+      const int64_t row_parts = ceil_div(shape.out_height, min(max(rows, 1), shape.out_height));
       const int64_t block_rows = ceil_div(shape.out_height, row_parts);
       const BlockGeometry block = geometry(block_images, block_rows);
       const double cost = estimate(block) / static_cast<double>(block_images * block_rows * shape.out_width);
@@ -389,7 +385,7 @@ class Worker {
   void run(int64_t filter_block, int64_t begin, int64_t end) {
     const int64_t group = filter_block / plan_.filter_blocks;
     const int64_t filter = filter_block % plan_.filter_blocks * kFilterBlock;  // in its convolution group
-    const int64_t filters = min_of(kFilterBlock, plan_.filters - filter);
+    const int64_t filters = min(kFilterBlock, plan_.filters - filter);
     const int64_t first_tile = block_.group_begin(begin), last_tile = block_.group_begin(end);
     fill_band(group, block_.first_row(first_tile), block_.end_row(last_tile) + plan_.vertical.reach);
 
@@ -444,7 +440,7 @@ class Worker {
       const int64_t row_start = first_row * block_.pitch * block_.images;
       const int64_t first = (block_.first_cell(tile) - row_start) / block_.images;
       const int64_t last = (block_.first_cell(tile + tiles - 1) + kTileRows - 1 - row_start) / block_.images;
-      window.left = plan_.horizontal.taps(min_of(last, shape.out_width - 1)).begin;
+      window.left = plan_.horizontal.taps(min(last, shape.out_width - 1)).begin;
       window.right = plan_.horizontal.taps(first).end;
     }
     return window;
@@ -495,7 +491,7 @@ class Worker {
   int64_t tile_pixels(int64_t tile, const uint8_t* tile_acc, int64_t* pixels, const int32_t** acc) const {
     const ConvShape& shape = plan_.shape;
     const int64_t cell = block_.first_cell(tile);
-    const int64_t cells = min_of(kTileRows, block_.run_cells - tile % block_.tiles_per_run * kTileRows);
+    const int64_t cells = min(kTileRows, block_.run_cells - tile % block_.tiles_per_run * kTileRows);
     int64_t image = cell % block_.images;
     int64_t x = cell / block_.images % block_.pitch;
     int64_t y = cell / block_.images / block_.pitch;
@@ -599,11 +595,11 @@ void binary_conv2d_block_weight(const ConvShape& shape, const uint64_t* words, v
   uint8_t* out = static_cast<uint8_t*>(blocked) + layout.avx512_bytes;
   for (int64_t group = 0; group < shape.groups; ++group) {
     for (int64_t strip = 0; strip < filters; strip += kStripFilters) {
-      const int64_t strip_end = min_of(strip + kStripFilters, filters);
+      const int64_t strip_end = min(strip + kStripFilters, filters);
       for (int64_t word = 0; word < words_per_tap; ++word) {
         for (int64_t tap = 0; tap < all_taps; ++tap) {
           for (int64_t first = strip; first < strip_end; first += kTileRows) {
-            const int64_t count = min_of(kTileRows, strip_end - first);
+            const int64_t count = min(kTileRows, strip_end - first);
             uint64_t masks[kTileRows] = {};
             for (int64_t i = 0; i < count; ++i) {
               const int64_t filter = group * filters + first + i;
@@ -643,13 +639,13 @@ void binary_conv2d(const BinaryConv2dArgs& args, int64_t begin, int64_t end, voi
   while (begin < end) {
     const int64_t block = begin / block_items;
     worker.enter_block(block);
-    const int64_t block_end = min_of(end, (block + 1) * block_items);
+    const int64_t block_end = min(end, (block + 1) * block_items);
     while (begin < block_end) {
       const int64_t item = begin - block * block_items;
       const int64_t first = item % groups;
-      const int64_t last = min_of(groups, first + block_end - begin);
+      const int64_t last = min(groups, first + block_end - begin);
       begin += last - first;
-      const int64_t real_last = min_of(last, worker.groups());  // a smaller block has fewer groups
+      const int64_t real_last = min(last, worker.groups());  // a smaller block has fewer groups
       if (first >= real_last) continue;
       if (shared) {
         worker.clear(first, real_last);

@@ -30,8 +30,6 @@ namespace {
 constexpr int64_t kFilterBlock = 64;
 constexpr int64_t kAlignment = 64;  // bytes of a cache line
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
-
 // Pixels of one class, to be worked together.
 template <int64_t kPixels>
 struct PixelTile {
@@ -100,7 +98,7 @@ class TileWalk {
       next_class();
     }
     tile_ = tiles;
-    const int64_t larger = tiles < larger_tiles_ ? tiles : larger_tiles_;
+    const int64_t larger = min(tiles, larger_tiles_);
     const int64_t pixel = tiles * smaller_size_ + larger;
     const int64_t width = columns_.end - columns_.begin, height = rows_.end - rows_.begin;
     x_ = columns_.begin + pixel % width;
@@ -189,10 +187,7 @@ struct WeightLayout {
     bytes = sums_offset + shape.groups * sums_per_group * static_cast<int64_t>(sizeof(int32_t));
   }
 
-  int64_t block_filters(int64_t block) const {
-    const int64_t rest = filters - block * kFilterBlock;
-    return rest < kFilterBlock ? rest : kFilterBlock;
-  }
+  int64_t block_filters(int64_t block) const { return min(filters - block * kFilterBlock, kFilterBlock); }
   int64_t block_offset(int64_t group, int64_t block) const { return group * group_bytes + block * block_bytes; }
 };
 
@@ -285,11 +280,10 @@ inline void run_items(const BinaryConv2dArgs& args, int64_t begin, int64_t end, 
   int64_t chunk = begin / (most_tiles * blocks);
   walk.seek(chunk * most_tiles);
   for (int64_t first_step = chunk * most_tiles * blocks; first_step < end; first_step += most_tiles * blocks, ++chunk) {
-    const int64_t rest = tiles - chunk * most_tiles;
-    const int64_t count = rest < most_tiles ? rest : most_tiles;
+    const int64_t count = min(tiles - chunk * most_tiles, most_tiles);
     for (int64_t i = 0; i < count; ++i) walk.take(&tile[i]);
-    int64_t step = begin > first_step ? begin - first_step : 0;
-    const int64_t last_step = end - first_step < count * blocks ? end - first_step : count * blocks;
+    int64_t step = max(begin - first_step, 0);
+    const int64_t last_step = min(end - first_step, count * blocks);
     int64_t block = step / count, prepared_group = -1;
     for (int64_t i = step % count; step < last_step; ++block, i = 0) {
       const int64_t group = block / layout.blocks, group_block = block % layout.blocks;

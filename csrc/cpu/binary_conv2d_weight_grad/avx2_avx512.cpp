@@ -66,8 +66,8 @@ class WeightGrad {
           first_channel_tile_ = channel_blocks_.begin(channel_block);
           panels_ = taps(shape_) * (channel_blocks_.begin(channel_block + 1) - first_channel_tile_);
           const int64_t items = (filter_blocks_.begin(filter_block + 1) - first_filter_tile_) * panels_;
-          begin_item_ = begin > first_item ? begin - first_item : 0;
-          end_item_ = end < first_item + items ? end - first_item : items;
+          begin_item_ = max(begin - first_item, 0);
+          end_item_ = min(end - first_item, items);
           first_item += items;
           if (begin_item_ < end_item_) sum_block();
         }
@@ -93,8 +93,7 @@ class WeightGrad {
     return (first_channel_tile_ + panel % block_channel_tiles()) * kTileChannels<Vector>;
   }
   int64_t panel_channels(int64_t panel) const {
-    const int64_t rest = channels_per_group(shape_) - first_channel(panel);
-    return rest < kTileChannels<Vector> ? rest : kTileChannels<Vector>;
+    return min(channels_per_group(shape_) - first_channel(panel), kTileChannels<Vector>);
   }
 
   // Of the group, by number of the tile in the block.
@@ -164,7 +163,7 @@ class WeightGrad {
     }
     ++chunk_count_;
     const int64_t steps = pixel_count_ / Vector::kTerms;
-    const int64_t used_panels = end_item_ - begin_item_ < panels_ ? end_item_ - begin_item_ : panels_;
+    const int64_t used_panels = min(end_item_ - begin_item_, panels_);
     for (int64_t i = 0; i < used_panels; ++i) make_panel((begin_item_ + i) % panels_, steps);
     int64_t filter_tile = -1;
     for (int64_t item = begin_item_; item < end_item_; ++item) {

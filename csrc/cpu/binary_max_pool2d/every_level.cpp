@@ -83,7 +83,7 @@ void max_pool_row(const BinaryMaxPool2dArgs& args, int64_t item) {
     int64_t pixels = 1;
     if (left >= 0 && left + reach < s.width) {  // so do all windows until one touches the right edge
       const int64_t whole = (s.width - 1 - reach - left) / s.stride_width + 1;
-      pixels = whole < s.out_width - x ? whole : s.out_width - x;
+      pixels = min(whole, s.out_width - x);
     }
     const int64_t y0 = top + rows.begin * s.dilation_height;
     const int64_t x0 = left + columns.begin * s.dilation_width;

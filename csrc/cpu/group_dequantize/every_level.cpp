@@ -8,7 +8,7 @@ namespace {
 template <class Type>
 inline void dequantize_groups(const GroupDequantizeArgs& args, int64_t begin, int64_t end, Type type) {
   for (int64_t group = begin; group < end; ++group) {
-    const int64_t left = args.count - group * kGroup, count = left < kGroup ? left : kGroup;
+    const int64_t count = min(args.count - group * kGroup, kGroup);
     const float scale = bfloat16_to_float(args.scale_minimum[2 * group]);
     const float minimum = bfloat16_to_float(args.scale_minimum[2 * group + 1]);
     alignas(64) uint8_t codes[kGroup];

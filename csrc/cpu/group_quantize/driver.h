@@ -58,8 +58,7 @@ struct ScaledGroup {
 template <class Level, class Type>
 inline void scale_group(const GroupQuantizeArgs& args, int64_t group, ScaledGroup& scaled, Type type) {
   const auto* input = static_cast<const typename Type::type*>(args.input) + group * kGroup;
-  const int64_t left = args.count - group * kGroup;
-  scaled.count = left < kGroup ? left : kGroup;
+  scaled.count = min(args.count - group * kGroup, kGroup);
   // Padded by what counts for nothing.
   scaled.x = load_block(input, scaled.count, Whole{}, scaled.buffer, type, __builtin_nanf(""));
   const float last = static_cast<float>((1 << args.bits) - 1);

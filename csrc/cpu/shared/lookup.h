@@ -106,7 +106,7 @@ class WorkspaceCursor {
   template <class T>
   T* take(int64_t count) {
     T* part = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
-    bytes_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
     return part;
   }
 
