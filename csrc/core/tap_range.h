@@ -14,9 +14,11 @@ struct TapRange {
 LOWBIT_INLINE TapRange valid_taps(int64_t out_index, int64_t stride, int64_t pad, int64_t dilation, int64_t kernel,
                                   int64_t size) {
   const int64_t first = out_index * stride - pad;  // image index under tap 0
-  const int64_t begin = first >= 0 ? 0 : ceil_div(-first, dilation);
-  const int64_t end = min(first >= size ? 0 : ceil_div(size - first, dilation), kernel);
-  return {min(begin, end), end};
+  int64_t begin = first >= 0 ? 0 : ceil_div(-first, dilation);
+  int64_t end = first >= size ? 0 : ceil_div(size - first, dilation);
+  if (end > kernel) end = kernel;
+  if (begin > end) begin = end;
+  return {begin, end};
 }
 
 }  // namespace lowbit

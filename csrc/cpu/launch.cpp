@@ -81,16 +81,18 @@ Status binary_avg_pool2d(const BinaryAvgPool2dArgs& args) noexcept {
 }
 
 int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept {
-  return kernels().binary_conv2d_workspace_bytes(args) * omp_get_max_threads();
+  return kernels().binary_conv2d_plan(args).workspace_bytes * omp_get_max_threads();
 }
 
 Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes) noexcept {
   if (!valid(args.shape)) return Status::bad_shape;
   const KernelTable& table = kernels();
-  const int64_t items = table.binary_conv2d_items(args);
-  const int64_t grain = grain_for(kGrainBinaryMacs, items > 0 ? macs(args.shape) / items : 0);
-  return run_with_workspace(args, items, grain, table.binary_conv2d_workspace_bytes(args), workspace_bytes,
-                            table.binary_conv2d);
+  const BinaryConv2dPlan plan = table.binary_conv2d_plan(args);
+  const int64_t grain = grain_for(kGrainBinaryMacs, macs(args.shape) / max(plan.items, 1));
+  return run_with_workspace(args, plan.items, grain, plan.workspace_bytes, workspace_bytes,
+                            [&](const BinaryConv2dArgs&, int64_t begin, int64_t end, void* workspace) {
+                              table.binary_conv2d(args, plan, begin, end, workspace);
+                            });
 }
 
 int64_t binary_conv2d_input_grad_workspace_bytes(const BinaryConv2dInputGradArgs& args) noexcept {
@@ -101,7 +103,7 @@ Status binary_conv2d_input_grad(const BinaryConv2dInputGradArgs& args, int64_t w
   if (!valid(args.shape)) return Status::bad_shape;
   const KernelTable& table = kernels();
   const int64_t items = table.binary_conv2d_input_grad_items(args);
-  const int64_t grain = grain_for(kGrainFloatMacs, items > 0 ? macs(args.shape) / items : 0);
+  const int64_t grain = grain_for(kGrainFloatMacs, macs(args.shape) / max(items, 1));
   return run_with_workspace(args, items, grain, table.binary_conv2d_input_grad_workspace_bytes(args), workspace_bytes,
                             table.binary_conv2d_input_grad);
 }
@@ -114,7 +116,7 @@ Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t
   if (!valid(args.shape)) return Status::bad_shape;
   const KernelTable& table = kernels();
   const int64_t items = table.binary_conv2d_weight_grad_items(args);
-  const int64_t grain = grain_for(kGrainFloatMacs, items > 0 ? macs(args.shape) / items : 0);
+  const int64_t grain = grain_for(kGrainFloatMacs, macs(args.shape) / max(items, 1));
   return run_with_workspace(args, items, grain, table.binary_conv2d_weight_grad_workspace_bytes(args), workspace_bytes,
                             table.binary_conv2d_weight_grad);
 }

@@ -55,7 +55,7 @@ void refuse(const char* what, int64_t PoolShape::* member, int64_t value) {
 
 }  // namespace
 
-void test_launch(Random&, int) {
+LOWBIT_TEST(launch) {
   constexpr int64_t kHuge = int64_t{1} << 62;
   if (!valid(ordinary_conv())) fail("an ordinary convolution is refused");
   refuse("batch -1", &ConvShape::batch, -1);

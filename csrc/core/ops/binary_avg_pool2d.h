@@ -33,11 +33,11 @@ struct PoolSpan {
 
 LOWBIT_INLINE PoolSpan pool_span(int64_t out_index, int64_t stride, int64_t pad, int64_t kernel, int64_t size) {
   int64_t begin = out_index * stride - pad;
-  int64_t end = min(begin + kernel, size + pad);
+  int64_t end = begin + kernel < size + pad ? begin + kernel : size + pad;
   const int64_t padded = end - begin;
-  begin = max(begin, 0);
-  end = min(end, size);
-  return {begin, max(begin, end), padded};
+  if (begin < 0) begin = 0;
+  if (end > size) end = size;
+  return {begin, begin < end ? end : begin, padded};
 }
 
 LOWBIT_INLINE PoolSpan row_span(const PoolShape& s, int64_t out_row) {
