@@ -390,19 +390,13 @@ void binary_conv2d_block_weight(const ConvShape& shape, const uint64_t* words, v
 }
 
 BinaryConv2dPlan binary_conv2d_plan(const BinaryConv2dArgs& args) noexcept {
-  const ConvShape& shape = args.shape;
-  if (weight_suits_tiles(shape) && out_pixels(shape) > 0 && shape.height > 0 && shape.width > 0) {
-    const Plan tiles = make_plan(shape);
-    if (is_faster(tiles)) {
-      const int64_t groups = block_count(tiles) * tiles.groups_per_block;
-      const int64_t items = conv_blocks_share_words(args) ? groups : groups * all_filter_blocks(tiles);
-      return {items, WorkspaceLayout(tiles).bytes, true, tiles};
-    }
+  if (suits_tiles(args.shape)) {
+    const BinaryConv2dPlan plan = plan_of_tiles(args);
+    if (is_faster(plan.tiles)) return plan;
   }
   return avx512::binary_conv2d_plan(args);
 }
 
-// Items: block, filter block, group of tiles; where filter blocks share words: block, group of tiles.
 void binary_conv2d(const BinaryConv2dArgs& args, const BinaryConv2dPlan& plan, int64_t begin, int64_t end,
                    void* workspace) noexcept {
   if (!plan.tiled) return avx512::binary_conv2d(args, plan, begin, end, workspace);

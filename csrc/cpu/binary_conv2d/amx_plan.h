@@ -211,6 +211,9 @@ struct WorkspaceLayout {
 inline bool weight_suits_tiles(const ConvShape& shape) {
   return taps(shape) > 0 && channels_per_group(shape) > 32 && filters_per_group(shape) >= kTileRows;
 }
+inline bool suits_tiles(const ConvShape& shape) {
+  return weight_suits_tiles(shape) && out_pixels(shape) > 0 && shape.height > 0 && shape.width > 0;
+}
 
 // Whether the plan's estimate is below the AVX-512 kernel's, which takes 2.5 cycles for a pixel, 16 filters and 64
 // channels, and only for taps inside the image.

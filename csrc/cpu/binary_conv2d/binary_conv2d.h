@@ -15,6 +15,18 @@ struct BinaryConv2dPlan {
   amx::Plan tiles = {};     // if so
 };
 
+namespace amx {
+
+// By tiles: of a shape that suits_tiles. Items are block, filter block, group of tiles; where filter blocks share
+// words: block, group of tiles.
+static inline BinaryConv2dPlan plan_of_tiles(const BinaryConv2dArgs& args) {
+  const Plan tiles = make_plan(args.shape);
+  const int64_t groups = block_count(tiles) * tiles.groups_per_block;
+  const int64_t items = conv_blocks_share_words(args) ? groups : groups * all_filter_blocks(tiles);
+  return {items, WorkspaceLayout(tiles).bytes, true, tiles};
+}
+
+}  // namespace amx
 }  // namespace lowbit
 
 // Bytes of the private weight copy.
