@@ -38,7 +38,7 @@ constexpr int64_t kBlock = 256;
 LOWBIT_INLINE constexpr int64_t repeats(const ChannelShape& s) {
   return s.channels_last && s.channels > 0 && s.channels < kBlock ? kBlock / s.channels : 1;
 }
-LOWBIT_INLINE constexpr int64_t grid_width(const ChannelShape& s) { return ceil_div(s.channels * repeats(s), 64) * 64; }
+LOWBIT_INLINE constexpr int64_t grid_width(const ChannelShape& s) { return round_up(s.channels * repeats(s), 64); }
 // Pixels of a block of a channels-last tensor: as many as have codes without padding between them.
 LOWBIT_INLINE constexpr int64_t block_pixels(const ChannelShape& s, int bits) {
   return s.channels * bits % 8 == 0 ? repeats(s) : 1;

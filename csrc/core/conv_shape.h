@@ -23,4 +23,19 @@ LOWBIT_INLINE int64_t taps(const ConvShape& shape) { return shape.kernel_height 
 LOWBIT_INLINE int64_t words_per_group(const ConvShape& shape) { return words_for(channels_per_group(shape)); }
 LOWBIT_INLINE int64_t out_pixels(const ConvShape& shape) { return shape.batch * shape.out_height * shape.out_width; }
 
+// One dimension.
+struct ConvAxis {
+  int64_t out_size, stride, pad, dilation, kernel, size;
+};
+
+LOWBIT_INLINE ConvAxis vertical_axis(const ConvShape& s) {
+  return {s.out_height, s.stride_height, s.pad_top, s.dilation_height, s.kernel_height, s.height};
+}
+LOWBIT_INLINE ConvAxis horizontal_axis(const ConvShape& s) {
+  return {s.out_width, s.stride_width, s.pad_left, s.dilation_width, s.kernel_width, s.width};
+}
+LOWBIT_INLINE TapRange valid_taps(const ConvAxis& axis, int64_t out_index) {
+  return valid_taps(out_index, axis.stride, axis.pad, axis.dilation, axis.kernel, axis.size);
+}
+
 }  // namespace lowbit

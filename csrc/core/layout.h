@@ -28,6 +28,11 @@ LOWBIT_INLINE constexpr uint64_t low_mask(int64_t count) {
   return count >= kWordBits ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
 }
 
+LOWBIT_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+LOWBIT_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 LOWBIT_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+LOWBIT_INLINE constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return ceil_div(value, multiple) * multiple;
+}
 
 }  // namespace lowbit

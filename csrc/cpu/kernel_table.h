@@ -32,8 +32,7 @@
   ROW(binary_avg_pool2d,                              scalar, avx2,   avx512, avx512) \
   ROW(binary_conv2d_weight_bytes,                     scalar, avx2,   avx512, amx)    \
   ROW(binary_conv2d_block_weight,                     scalar, avx2,   avx512, amx)    \
-  ROW(binary_conv2d_workspace_bytes,                  scalar, avx2,   avx512, amx)    \
-  ROW(binary_conv2d_items,                            scalar, avx2,   avx512, amx)    \
+  ROW(binary_conv2d_plan,                             scalar, avx2,   avx512, amx)    \
   ROW(binary_conv2d,                                  scalar, avx2,   avx512, amx)    \
   ROW(binary_conv2d_input_grad_workspace_bytes,       scalar, avx2,   avx512, avx512) \
   ROW(binary_conv2d_input_grad_items,                 scalar, avx2,   avx512, avx512) \

@@ -19,7 +19,7 @@ constexpr int64_t kGrainBinaryMacs = 1 << 22;
 constexpr int64_t kGrainDraws = 1 << 14;
 
 int64_t grain_for(int64_t grain_total, int64_t per_item) {
-  return per_item >= grain_total ? 1 : grain_total / (per_item > 0 ? per_item : 1);
+  return per_item >= grain_total ? 1 : grain_total / max(per_item, 1);
 }
 
 // The product of sizes; the largest number where it is larger.
@@ -51,7 +51,7 @@ Status run_with_workspace(const Args& args, int64_t items, int64_t grain, int64_
 }  // namespace
 
 Status binarize(const BinarizeArgs& args) noexcept {
-  if (args.thresholds != 1 && args.thresholds != 2) return Status::bad_argument;
+  if (!valid(args.input_type) || (args.thresholds != 1 && args.thresholds != 2)) return Status::bad_argument;
   if (args.thresholds == 2 && (!args.threshold || args.mask)) return Status::bad_argument;
   if (!addressable(args.outer, args.channels, args.spatial, args.thresholds)) return Status::bad_shape;
   const int64_t pixels_per_item = args.channels_last ? 1 : kBinarizePixels;
@@ -61,6 +61,7 @@ Status binarize(const BinarizeArgs& args) noexcept {
 }
 
 Status unpack(const UnpackArgs& args) noexcept {
+  if (!valid(args.output_type)) return Status::bad_argument;
   if (!addressable(args.pixels, args.channels)) return Status::bad_shape;
   parallel_for(args.pixels, grain_for(kGrainBytes, 4 * args.channels),
                [&](int64_t begin, int64_t end, int) { kernels().unpack(args, begin, end); });
@@ -96,16 +97,18 @@ Status binary_avg_pool2d(const BinaryAvgPool2dArgs& args) noexcept {
 }
 
 int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept {
-  return kernels().binary_conv2d_workspace_bytes(args) * omp_get_max_threads();
+  return kernels().binary_conv2d_plan(args).workspace_bytes * omp_get_max_threads();
 }
 
 Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes) noexcept {
   if (!valid(args.shape)) return Status::bad_shape;
   const KernelTable& table = kernels();
-  const int64_t items = table.binary_conv2d_items(args);
-  const int64_t grain = grain_for(kGrainBinaryMacs, items > 0 ? macs(args.shape) / items : 0);
-  return run_with_workspace(args, items, grain, table.binary_conv2d_workspace_bytes(args), workspace_bytes,
-                            table.binary_conv2d);
+  const BinaryConv2dPlan plan = table.binary_conv2d_plan(args);
+  const int64_t grain = grain_for(kGrainBinaryMacs, macs(args.shape) / max(plan.items, 1));
+  return run_with_workspace(args, plan.items, grain, plan.workspace_bytes, workspace_bytes,
+                            [&](const BinaryConv2dArgs&, int64_t begin, int64_t end, void* workspace) {
+                              table.binary_conv2d(args, plan, begin, end, workspace);
+                            });
 }
 
 int64_t binary_conv2d_input_grad_workspace_bytes(const BinaryConv2dInputGradArgs& args) noexcept {
@@ -116,7 +119,7 @@ Status binary_conv2d_input_grad(const BinaryConv2dInputGradArgs& args, int64_t w
   if (!valid(args.shape)) return Status::bad_shape;
   const KernelTable& table = kernels();
   const int64_t items = table.binary_conv2d_input_grad_items(args);
-  const int64_t grain = grain_for(kGrainFloatMacs, items > 0 ? macs(args.shape) / items : 0);
+  const int64_t grain = grain_for(kGrainFloatMacs, macs(args.shape) / max(items, 1));
   return run_with_workspace(args, items, grain, table.binary_conv2d_input_grad_workspace_bytes(args), workspace_bytes,
                             table.binary_conv2d_input_grad);
 }
@@ -129,12 +132,13 @@ Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t
   if (!valid(args.shape)) return Status::bad_shape;
   const KernelTable& table = kernels();
   const int64_t items = table.binary_conv2d_weight_grad_items(args);
-  const int64_t grain = grain_for(kGrainFloatMacs, items > 0 ? macs(args.shape) / items : 0);
+  const int64_t grain = grain_for(kGrainFloatMacs, macs(args.shape) / max(items, 1));
   return run_with_workspace(args, items, grain, table.binary_conv2d_weight_grad_workspace_bytes(args), workspace_bytes,
                             table.binary_conv2d_weight_grad);
 }
 
 Status quantized_activation(const QuantizedActivationArgs& args) noexcept {
+  if (!valid(args.type)) return Status::bad_argument;
   if (!addressable(args.count)) return Status::bad_shape;
   parallel_for(words_for(args.count), grain_for(kGrainBytes, 4 * kWordBits),
                [&](int64_t begin, int64_t end, int) { kernels().quantized_activation(args, begin, end); });
@@ -142,6 +146,7 @@ Status quantized_activation(const QuantizedActivationArgs& args) noexcept {
 }
 
 Status masked_gradient(const MaskedGradientArgs& args) noexcept {
+  if (!valid(args.type)) return Status::bad_argument;
   if (!addressable(args.count)) return Status::bad_shape;
   parallel_for(words_for(args.count), grain_for(kGrainBytes, 4 * kWordBits),
                [&](int64_t begin, int64_t end, int) { kernels().masked_gradient(args, begin, end); });
@@ -149,7 +154,7 @@ Status masked_gradient(const MaskedGradientArgs& args) noexcept {
 }
 
 Status batch_norm_relu_quantize(const BatchNormReluQuantizeArgs& args) noexcept {
-  if (!valid_bits(args.bits) || !(args.span > 0)) return Status::bad_argument;
+  if (!valid_bits(args.bits) || !valid(args.type) || !(args.span > 0)) return Status::bad_argument;
   if (!valid(args.shape)) return Status::bad_shape;
   for (int64_t column = 0; column < grid_width(args.shape); ++column) fill_grid(args, column);
   parallel_for(row_count(args.shape), grain_for(kGrainBytes, 8 * row_length(args.shape)),
@@ -158,7 +163,7 @@ Status batch_norm_relu_quantize(const BatchNormReluQuantizeArgs& args) noexcept 
 }
 
 Status channel_dequantize(const ChannelDequantizeArgs& args) noexcept {
-  if (!valid_bits(args.bits) || !(args.span > 0)) return Status::bad_argument;
+  if (!valid_bits(args.bits) || !valid(args.type) || !(args.span > 0)) return Status::bad_argument;
   if (!valid(args.shape)) return Status::bad_shape;
   for (int64_t column = 0; column < grid_width(args.shape); ++column) fill_grid(args, column);
   parallel_for(row_count(args.shape), grain_for(kGrainBytes, 4 * row_length(args.shape)),
@@ -167,7 +172,7 @@ Status channel_dequantize(const ChannelDequantizeArgs& args) noexcept {
 }
 
 Status batch_norm_relu_backward(const BatchNormReluBackwardArgs& args) noexcept {
-  if (!valid_bits(args.bits) || !(args.span > 0)) return Status::bad_argument;
+  if (!valid_bits(args.bits) || !valid(args.type) || !(args.span > 0)) return Status::bad_argument;
   if (!valid(args.shape)) return Status::bad_shape;
   const ChannelShape& shape = args.shape;
   for (int64_t column = 0; column < grid_width(shape); ++column) fill_grid(args, column);
@@ -183,7 +188,7 @@ Status batch_norm_relu_backward(const BatchNormReluBackwardArgs& args) noexcept 
 }
 
 Status group_quantize(const GroupQuantizeArgs& args) noexcept {
-  if (!valid_bits(args.bits)) return Status::bad_argument;
+  if (!valid_bits(args.bits) || !valid(args.type)) return Status::bad_argument;
   if (!addressable(args.count)) return Status::bad_shape;
   parallel_for(ceil_div(args.count, kGroup), grain_for(kGrainBytes, 4 * kGroup),
                [&](int64_t begin, int64_t end, int) { kernels().group_quantize(args, begin, end); });
@@ -191,7 +196,7 @@ Status group_quantize(const GroupQuantizeArgs& args) noexcept {
 }
 
 Status group_dequantize(const GroupDequantizeArgs& args) noexcept {
-  if (!valid_bits(args.bits)) return Status::bad_argument;
+  if (!valid_bits(args.bits) || !valid(args.type)) return Status::bad_argument;
   if (!addressable(args.count)) return Status::bad_shape;
   parallel_for(ceil_div(args.count, kGroup), grain_for(kGrainBytes, 4 * kGroup),
                [&](int64_t begin, int64_t end, int) { kernels().group_dequantize(args, begin, end); });
@@ -212,7 +217,7 @@ Status antithetic_sample(const AntitheticSampleArgs& args) noexcept {
 Status antithetic_gradient(const AntitheticGradientArgs& args) noexcept {
   if (args.samples < 1 || args.samples > kMostSamples) return Status::bad_argument;
   if (!addressable(args.rows, args.dimensions, args.samples)) return Status::bad_shape;
-  const int64_t width = args.dimensions < kGradientDimensions ? args.dimensions : kGradientDimensions;
+  const int64_t width = min(args.dimensions, kGradientDimensions);
   parallel_for(antithetic_gradient_items(args), grain_for(kGrainBytes, 10 * width),
                [&](int64_t begin, int64_t end, int) { kernels().antithetic_gradient(args, begin, end); });
   return Status::ok;

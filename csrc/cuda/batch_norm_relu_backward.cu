@@ -354,20 +354,12 @@ Status backward(const BatchNormReluBackwardArgs& args, Stream stream) {
 }  // namespace
 
 Status batch_norm_relu_backward(const BatchNormReluBackwardArgs& args, Stream stream) noexcept {
-  if (!valid_bits(args.bits) || !(args.span > 0)) return Status::bad_argument;
+  if (!valid_bits(args.bits) || !valid(args.type) || !(args.span > 0)) return Status::bad_argument;
   if (!valid(args.shape)) return Status::bad_shape;
   if (args.shape.channels == 0) return Status::ok;
   const Status status = launch_fill_grid(args, stream);
   if (status != Status::ok) return status;
-  switch (args.type) {
-    case FloatType::float32:
-      return backward<FloatType::float32>(args, stream);
-    case FloatType::bfloat16:
-      return backward<FloatType::bfloat16>(args, stream);
-    case FloatType::float16:
-      return backward<FloatType::float16>(args, stream);
-  }
-  return Status::bad_argument;
+  return for_type(args.type, [&](auto type) { return backward<type.value>(args, stream); });
 }
 
 }  // namespace lowbit::cuda

@@ -81,7 +81,6 @@ __device__ inline uint32_t is_inside(float x, MaskInterval interval) {
 }
 
 // --- channels-last
-// ----------------------------------------------------------------------------------------------------
 
 constexpr int kHalves = 2;  // 32-bit halves of a word
 constexpr int kHalfBits = 32;
@@ -152,7 +151,6 @@ __global__ void __launch_bounds__(kThreads) binarize_channels_last_kernel(Binari
 }
 
 // --- planar
-// -----------------------------------------------------------------------------------------------------------
 
 // A warp makes one word of kTile pixels, a block up to 8 words of as many tiles as its warps suffice for. kVector: 16
 // bytes hold neighbouring pixels of one image; else a thread has two pixels, a warp apart. The pitch keeps the words of
@@ -247,7 +245,6 @@ __global__ void __launch_bounds__(kThreads) binarize_planar_kernel(BinarizeKerne
 }
 
 // --- launch
-// -----------------------------------------------------------------------------------------------------------
 
 template <FloatType kType>
 Status binarize_type(const BinarizeArgs& args, Stream stream) {
@@ -287,19 +284,11 @@ Status binarize_type(const BinarizeArgs& args, Stream stream) {
 }  // namespace
 
 Status binarize(const BinarizeArgs& args, Stream stream) noexcept {
-  if (args.thresholds != 1 && args.thresholds != 2) return Status::bad_argument;
+  if (!valid(args.input_type) || (args.thresholds != 1 && args.thresholds != 2)) return Status::bad_argument;
   if (args.thresholds == 2 && (!args.threshold || args.mask)) return Status::bad_argument;
   if (!addressable(args.outer, args.thresholds, args.channels, args.spatial)) return Status::bad_shape;
   if (args.outer == 0 || args.channels == 0 || args.spatial == 0) return Status::ok;
-  switch (args.input_type) {
-    case FloatType::float32:
-      return binarize_type<FloatType::float32>(args, stream);
-    case FloatType::bfloat16:
-      return binarize_type<FloatType::bfloat16>(args, stream);
-    case FloatType::float16:
-      return binarize_type<FloatType::float16>(args, stream);
-  }
-  return Status::bad_argument;
+  return for_type(args.input_type, [&](auto type) { return binarize_type<type.value>(args, stream); });
 }
 
 }  // namespace lowbit::cuda

@@ -62,17 +62,9 @@ Status dequantize(const GroupDequantizeArgs& args, Stream stream) {
 }  // namespace
 
 Status group_dequantize(const GroupDequantizeArgs& args, Stream stream) noexcept {
-  if (!valid_bits(args.bits)) return Status::bad_argument;
+  if (!valid_bits(args.bits) || !valid(args.type)) return Status::bad_argument;
   if (!addressable(args.count)) return Status::bad_shape;
-  switch (args.type) {
-    case FloatType::float32:
-      return dequantize<FloatType::float32>(args, stream);
-    case FloatType::bfloat16:
-      return dequantize<FloatType::bfloat16>(args, stream);
-    case FloatType::float16:
-      return dequantize<FloatType::float16>(args, stream);
-  }
-  return Status::bad_argument;
+  return for_type(args.type, [&](auto type) { return dequantize<type.value>(args, stream); });
 }
 
 }  // namespace lowbit::cuda

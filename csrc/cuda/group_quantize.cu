@@ -123,17 +123,9 @@ Status quantize(const GroupQuantizeArgs& args, Stream stream) {
 }  // namespace
 
 Status group_quantize(const GroupQuantizeArgs& args, Stream stream) noexcept {
-  if (!valid_bits(args.bits)) return Status::bad_argument;
+  if (!valid_bits(args.bits) || !valid(args.type)) return Status::bad_argument;
   if (!addressable(args.count)) return Status::bad_shape;
-  switch (args.type) {
-    case FloatType::float32:
-      return quantize<FloatType::float32>(args, stream);
-    case FloatType::bfloat16:
-      return quantize<FloatType::bfloat16>(args, stream);
-    case FloatType::float16:
-      return quantize<FloatType::float16>(args, stream);
-  }
-  return Status::bad_argument;
+  return for_type(args.type, [&](auto type) { return quantize<type.value>(args, stream); });
 }
 
 }  // namespace lowbit::cuda

@@ -73,6 +73,7 @@ Status mask_gradient(const MaskedGradientArgs& args, Stream stream) {
 }  // namespace
 
 Status masked_gradient(const MaskedGradientArgs& args, Stream stream) noexcept {
+  if (!valid(args.type)) return Status::bad_argument;
   if (!addressable(args.count)) return Status::bad_shape;
   return args.type == FloatType::float32 ? mask_gradient<uint32_t>(args, stream)
                                          : mask_gradient<uint16_t>(args, stream);

@@ -11,7 +11,7 @@
 
 #include <type_traits>
 
-#include "core/half.h"
+#include "core/float_type.h"
 #include "cuda/launch.h"
 
 namespace lowbit::cuda {

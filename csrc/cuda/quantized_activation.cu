@@ -91,6 +91,7 @@ Status activate(const QuantizedActivationArgs& args, Stream stream) {
 }  // namespace
 
 Status quantized_activation(const QuantizedActivationArgs& args, Stream stream) noexcept {
+  if (!valid(args.type)) return Status::bad_argument;
   if (!addressable(args.count)) return Status::bad_shape;
   return args.type == FloatType::float32 ? activate<int32_t, uint32_t>(args, stream)
                                          : activate<int16_t, uint16_t>(args, stream);

@@ -69,16 +69,11 @@ Status unpack_values(const UnpackArgs& args, Value low, Value high, Stream strea
 }  // namespace
 
 Status unpack(const UnpackArgs& args, Stream stream) noexcept {
+  if (!valid(args.output_type)) return Status::bad_argument;
   if (!addressable(args.pixels, args.channels)) return Status::bad_shape;
-  switch (args.output_type) {
-    case FloatType::float32:
-      return unpack_values(args, float_to_bits(args.low), float_to_bits(args.high), stream);
-    case FloatType::bfloat16:
-      return unpack_values(args, float_to_bfloat16(args.low), float_to_bfloat16(args.high), stream);
-    case FloatType::float16:
-      return unpack_values(args, float_to_float16(args.low), float_to_float16(args.high), stream);
-  }
-  return Status::bad_argument;
+  const uint32_t low = float_bits(args.low, args.output_type), high = float_bits(args.high, args.output_type);
+  if (args.output_type == FloatType::float32) return unpack_values(args, low, high, stream);
+  return unpack_values(args, static_cast<uint16_t>(low), static_cast<uint16_t>(high), stream);
 }
 
 }  // namespace lowbit::cuda

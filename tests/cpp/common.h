@@ -1,4 +1,4 @@
-// What the kernel tests share: random numbers, guarded memory, comparison, and the list of tests.
+// What the kernel tests share: registration, random numbers, guarded memory, comparison.
 #pragma once
 
 #include <cstddef>
@@ -6,13 +6,13 @@
 #include <cstdio>
 #include <cstring>
 #include <initializer_list>
+#include <map>
 #include <new>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "core/half.h"
-#include "core/layout.h"
+#include "core/float_type.h"
 #include "cpu/launch.h"
 
 namespace lowbit::test {
@@ -45,6 +45,20 @@ class Random {
 
 // Records and prints a failure.
 void fail(const std::string& message);
+
+using Test = void (*)(Random& random, int cases);
+
+// Of this program, by name.
+inline std::map<std::string, Test>& tests() {
+  static std::map<std::string, Test> registered;
+  return registered;
+}
+
+// Defines a test, before its body: a number of random `cases`.
+#define LOWBIT_TEST(name)                                                           \
+  void test_##name(Random& random, int cases);                                      \
+  static const bool registered_##name = tests().emplace(#name, test_##name).second; \
+  void test_##name([[maybe_unused]] Random& random, [[maybe_unused]] int cases)
 
 // `count` values at an address aligned to one value and to nothing more, or as memory from an allocator is. Bytes
 // before and after are watched: by guard bytes, or after the end by the address sanitizer. New memory holds a pattern
@@ -157,35 +171,5 @@ inline float load_float(const void* values, FloatType type, int64_t i) {
   const uint16_t half = static_cast<const uint16_t*>(values)[i];
   return type == FloatType::bfloat16 ? bfloat16_to_float(half) : float16_to_float(half);
 }
-
-// The bits of a float32 rounded to `type`.
-inline uint32_t rounded_bits(float value, FloatType type) {
-  if (type == FloatType::float32) return float_to_bits(value);
-  return type == FloatType::bfloat16 ? float_to_bfloat16(value) : float_to_float16(value);
-}
-
-// One test per op, each a number of random cases, and the tests of what lies round them.
-void test_align_groups(Random& random, int cases);
-void test_antithetic_gradient(Random& random, int cases);
-void test_antithetic_sample(Random& random, int cases);
-void test_batch_norm_relu_backward(Random& random, int cases);
-void test_batch_norm_relu_quantize(Random& random, int cases);
-void test_binarize(Random& random, int cases);
-void test_binary_avg_pool2d(Random& random, int cases);
-void test_binary_conv2d(Random& random, int cases);
-void test_binary_conv2d_input_grad(Random& random, int cases);
-void test_binary_conv2d_weight_grad(Random& random, int cases);
-void test_binary_max_pool2d(Random& random, int cases);
-void test_channel_dequantize(Random& random, int cases);
-void test_dispatch(Random& random, int cases);
-void test_elementary(Random& random, int cases);
-void test_group_dequantize(Random& random, int cases);
-void test_group_quantize(Random& random, int cases);
-void test_half(Random& random, int cases);
-void test_launch(Random& random, int cases);
-void test_philox(Random& random, int cases);
-void test_popcount_peak(Random& random, int cases);
-void test_quantized_activation(Random& random, int cases);
-void test_unpack(Random& random, int cases);
 
 }  // namespace lowbit::test

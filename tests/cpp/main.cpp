@@ -8,31 +8,6 @@
 namespace lowbit::test {
 namespace {
 
-constexpr Test kTests[] = {
-    {"dispatch", test_dispatch},
-    {"launch", test_launch},
-    {"half", test_half},
-    {"elementary", test_elementary},
-    {"philox", test_philox},
-    {"align_groups", test_align_groups},
-    {"binarize", test_binarize},
-    {"unpack", test_unpack},
-    {"binary_max_pool2d", test_binary_max_pool2d},
-    {"binary_avg_pool2d", test_binary_avg_pool2d},
-    {"binary_conv2d", test_binary_conv2d},
-    {"binary_conv2d_input_grad", test_binary_conv2d_input_grad},
-    {"binary_conv2d_weight_grad", test_binary_conv2d_weight_grad},
-    {"quantized_activation", test_quantized_activation},
-    {"batch_norm_relu_quantize", test_batch_norm_relu_quantize},
-    {"channel_dequantize", test_channel_dequantize},
-    {"batch_norm_relu_backward", test_batch_norm_relu_backward},
-    {"group_quantize", test_group_quantize},
-    {"group_dequantize", test_group_dequantize},
-    {"antithetic_sample", test_antithetic_sample},
-    {"antithetic_gradient", test_antithetic_gradient},
-    {"popcount_peak", test_popcount_peak},
-};
-
 // -1 where it is no level's name.
 int level_of(const std::string& name) {
   for (int level = 0; level < kIsaCount; ++level) {
@@ -45,7 +20,7 @@ int run(int count, char** arguments) {
   Options options;
   int isa = -1;   // every level of the machine
   int best = -1;  // whatever detection finds
-  bool understood = parse(count, arguments, kTests, {"--isa", "--best"}, options);
+  bool understood = parse(count, arguments, {"--isa", "--best"}, options);
   for (const auto& [name, value] : options.others) {
     int& level = name == "--isa" ? isa : best;
     level = level_of(value);
@@ -69,7 +44,7 @@ int run(int count, char** arguments) {
       return 2;
     }
     // Every level meets the same cases.
-    run_tests(isa_name(level), kTests, options, [&] {
+    run_tests(isa_name(level), options, [&] {
       if (active_isa() != level) fail(std::string("the test left the level at ") + isa_name(active_isa()));
     });
   }

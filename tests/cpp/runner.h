@@ -5,16 +5,10 @@
 #include <chrono>
 #include <cstdlib>
 #include <functional>
-#include <map>
 
 #include "common.h"
 
 namespace lowbit::test {
-
-struct Test {
-  const char* name;
-  void (*run)(Random& random, int cases);
-};
 
 struct Options {
   int cases = 500;
@@ -24,15 +18,11 @@ struct Options {
 };
 
 // False where an argument makes no sense. `own`: names of the program's own options, each with a value.
-template <size_t kCount>
-bool parse(int count, char** arguments, const Test (&tests)[kCount], std::initializer_list<const char*> own,
-           Options& options) {
+bool parse(int count, char** arguments, std::initializer_list<const char*> own, Options& options) {
   for (int i = 1; i < count; ++i) {
     const std::string argument = arguments[i];
     if (argument.rfind("--", 0) != 0) {
-      bool known = false;
-      for (const Test& test : tests) known |= argument == test.name;
-      if (!known) return false;
+      if (tests().count(argument) == 0) return false;
       options.tests.push_back(argument);
       continue;
     }
@@ -57,17 +47,15 @@ std::string context;
 int failures = 0;
 
 // Runs the wanted tests once, each from the same seed, with `afterwards` behind each. `variant` names what is run.
-template <size_t kCount>
-void run_tests(const std::string& variant, const Test (&tests)[kCount], const Options& options,
-               const std::function<void()>& afterwards) {
-  for (const Test& test : tests) {
+void run_tests(const std::string& variant, const Options& options, const std::function<void()>& afterwards) {
+  for (const auto& [name, test] : tests()) {
     bool wanted = options.tests.empty();
-    for (const std::string& name : options.tests) wanted |= name == test.name;
+    for (const std::string& other : options.tests) wanted |= other == name;
     if (!wanted) continue;
-    context = variant + " " + test.name;
+    context = variant + " " + name;
     const auto start = std::chrono::steady_clock::now();
     Random random(options.seed);
-    test.run(random, options.cases);
+    test(random, options.cases);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     afterwards();
     printf("%-34s %6.2f s\n", context.c_str(), seconds.count());

@@ -3,7 +3,7 @@
 
 namespace lowbit::test {
 
-void test_align_groups(Random& random, int cases) {
+LOWBIT_TEST(align_groups) {
   for (int i = 0; i < cases; ++i) {
     const int64_t pixels = random.between(0, 9), groups = random.between(1, 9), channels = random.size(200);
     const int64_t row_words = words_for(groups * channels), group_words = words_for(channels);

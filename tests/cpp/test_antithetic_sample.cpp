@@ -177,7 +177,7 @@ void check_not_finite() {
 
 }  // namespace
 
-void test_antithetic_sample(Random& random, int cases) {
+LOWBIT_TEST(antithetic_sample) {
   for (int i = 0; i < cases / 10 + 1; ++i) {
     for (const Coupling coupling : {Coupling::independent, Coupling::antithetic_pairs, Coupling::dirichlet,
                                     Coupling::systematic, Coupling::gaussian}) {

@@ -44,7 +44,7 @@ void check(Random& random, FloatType type) {
   const CodeRows rows(row_length(shape), bits);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t c = channel_of(shape, i);
-    grad[i] = static_cast<Value>(rounded_bits(random.normal(), type));
+    grad[i] = static_cast<Value>(float_bits(random.normal(), type));
     const ChannelGrid g = channel_grid(channel.gamma[c], channel.beta[c], bits, span, relu);
     const float code = static_cast<float>(rows.get(codes.data(), i));
     masked.push_back(code >= g.shift ? load_float(grad.data(), type, i) : 0.0f);
@@ -92,7 +92,7 @@ void check(Random& random, FloatType type) {
     const size_t channel_index = static_cast<size_t>(c), element = static_cast<size_t>(i);
     const float removed = mean[channel_index] + xhat[element] * slope[channel_index];
     const float number = channel.gamma[c] * channel.invstd[c] * (masked[element] - removed);
-    expected.push_back(static_cast<Value>(rounded_bits(number, type)));
+    expected.push_back(static_cast<Value>(float_bits(number, type)));
   }
 
   Buffer<float> grad_gamma(channels), grad_beta(channels), grid(kBackwardRows * grid_width(shape));
@@ -117,7 +117,7 @@ void check(Random& random, FloatType type) {
 
 }  // namespace
 
-void test_batch_norm_relu_backward(Random& random, int cases) {
+LOWBIT_TEST(batch_norm_relu_backward) {
   for (int i = 0; i < cases / 4 + 1; ++i) {
     check<uint32_t>(random, FloatType::float32);
     check<uint16_t>(random, FloatType::bfloat16);

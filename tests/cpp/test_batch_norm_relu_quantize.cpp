@@ -22,11 +22,11 @@ void check(Random& random, FloatType type) {
   for (int64_t i = 0; i < count; ++i) {
     const int64_t c = channel_of(shape, i);
     const float gamma = channel.gamma[c], beta = channel.beta[c];
-    input[i] = static_cast<Value>(rounded_bits(code_value(random), type));
+    input[i] = static_cast<Value>(float_bits(code_value(random), type));
     const float x = load_float(input.data(), type, i);
     // What the batch norm made of it, or a sign that has nothing to do with it.
     const float xhat = (x - channel.mean[c]) * channel.invstd[c];
-    y[i] = static_cast<Value>(rounded_bits(random.between(0, 7) ? gamma * xhat + beta : code_value(random), type));
+    y[i] = static_cast<Value>(float_bits(random.between(0, 7) ? gamma * xhat + beta : code_value(random), type));
     const float own = load_float(y.data(), type, i);
     pieced_y[i] = y[i];
     expected_y.push_back(relu && own <= 0 ? Value{0} : y[i]);
@@ -69,7 +69,7 @@ void check(Random& random, FloatType type) {
 
 }  // namespace
 
-void test_batch_norm_relu_quantize(Random& random, int cases) {
+LOWBIT_TEST(batch_norm_relu_quantize) {
   for (int i = 0; i < cases / 4 + 1; ++i) {
     check<uint32_t>(random, FloatType::float32);
     check<uint16_t>(random, FloatType::bfloat16);

@@ -57,7 +57,7 @@ void check(Random& random) {
 
 }  // namespace
 
-void test_binary_conv2d_input_grad(Random& random, int cases) {
+LOWBIT_TEST(binary_conv2d_input_grad) {
   for (int i = 0; i < cases; ++i) check(random);
 }
 

@@ -51,7 +51,7 @@ void check(Random& random) {
 
 }  // namespace
 
-void test_binary_conv2d_weight_grad(Random& random, int cases) {
+LOWBIT_TEST(binary_conv2d_weight_grad) {
   for (int i = 0; i < cases; ++i) check(random);
 }
 

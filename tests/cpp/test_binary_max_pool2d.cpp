@@ -2,7 +2,7 @@
 
 namespace lowbit::test {
 
-void test_binary_max_pool2d(Random& random, int cases) {
+LOWBIT_TEST(binary_max_pool2d) {
   for (int i = 0; i < cases; ++i) {
     const PoolShape s = random_pool_shape(random, 3);
     const int64_t row_words = words_for(s.channels);

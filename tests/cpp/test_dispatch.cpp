@@ -23,7 +23,7 @@ void expect_table_of(Isa level) {
 
 }  // namespace
 
-void test_dispatch(Random&, int) {
+LOWBIT_TEST(dispatch) {
   const Isa forced = active_isa();
   expect_table_of(forced);
   for (int level = 0; level < kIsaCount; ++level) {

@@ -16,7 +16,7 @@ double error_in_ulps(double got, long double exact) {
 
 }  // namespace
 
-void test_elementary(Random& random, int cases) {
+LOWBIT_TEST(elementary) {
   for (int i = 0; i < 20 * cases; ++i) {
     const double unit = static_cast<double>(random.bits() >> 11) * 0x1p-53;
     const double x = (unit - 0.5) * random.pick({1e-8, 1e-3, 1.0, 20.0, 1400.0});

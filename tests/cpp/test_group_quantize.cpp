@@ -26,7 +26,7 @@ void check(Random& random, FloatType type) {
   Buffer<Value> input(count);
   for (int64_t i = 0; i < count; ++i) {
     const float number = random.between(0, 400) ? centre + width * random.normal() : code_value(random);
-    input[i] = static_cast<Value>(rounded_bits(number, type));
+    input[i] = static_cast<Value>(float_bits(number, type));
   }
   const float last = static_cast<float>((1 << bits) - 1);
   std::vector<uint16_t> expected_scale;
@@ -88,7 +88,7 @@ void check_zeros(Random& random) {
 
 }  // namespace
 
-void test_group_quantize(Random& random, int cases) {
+LOWBIT_TEST(group_quantize) {
   for (int i = 0; i < cases; ++i) {
     check<uint32_t>(random, FloatType::float32);
     check<uint16_t>(random, FloatType::bfloat16);

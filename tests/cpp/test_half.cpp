@@ -54,7 +54,7 @@ void check_format(const char* name, int exponent_bits, float (*to_float)(uint16_
 
 }  // namespace
 
-void test_half(Random&, int) {
+LOWBIT_TEST(half) {
   check_format("bfloat16", 8, bfloat16_to_float, float_to_bfloat16);
   check_format("float16", 5, float16_to_float, float_to_float16);
 }

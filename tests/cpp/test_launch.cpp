@@ -126,7 +126,7 @@ void accept_far_windows() {
 
 }  // namespace
 
-void test_launch(Random&, int) {
+LOWBIT_TEST(launch) {
   constexpr int64_t kHuge = int64_t{1} << 62;
   if (!valid(ordinary_conv())) fail("an ordinary convolution is refused");
   refuse("batch -1", &ConvShape::batch, -1);

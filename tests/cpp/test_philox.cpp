@@ -3,7 +3,7 @@
 
 namespace lowbit::test {
 // Known answers that come with the generator's reference implementation (Random123, kat_vectors).
-void test_philox(Random&, int) {
+LOWBIT_TEST(philox) {
   struct Known {
     uint32_t counter[4];
     uint64_t key;

@@ -15,7 +15,7 @@ void check(Random& random, FloatType type) {
   std::vector<Value> expected, expected_masked;
   std::vector<uint64_t> expected_mask(static_cast<size_t>(words_for(count)));
   for (int64_t i = 0; i < count; ++i) {
-    input[i] = static_cast<Value>(rounded_bits(activation_value(random), type));
+    input[i] = static_cast<Value>(float_bits(activation_value(random), type));
     gradient[i] = static_cast<Value>(random.bits());
     const float x = load_float(input.data(), type, i);
     const float level = levels == Levels::sign   ? (x >= 0 ? 1.0f : -1.0f)
@@ -25,7 +25,7 @@ void check(Random& random, FloatType type) {
                                                  : 0.0f;
     const bool inside =
         interval.closed ? x >= interval.low && x <= interval.high : x > interval.low && x < interval.high;
-    expected.push_back(static_cast<Value>(rounded_bits(level, type)));
+    expected.push_back(static_cast<Value>(float_bits(level, type)));
     expected_masked.push_back(inside ? gradient[i] : Value{0});
     if (inside) set_bit(expected_mask.data(), i);
   }
@@ -53,7 +53,7 @@ void check(Random& random, FloatType type) {
 
 }  // namespace
 
-void test_quantized_activation(Random& random, int cases) {
+LOWBIT_TEST(quantized_activation) {
   for (int i = 0; i < cases; ++i) {
     check<uint32_t>(random, FloatType::float32);
     check<uint16_t>(random, FloatType::bfloat16);

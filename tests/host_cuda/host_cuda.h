@@ -14,7 +14,6 @@
 #include <type_traits>
 
 // --- the language
-// -----------------------------------------------------------------------------------------------------
 
 #define __global__
 #define __device__
@@ -47,7 +46,6 @@ extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
 // --- the runtime
-// ------------------------------------------------------------------------------------------------------
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -72,7 +70,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 
 // --- execution
-// --------------------------------------------------------------------------------------------------------
 
 namespace host_cuda {
 
@@ -147,7 +144,6 @@ const void* shared_pointer(uint32_t address);
 }  // namespace host_cuda
 
 // --- barriers and warps
-// -----------------------------------------------------------------------------------------------
 
 void __syncthreads();
 
@@ -192,7 +188,6 @@ static inline int __all_sync(unsigned mask, int predicate) { return __ballot_syn
 static inline unsigned __activemask() { host_cuda::fail("__activemask says nothing that a kernel may rely on"); }
 
 // --- arithmetic
-// -------------------------------------------------------------------------------------------------------
 
 static inline int __popc(unsigned value) { return __builtin_popcount(value); }
 static inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
@@ -247,7 +242,6 @@ static inline float __uint_as_float(unsigned value) { return host_cuda_reinterpr
 static inline float __int_as_float(int value) { return host_cuda_reinterpret<float>(value); }
 
 // --- memory
-// -----------------------------------------------------------------------------------------------------------
 
 template <class T>
 T __ldg(const T* address) {

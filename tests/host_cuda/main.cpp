@@ -4,40 +4,16 @@
 // passed, 1 failed, 2 the arguments make no sense.
 #include "../cpp/runner.h"
 #include "host_cuda.h"
-#include "tests.h"
 
 namespace lowbit::test {
 namespace {
-
-constexpr Test kTests[] = {
-    {"device", test_device},
-    {"divisor", test_divisor},
-    {"align_groups", test_align_groups},
-    {"antithetic_gradient", test_antithetic_gradient},
-    {"antithetic_sample", test_antithetic_sample},
-    {"batch_norm_relu_backward", test_batch_norm_relu_backward},
-    {"batch_norm_relu_quantize", test_batch_norm_relu_quantize},
-    {"binarize", test_binarize},
-    {"binary_avg_pool2d", test_binary_avg_pool2d},
-    {"binary_conv2d", test_binary_conv2d},
-    {"binary_conv2d_input_grad", test_binary_conv2d_input_grad},
-    {"binary_conv2d_weight_grad", test_binary_conv2d_weight_grad},
-    {"binary_max_pool2d", test_binary_max_pool2d},
-    {"channel_dequantize", test_channel_dequantize},
-    {"group_dequantize", test_group_dequantize},
-    {"group_quantize", test_group_quantize},
-    {"masked_gradient", test_masked_gradient},
-    {"popcount_peak", test_popcount_peak},
-    {"quantized_activation", test_quantized_activation},
-    {"unpack", test_unpack},
-};
 
 constexpr const char* kOrders[] = {"forward", "reverse", "shuffled"};
 
 int run(int count, char** arguments) {
   Options options;
   options.cases = 60;
-  bool understood = parse(count, arguments, kTests, {"--order"}, options);
+  bool understood = parse(count, arguments, {"--order"}, options);
   const std::string wanted = options.others.count("--order") ? options.others["--order"] : "";
   int ran = 0;
   for (int order = 0; understood && order < 3; ++order) {
@@ -46,7 +22,7 @@ int run(int count, char** arguments) {
     host_cuda::set_order(static_cast<host_cuda::Order>(order), options.seed);
     Options other_cases = options;
     other_cases.seed = options.seed * 3 + static_cast<uint64_t>(order);
-    run_tests(kOrders[order], kTests, other_cases, [] {
+    run_tests(kOrders[order], other_cases, [] {
       int device = -1;
       cudaGetDevice(&device);
       if (device != 0) fail("the current device is " + std::to_string(device));

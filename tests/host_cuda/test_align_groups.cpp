@@ -4,7 +4,7 @@
 
 namespace lowbit::test {
 
-void test_align_groups(Random& random, int cases) {
+LOWBIT_TEST(align_groups) {
   for (int i = 0; i < cases; ++i) {
     const int64_t pixels = random.between(0, 300), groups = random.between(1, 9), channels = random.size(200);
     Buffer<uint64_t> words(pixels * words_for(groups * channels));

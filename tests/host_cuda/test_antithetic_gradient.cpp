@@ -30,7 +30,7 @@ void check(Random& random, SampleLayout layout) {
 
 }  // namespace
 
-void test_antithetic_gradient(Random& random, int cases) {
+LOWBIT_TEST(antithetic_gradient) {
   for (int i = 0; i < cases; ++i) {
     check(random, SampleLayout::sample);
     check(random, SampleLayout::dimension);

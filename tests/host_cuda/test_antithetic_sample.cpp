@@ -67,7 +67,7 @@ void check_refused() {
 
 }  // namespace
 
-void test_antithetic_sample(Random& random, int cases) {
+LOWBIT_TEST(antithetic_sample) {
   for (int i = 0; i < cases; ++i) {
     for (const Coupling coupling : kCouplings) {
       check(random, coupling, SampleLayout::sample);

@@ -15,8 +15,8 @@ void check(Random& random, FloatType type) {
   ChannelParameters channel(random, shape.channels, random_alignment(random));
   Buffer<Value> input(count, random_alignment(random)), y(count, random_alignment(random)), expected_y(count);
   for (int64_t i = 0; i < count; ++i) {
-    input[i] = static_cast<Value>(rounded_bits(code_value(random), type));
-    y[i] = expected_y[i] = static_cast<Value>(rounded_bits(code_value(random), type));
+    input[i] = static_cast<Value>(float_bits(code_value(random), type));
+    y[i] = expected_y[i] = static_cast<Value>(float_bits(code_value(random), type));
   }
   Buffer<uint8_t> codes(channel_code_bytes(shape, bits), random_alignment(random)), expected(codes.size());
   Buffer<float> grid(kQuantizeRows * grid_width(shape), random_alignment(random));
@@ -57,7 +57,7 @@ void check_refused() {
 
 }  // namespace
 
-void test_batch_norm_relu_quantize(Random& random, int cases) {
+LOWBIT_TEST(batch_norm_relu_quantize) {
   for (int i = 0; i < cases; ++i) {
     check<uint32_t>(random, FloatType::float32);
     check<uint16_t>(random, FloatType::bfloat16);

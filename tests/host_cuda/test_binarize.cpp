@@ -23,7 +23,7 @@ void check(Random& random, FloatType type) {
     if constexpr (sizeof(Input) == 4) {
       input[i] = binarize_value(random);
     } else {
-      input[i] = static_cast<Input>(rounded_bits(binarize_value(random), type));
+      input[i] = static_cast<Input>(float_bits(binarize_value(random), type));
     }
   }
   Buffer<float> threshold(bits_per_pixel(args), random_alignment(random));
@@ -60,7 +60,7 @@ void check(Random& random, FloatType type) {
 
 }  // namespace
 
-void test_binarize(Random& random, int cases) {
+LOWBIT_TEST(binarize) {
   for (int i = 0; i < cases; ++i) {
     check<float>(random, FloatType::float32);
     check<uint16_t>(random, FloatType::bfloat16);

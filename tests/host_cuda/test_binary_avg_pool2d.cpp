@@ -4,7 +4,7 @@
 
 namespace lowbit::test {
 
-void test_binary_avg_pool2d(Random& random, int cases) {
+LOWBIT_TEST(binary_avg_pool2d) {
   for (int i = 0; i < cases; ++i) {
     PoolShape s = random_pool_shape(random, 1);
     if (random.between(0, 9) == 0) {  // a window of more taps than a byte counts

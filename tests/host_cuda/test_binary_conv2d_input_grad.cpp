@@ -35,7 +35,7 @@ void check(Random& random) {
 
 }  // namespace
 
-void test_binary_conv2d_input_grad(Random& random, int cases) {
+LOWBIT_TEST(binary_conv2d_input_grad) {
   for (int i = 0; i < cases; ++i) check(random);
   BinaryConv2dInputGradArgs args{};
   if (cuda::binary_conv2d_input_grad(args, 0, kStream) != Status::bad_shape) fail("0 groups were not refused");

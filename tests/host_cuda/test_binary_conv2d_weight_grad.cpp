@@ -58,7 +58,7 @@ void check(const ConvShape& s, Random& random) {
 
 }  // namespace
 
-void test_binary_conv2d_weight_grad(Random& random, int cases) {
+LOWBIT_TEST(binary_conv2d_weight_grad) {
   for (int i = 0; i < cases; ++i) {
     check(i % 4 == 0 ? long_conv_shape(random) : random_conv_shape(random, kMostProducts), random);
   }

@@ -31,7 +31,7 @@ void check(Random& random, FloatType type) {
 
 }  // namespace
 
-void test_channel_dequantize(Random& random, int cases) {
+LOWBIT_TEST(channel_dequantize) {
   for (int i = 0; i < cases; ++i) {
     check<uint32_t>(random, FloatType::float32);
     check<uint16_t>(random, FloatType::bfloat16);

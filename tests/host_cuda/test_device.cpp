@@ -4,7 +4,7 @@
 
 namespace lowbit::test {
 
-void test_device(Random&, int) {
+LOWBIT_TEST(device) {
   host_cuda::set_architecture(86);
   if (cuda::architecture(1) != 86) fail("architecture(1) is " + std::to_string(cuda::architecture(1)));
   host_cuda::set_architecture(90);

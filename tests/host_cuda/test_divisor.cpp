@@ -4,7 +4,7 @@
 
 namespace lowbit::test {
 
-void test_divisor(Random& random, int cases) {
+LOWBIT_TEST(divisor) {
   constexpr int64_t kLargest = INT64_MAX;
   for (int i = 0; i < 100 * cases; ++i) {
     const int64_t divisor = 1 + static_cast<int64_t>(random.bits() >> random.between(3, 63));

@@ -26,7 +26,7 @@ void check(Random& random, FloatType type) {
 
 }  // namespace
 
-void test_group_dequantize(Random& random, int cases) {
+LOWBIT_TEST(group_dequantize) {
   for (int i = 0; i < cases; ++i) {
     check<uint32_t>(random, FloatType::float32);
     check<uint16_t>(random, FloatType::bfloat16);

@@ -14,7 +14,7 @@ void check(Random& random, FloatType type) {
   Buffer<Value> input(count, random_alignment(random));
   for (int64_t i = 0; i < count; ++i) {
     const float number = random.between(0, 400) ? random.normal() : code_value(random);
-    input[i] = static_cast<Value>(rounded_bits(number, type));
+    input[i] = static_cast<Value>(float_bits(number, type));
   }
   Buffer<uint8_t> codes(code_bytes(count, bits), random_alignment(random)), expected(codes.size());
   Buffer<uint16_t> scale_minimum(2 * ceil_div(count, kGroup), random_alignment(random)),
@@ -35,7 +35,7 @@ void check(Random& random, FloatType type) {
 
 }  // namespace
 
-void test_group_quantize(Random& random, int cases) {
+LOWBIT_TEST(group_quantize) {
   for (int i = 0; i < cases; ++i) {
     check<uint32_t>(random, FloatType::float32);
     check<uint16_t>(random, FloatType::bfloat16);

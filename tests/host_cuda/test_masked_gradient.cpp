@@ -22,7 +22,7 @@ void check(Random& random, FloatType type) {
 
 }  // namespace
 
-void test_masked_gradient(Random& random, int cases) {
+LOWBIT_TEST(masked_gradient) {
   for (int i = 0; i < cases; ++i) {
     check<uint32_t>(random, FloatType::float32);
     check<uint16_t>(random, FloatType::bfloat16);

@@ -24,7 +24,7 @@ void check(cuda::ConvEngine engine, int architecture_without, int64_t iterations
 
 }  // namespace
 
-void test_popcount_peak(Random& random, int) {
+LOWBIT_TEST(popcount_peak) {
   check(cuda::ConvEngine::mma, 75, random.between(0, 3));
   check(cuda::ConvEngine::wgmma, 89, random.between(0, 3));
   if (cuda::popcount_peak({}, cuda::ConvEngine::popcount, kStream) != Status::unsupported_isa) {

@@ -10,7 +10,7 @@ template <class Value>
 void check(Random& random, FloatType type) {
   const int64_t count = random.pick<int64_t>({0, random.size(640), random.between(1, 20000)});
   Buffer<Value> input(count, random_alignment(random)), output(count, random_alignment(random)), expected(count);
-  for (int64_t i = 0; i < count; ++i) input[i] = static_cast<Value>(rounded_bits(activation_value(random), type));
+  for (int64_t i = 0; i < count; ++i) input[i] = static_cast<Value>(float_bits(activation_value(random), type));
   const bool with_mask = random.coin();
   Buffer<uint64_t> mask(with_mask ? words_for(count) : 0), expected_mask(mask.size());
   const Interval interval = random_interval(random);
@@ -35,7 +35,7 @@ void check(Random& random, FloatType type) {
 
 }  // namespace
 
-void test_quantized_activation(Random& random, int cases) {
+LOWBIT_TEST(quantized_activation) {
   for (int i = 0; i < cases; ++i) {
     check<uint32_t>(random, FloatType::float32);
     check<uint16_t>(random, FloatType::bfloat16);

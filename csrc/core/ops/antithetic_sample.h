@@ -61,7 +61,6 @@ LOWBIT_INLINE bool valid_sample_count(const AntitheticSampleArgs& args) {
 }
 
 // --- the formulas, an element each
-// -------------------------------------------------------------------------------------
 
 // |logit|, which sets the rare event's probability q = e / (1 + e), e = exp(-|logit|), and p = 1 - q = 1 / (1 + e).
 LOWBIT_INLINE double logit_magnitude(uint32_t logit_bits) {

@@ -4,7 +4,7 @@
 // (sign) or 0 < x < 1 (step); NaN gives 0.
 #pragma once
 
-#include "core/layout.h"
+#include "core/float_type.h"
 #include "core/status.h"
 
 namespace lowbit {
@@ -26,8 +26,6 @@ struct BinarizeArgs {
 };
 
 LOWBIT_INLINE int64_t bits_per_pixel(const BinarizeArgs& args) { return args.thresholds * args.channels; }
-
-LOWBIT_INLINE constexpr int64_t float_bytes(FloatType type) { return type == FloatType::float32 ? 4 : 2; }
 
 LOWBIT_INLINE float threshold_of(const BinarizeArgs& args, int64_t bit) {
   return args.threshold ? args.threshold[bit] : args.common_threshold;

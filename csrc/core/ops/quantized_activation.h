@@ -8,8 +8,7 @@
 // Kim et al., "BinaryDuo", ICLR 2020 (step and ternary).
 #pragma once
 
-#include "core/half.h"
-#include "core/layout.h"
+#include "core/float_type.h"
 #include "core/status.h"
 
 namespace lowbit {
@@ -36,11 +35,6 @@ LOWBIT_INLINE int32_t ordered_key(uint32_t bits) {
 LOWBIT_INLINE int16_t ordered_key(uint16_t bits) {
   const int16_t value = static_cast<int16_t>(bits);
   return static_cast<int16_t>(value ^ ((value >> 15) & 0x7fff));
-}
-
-LOWBIT_INLINE uint32_t float_bits(float value, FloatType type) {
-  if (type == FloatType::float32) return float_to_bits(value);
-  return type == FloatType::bfloat16 ? float_to_bfloat16(value) : float_to_float16(value);
 }
 
 // The comparisons and values of one call. Key and Bits: int32_t and uint32_t, or int16_t and uint16_t.

@@ -37,7 +37,7 @@ inline GradientRange gradient_range(const AntitheticGradientArgs& args, int64_t 
   const int64_t pieces = ceil_div(args.dimensions, kGradientDimensions);
   const int64_t begin = item % pieces * kGradientDimensions;
   const int64_t end = begin + kGradientDimensions;
-  return {item / pieces, begin, end < args.dimensions ? end : args.dimensions};
+  return {item / pieces, begin, min(end, args.dimensions)};
 }
 
 // Multiplies by the ratio and stores `count` lanes of the result.

@@ -1,6 +1,5 @@
 #include <cstring>
 
-#include "core/half.h"
 #include "cpu/binarize/binarize.h"
 
 namespace lowbit::scalar {
@@ -77,7 +76,7 @@ void binarize_range(const BinarizeArgs& args, int64_t begin, int64_t end) {
   const int64_t row_bytes = args.channels * value_bytes;
   if (args.channels_last) {
     for (int64_t pixel = begin; pixel < end; pixel += kBinarizePixels) {
-      const int64_t pixels = end - pixel < kBinarizePixels ? end - pixel : kBinarizePixels;
+      const int64_t pixels = min(end - pixel, kBinarizePixels);
       pack_pixels<kType>(args, input + pixel * row_bytes, row_bytes, value_bytes, pixel, pixels);
     }
     return;
@@ -86,8 +85,7 @@ void binarize_range(const BinarizeArgs& args, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / blocks;
     const int64_t pixel = item % blocks * kBinarizePixels;
-    const int64_t left = args.spatial - pixel;
-    const int64_t pixels = left < kBinarizePixels ? left : kBinarizePixels;
+    const int64_t pixels = min(args.spatial - pixel, kBinarizePixels);
     pack_pixels<kType>(args, input + image * args.spatial * row_bytes + pixel * value_bytes, value_bytes,
                        args.spatial * value_bytes, image * args.spatial + pixel, pixels);
   }
@@ -96,14 +94,7 @@ void binarize_range(const BinarizeArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void binarize(const BinarizeArgs& args, int64_t begin, int64_t end) noexcept {
-  switch (args.input_type) {
-    case FloatType::float32:
-      return binarize_range<FloatType::float32>(args, begin, end);
-    case FloatType::bfloat16:
-      return binarize_range<FloatType::bfloat16>(args, begin, end);
-    case FloatType::float16:
-      return binarize_range<FloatType::float16>(args, begin, end);
-  }
+  for_type(args.input_type, [&](auto type) { binarize_range<type.value>(args, begin, end); });
 }
 
 }  // namespace lowbit::scalar

@@ -17,20 +17,10 @@
 #include "cpu/binary_conv2d/binary_conv2d.h"
 #include "cpu/binary_conv2d/epilogue_avx512.h"
 
-namespace lowbit {
+namespace lowbit::amx {
 namespace {
 
-constexpr int64_t kLine = 64;      // bytes of a cache line, channels of a step, and bytes of a tile row
-constexpr int64_t kTileRows = 16;  // pixels of an activation tile, filters of a weight tile
-constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kFilterBlock = 64;  // filters of an item
-constexpr int64_t kAccRow = kFilterBlock * static_cast<int64_t>(sizeof(int32_t));
-constexpr int64_t kStripFilters = 32;   // of a micro-kernel
-constexpr int64_t kGroupTiles = 2;      // pixel tiles of a micro-kernel
-constexpr int64_t kMaxSteps = 12;       // of a micro-kernel: 24 KiB of weights, half of L1
-constexpr int64_t kMaxBlockTiles = 96;  // pixel tiles of a block: 384 KiB of accumulators
-constexpr int64_t kMaxBandBytes = 1 << 20;
-constexpr int64_t kMaxWorkspaceBytes = 4 << 20;  // beyond L2: very wide images or dilations, very many channels
+constexpr int64_t kStripFilters = 32;  // of a micro-kernel
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -39,197 +29,7 @@ struct alignas(64) TileConfig {
 };
 const TileConfig kTileConfig;
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
-inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Part `index` of `total` cut into `parts` of nearly equal size.
-inline int64_t part_begin(int64_t total, int64_t parts, int64_t index) { return total * index / parts; }
-
-// ---------------------------------------------------------------------------------------------------------- geometry
-
-// One dimension. Padded input coordinate = out * stride + tap * dilation = (out + shift(tap)) * stride + residue, so
-// that the inputs of one residue, a phase, form a plane in which a tap is a constant shift.
-struct Axis {
-  int64_t out_size, stride, pad, dilation, kernel, size;
-  int64_t period;  // taps t and t + period share a phase
-  int64_t phases;  // that taps use
-  int64_t reach;   // largest shift
-
-  Axis(int64_t out_size_, int64_t stride_, int64_t pad_, int64_t dilation_, int64_t kernel_, int64_t size_)
-      : out_size(out_size_), stride(stride_), pad(pad_), dilation(dilation_), kernel(kernel_), size(size_) {
-    int64_t a = stride, b = dilation % stride;
-    while (b != 0) {  // greatest common divisor
-      const int64_t rest = a % b;
-      a = b;
-      b = rest;
-    }
-    period = stride / a;
-    phases = min_of(kernel, period);
-    reach = (kernel - 1) * dilation / stride;
-  }
-
-  int64_t phase(int64_t tap) const { return tap % period; }
-  int64_t shift(int64_t tap) const { return tap * dilation / stride; }
-  // Image index of a position of a phase; outside [0, size) is padding.
-  int64_t input_index(int64_t position, int64_t phase) const {
-    return position * stride + phase * dilation % stride - pad;
-  }
-  TapRange taps(int64_t out_index) const { return valid_taps(out_index, stride, pad, dilation, kernel, size); }
-  // Taps inside the image, summed over the outputs: for each tap the outputs o with 0 <= o * stride + first < size.
-  int64_t all_taps() const {
-    int64_t total = 0;
-    for (int64_t tap = 0; tap < kernel; ++tap) {
-      const int64_t first = tap * dilation - pad;
-      const int64_t begin = first >= 0 ? 0 : ceil_div(-first, stride);
-      const int64_t end = first >= size ? 0 : min_of(ceil_div(size - first, stride), out_size);
-      total += max_of(end - begin, 0);
-    }
-    return total;
-  }
-};
-
-// A pointwise convolution is one of 1 x 1 images.
-inline ConvShape merge_pixels(ConvShape shape) {
-  if (taps(shape) == 1 && shape.stride_height == 1 && shape.stride_width == 1 && shape.pad_top == 0 &&
-      shape.pad_left == 0 && shape.out_height == shape.height && shape.out_width == shape.width) {
-    shape.batch *= shape.height * shape.width;
-    shape.height = shape.width = shape.out_height = shape.out_width = 1;
-  }
-  return shape;
-}
-
-// Cells (y, x, image), image fastest, of a block of `images` images and `rows` output rows, cut into tiles of 16 cells:
-// each output row on its own, or all rows in one run, cells past a row's last output included, whichever takes fewer.
-struct BlockGeometry {
-  int64_t images, rows;
-  int64_t band_rows, pitch;  // of a plane
-  int64_t cells;             // of all planes of one word
-  int64_t rows_per_run, run_cells, tiles_per_run;
-  int64_t tiles;
-  int64_t section_tiles, section_groups;  // groups of tiles, one micro-kernel call each, do not leave their section
-  int64_t groups;
-
-  BlockGeometry(const Axis& vertical, const Axis& horizontal, int64_t images_, int64_t rows_)
-      : images(images_), rows(rows_) {
-    band_rows = rows + vertical.reach;
-    pitch = horizontal.out_size + horizontal.reach;
-    cells = vertical.phases * horizontal.phases * band_rows * pitch * images;
-    const int64_t row_cells = horizontal.out_size * images;
-    const int64_t all_cells = (rows - 1) * pitch * images + row_cells;
-    const bool by_row = rows * ceil_div(row_cells, kTileRows) <= ceil_div(all_cells, kTileRows);
-    rows_per_run = by_row ? 1 : rows;
-    run_cells = by_row ? row_cells : all_cells;
-    tiles_per_run = ceil_div(run_cells, kTileRows);
-    tiles = rows / rows_per_run * tiles_per_run;
-    section_tiles = tiles_per_run > 2 ? tiles_per_run : tiles;
-    section_groups = ceil_div(section_tiles, kGroupTiles);
-    groups = tiles / section_tiles * section_groups;
-  }
-
-  int64_t group_begin(int64_t group) const {
-    return group / section_groups * section_tiles + part_begin(section_tiles, section_groups, group % section_groups);
-  }
-  int64_t first_cell(int64_t tile) const {
-    return tile / tiles_per_run * rows_per_run * pitch * images + tile % tiles_per_run * kTileRows;
-  }
-  // Of the cells of tiles [begin, end), as far as they are outputs.
-  int64_t first_row(int64_t begin) const { return first_cell(begin) / (pitch * images); }
-  int64_t end_row(int64_t end) const {
-    return min_of((first_cell(end - 1) + kTileRows - 1) / (pitch * images),
-                  ((end - 1) / tiles_per_run + 1) * rows_per_run - 1) +
-           1;
-  }
-  int64_t plane_bytes() const { return (cells + kTileRows) * kLine; }  // a run's last tile reads up to 15 cells on
-};
-
-// How the output is cut: blocks of images and rows, whose activations and accumulators fit the workspace; in a block
-// the filter blocks; in these the groups of tiles, which are the items.
-struct Plan {
-  ConvShape shape;
-  Axis vertical, horizontal;
-  int64_t words;          // of a pixel and convolution group
-  int64_t steps;          // of 64 channels under one tap
-  int64_t filters;        // of a convolution group
-  int64_t filter_blocks;  // of a convolution group
-  int64_t image_blocks, row_blocks;
-  int64_t groups_per_block;  // most of any block
-  double pixel_cost;         // estimated cycles per output pixel
-
-  explicit Plan(const ConvShape& original)
-      : shape(merge_pixels(original)),
-        vertical(shape.out_height, shape.stride_height, shape.pad_top, shape.dilation_height, shape.kernel_height,
-                 shape.height),
-        horizontal(shape.out_width, shape.stride_width, shape.pad_left, shape.dilation_width, shape.kernel_width,
-                   shape.width),
-        words(words_per_group(shape)),
-        steps(words * taps(shape)),
-        filters(filters_per_group(shape)),
-        filter_blocks(ceil_div(filters, kFilterBlock)) {
-    choose_blocks();
-    groups_per_block = 0;
-    for (int64_t i = 0; i < 2; ++i) {
-      for (int64_t j = 0; j < 2; ++j) {
-        const int64_t images = i == 0 ? shape.batch / image_blocks : ceil_div(shape.batch, image_blocks);
-        const int64_t rows = j == 0 ? shape.out_height / row_blocks : ceil_div(shape.out_height, row_blocks);
-        groups_per_block = max_of(groups_per_block, geometry(images, rows).groups);
-      }
-    }
-  }
-
-  int64_t blocks() const { return image_blocks * row_blocks; }
-  int64_t all_filter_blocks() const { return shape.groups * filter_blocks; }
-  int64_t largest_images() const { return ceil_div(shape.batch, image_blocks); }
-  int64_t largest_rows() const { return ceil_div(shape.out_height, row_blocks); }
-  BlockGeometry geometry(int64_t images, int64_t rows) const {
-    return BlockGeometry(vertical, horizontal, images, rows);
-  }
-
- private:
-  // Images are merged in powers of two; rows fill what space is left. The cost counts cycles per output pixel.
-  void choose_blocks() {
-    double best = 0;
-    for (int64_t images = 1;; images = min_of(2 * images, shape.batch)) {
-      const int64_t image_parts = ceil_div(shape.batch, images);
-      const int64_t block_images = ceil_div(shape.batch, image_parts);
-      const int64_t row_cells = (horizontal.out_size + horizontal.reach) * block_images;
-      int64_t rows = kMaxBlockTiles * kTileRows / row_cells;
-      rows = min_of(rows,
-                    kMaxBandBytes / (row_cells * words * kLine * vertical.phases * horizontal.phases) - vertical.reach);
-      if (images > 1 && rows < 1) break;
-      const int64_t row_parts = ceil_div(shape.out_height, min_of(max_of(rows, 1), shape.out_height));
-      const int64_t block_rows = ceil_div(shape.out_height, row_parts);
-      const BlockGeometry block = geometry(block_images, block_rows);
-      const double cost = estimate(block) / static_cast<double>(block_images * block_rows * shape.out_width);
-      if (images == 1 || cost < best) {
-        best = cost;
-        image_blocks = image_parts;
-        row_blocks = row_parts;
-        pixel_cost = cost;
-      }
-      if (images == shape.batch) break;
-    }
-  }
-
-  // Measured cycles: 23 for a tile product with its loads and its share of accumulator traffic, 34 where no other tap
-  // finds the activations in L1; 40 to expand a weight tile, 5 to expand an activation word; 4 for the detour of a
-  // pixel's 16 accumulators through the workspace.
-  double estimate(const BlockGeometry& block) const {
-    const double filter_tiles = static_cast<double>(shape.groups * ceil_div(filters, kTileRows));
-    const int64_t product = taps(shape) == 1 ? 34 : 23;
-    return filter_tiles * static_cast<double>(steps * (product * block.tiles + 40) + 4 * block.tiles * kTileRows) +
-           5.0 * static_cast<double>(block.cells * words * shape.groups);
-  }
-};
-
-// --------------------------------------------------------------------------------------------------------- use of AMX
-
-// Channels and filters that fill at least half of a tile; the rest goes to AVX-512 alone, and has no weight copy here.
-inline bool weight_suits_amx(const ConvShape& shape) {
-  return taps(shape) > 0 && channels_per_group(shape) > 32 && filters_per_group(shape) >= kTileRows;
-}
-
-// ------------------------------------------------------------------------------------------------------------ weights
+// --- weights
 
 constexpr int64_t kMaskBytes = kTileRows * static_cast<int64_t>(sizeof(uint64_t));  // of a weight tile
 
@@ -246,7 +46,7 @@ struct WeightLayout {
       : avx512_bytes(round_up(avx512::binary_conv2d_weight_bytes(shape), kLine)),
         tile_bytes(words_per_group(shape) * taps(shape) * kMaskBytes),
         group_bytes(ceil_div(filters_per_group(shape), kTileRows) * tile_bytes),
-        bytes(avx512_bytes + (weight_suits_amx(shape) ? shape.groups * group_bytes : 0)) {}
+        bytes(avx512_bytes + (weight_suits_tiles(shape) ? shape.groups * group_bytes : 0)) {}
 };
 
 // 1 KiB of int8 for each 16 masks.
@@ -264,7 +64,7 @@ inline void expand_weight(const uint8_t* masks, int64_t tiles, int8_t* out) {
   }
 }
 
-// ------------------------------------------------------------------------------------------------------ micro-kernels
+// --- micro-kernels
 
 // Steps of one micro-kernel call: bytes from a cell to its activations, and from the strip's first weight tile.
 struct StepList {
@@ -317,24 +117,7 @@ inline void multiply_tiles(const StepList& steps, const int8_t* const* pixels, c
   if constexpr (kPixelTiles > 1 && kFilterTiles > 1) _tile_stored(3, lower + kLine, kAccRow);
 }
 
-// --------------------------------------------------------------------------------------------------------------- work
-
-// The workspace of a thread.
-struct WorkspaceLayout {
-  int64_t accumulators;  // int32 [tiles * 16][64]
-  int64_t weights;       // int8 [12][2][1024]
-  int64_t offsets;       // int64 [steps]: from a cell to its activations under a tap
-  int64_t bytes;         // at 0: int8 [words][cells + 16][64], the band
-
-  explicit WorkspaceLayout(const Plan& plan) {
-    const int64_t images = plan.largest_images(), rows = plan.largest_rows();
-    const int64_t most_tiles = rows * ceil_div(plan.horizontal.out_size * images, kTileRows);  // rows joined: fewer
-    accumulators = plan.words * plan.geometry(images, rows).plane_bytes();
-    weights = accumulators + most_tiles * kTileRows * kAccRow;
-    offsets = weights + 2 * kMaxSteps * kTileBytes;
-    bytes = offsets + round_up(plan.steps * static_cast<int64_t>(sizeof(int64_t)), kLine);
-  }
-};
+// --- work
 
 class Worker {
  public:
@@ -343,7 +126,7 @@ class Worker {
         plan_(plan),
         layout_(args.shape),
         weight_(static_cast<const uint8_t*>(args.weight) + layout_.avx512_bytes),
-        block_(plan.geometry(plan.largest_images(), plan.largest_rows())) {
+        block_(largest_block(plan)) {
     const WorkspaceLayout parts(plan);
     uint8_t* base = static_cast<uint8_t*>(workspace);
     band_ = reinterpret_cast<int8_t*>(base);
@@ -357,16 +140,18 @@ class Worker {
     const ConvShape& shape = plan_.shape;
     image_ = part_begin(shape.batch, plan_.image_blocks, image_block);
     row_ = part_begin(shape.out_height, plan_.row_blocks, row_block);
-    block_ = plan_.geometry(part_begin(shape.batch, plan_.image_blocks, image_block + 1) - image_,
-                            part_begin(shape.out_height, plan_.row_blocks, row_block + 1) - row_);
+    block_ = BlockGeometry(plan_, part_begin(shape.batch, plan_.image_blocks, image_block + 1) - image_,
+                           part_begin(shape.out_height, plan_.row_blocks, row_block + 1) - row_);
     band_group_ = -1;
     int64_t* offset = offsets_;
     for (int64_t word = 0; word < plan_.words; ++word) {
       for (int64_t y = 0; y < shape.kernel_height; ++y) {
         for (int64_t x = 0; x < shape.kernel_width; ++x) {
-          *offset++ = word * block_.plane_bytes() +
-                      row_cell(plan_.vertical.phase(y), plan_.horizontal.phase(x), plan_.vertical.shift(y)) * kLine +
-                      plan_.horizontal.shift(x) * block_.images * kLine;
+          *offset++ =
+              word * block_.plane_bytes() +
+              row_cell(tap_phase(plan_.vertical, y), tap_phase(plan_.horizontal, x), tap_shift(plan_.vertical, y)) *
+                  kLine +
+              tap_shift(plan_.horizontal, x) * block_.images * kLine;
         }
       }
     }
@@ -389,7 +174,7 @@ class Worker {
   void run(int64_t filter_block, int64_t begin, int64_t end) {
     const int64_t group = filter_block / plan_.filter_blocks;
     const int64_t filter = filter_block % plan_.filter_blocks * kFilterBlock;  // in its convolution group
-    const int64_t filters = min_of(kFilterBlock, plan_.filters - filter);
+    const int64_t filters = min(kFilterBlock, plan_.filters - filter);
     const int64_t first_tile = block_.group_begin(begin), last_tile = block_.group_begin(end);
     fill_band(group, block_.first_row(first_tile), block_.end_row(last_tile) + plan_.vertical.reach);
 
@@ -438,14 +223,14 @@ class Worker {
     if (args_.padding_value != 0) return window;
     const int64_t first_row = block_.first_row(tile), last_row = block_.end_row(tile + tiles) - 1;
     // The first and the last valid tap both go down as the output goes on.
-    window.top = plan_.vertical.taps(row_ + last_row).begin;
-    window.bottom = plan_.vertical.taps(row_ + first_row).end;
+    window.top = valid_taps(plan_.vertical, row_ + last_row).begin;
+    window.bottom = valid_taps(plan_.vertical, row_ + first_row).end;
     if (first_row == last_row) {
       const int64_t row_start = first_row * block_.pitch * block_.images;
       const int64_t first = (block_.first_cell(tile) - row_start) / block_.images;
       const int64_t last = (block_.first_cell(tile + tiles - 1) + kTileRows - 1 - row_start) / block_.images;
-      window.left = plan_.horizontal.taps(min_of(last, shape.out_width - 1)).begin;
-      window.right = plan_.horizontal.taps(first).end;
+      window.left = valid_taps(plan_.horizontal, min(last, shape.out_width - 1)).begin;
+      window.right = valid_taps(plan_.horizontal, first).end;
     }
     return window;
   }
@@ -495,7 +280,7 @@ class Worker {
   int64_t tile_pixels(int64_t tile, const uint8_t* tile_acc, int64_t* pixels, const int32_t** acc) const {
     const ConvShape& shape = plan_.shape;
     const int64_t cell = block_.first_cell(tile);
-    const int64_t cells = min_of(kTileRows, block_.run_cells - tile % block_.tiles_per_run * kTileRows);
+    const int64_t cells = block_.tile_cells(tile);
     int64_t image = cell % block_.images;
     int64_t x = cell / block_.images % block_.pitch;
     int64_t y = cell / block_.images / block_.pitch;
@@ -526,7 +311,7 @@ class Worker {
 
   void fill_row(int64_t row) const {
     const ConvShape& shape = plan_.shape;
-    const Axis &vertical = plan_.vertical, &horizontal = plan_.horizontal;
+    const PhasedAxis &vertical = plan_.vertical, &horizontal = plan_.horizontal;
     const int64_t pixel_words = shape.groups * plan_.words;
     const int64_t image_words = shape.height * shape.width * pixel_words;
     const int64_t last_channels = channels_per_group(shape) - (plan_.words - 1) * kWordBits;
@@ -536,12 +321,12 @@ class Worker {
       const __m512i clear = _mm512_maskz_set1_epi8(valid, args_.encoding == Encoding::sign ? -1 : 0);
       const __m512i padding = _mm512_maskz_set1_epi8(valid, static_cast<char>(args_.padding_value));
       for (int64_t phase_y = 0; phase_y < vertical.phases; ++phase_y) {
-        const int64_t y = vertical.input_index(row_ + row, phase_y);
+        const int64_t y = input_index(vertical, row_ + row, phase_y);
         const bool inside = y >= 0 && y < shape.height;
         for (int64_t phase_x = 0; phase_x < horizontal.phases; ++phase_x) {
           int8_t* out = band_ + word * block_.plane_bytes() + row_cell(phase_y, phase_x, row) * kLine;
           for (int64_t column = 0; column < block_.pitch; ++column) {
-            const int64_t x = horizontal.input_index(column, phase_x);
+            const int64_t x = input_index(horizontal, column, phase_x);
             if (!inside || x < 0 || x >= shape.width) {
               for (int64_t i = 0; i < block_.images; ++i, out += kLine) _mm512_store_si512(out, padding);
               continue;
@@ -572,38 +357,23 @@ class Worker {
   int64_t band_group_ = -1, band_begin_ = 0, band_end_ = 0;
 };
 
-// The one place that decides, by shape alone: compares the estimate with the AVX-512 kernel's, which takes 2.5 cycles
-// for a pixel, 16 filters and 64 channels, and only for taps inside the image.
-inline bool use_amx(const ConvShape& shape) {
-  if (!weight_suits_amx(shape) || out_pixels(shape) == 0 || shape.height == 0 || shape.width == 0) return false;
-  const Plan plan(shape);
-  if (WorkspaceLayout(plan).bytes > kMaxWorkspaceBytes) return false;
-  const double tap_pixels =
-      static_cast<double>(plan.shape.batch * plan.vertical.all_taps() * plan.horizontal.all_taps());
-  const double avx512 = 2.5 * tap_pixels * static_cast<double>(plan.words * shape.groups) *
-                        static_cast<double>(ceil_div(plan.filters, kTileRows));
-  return plan.pixel_cost * static_cast<double>(out_pixels(shape)) < avx512;
-}
-
 }  // namespace
-
-namespace amx {
 
 int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept { return WeightLayout(shape).bytes; }
 
 void binary_conv2d_block_weight(const ConvShape& shape, const uint64_t* words, void* blocked) noexcept {
   avx512::binary_conv2d_block_weight(shape, words, blocked);
-  if (!weight_suits_amx(shape)) return;
+  if (!weight_suits_tiles(shape)) return;
   const WeightLayout layout(shape);
   const int64_t all_taps = taps(shape), words_per_tap = words_per_group(shape), filters = filters_per_group(shape);
   uint8_t* out = static_cast<uint8_t*>(blocked) + layout.avx512_bytes;
   for (int64_t group = 0; group < shape.groups; ++group) {
     for (int64_t strip = 0; strip < filters; strip += kStripFilters) {
-      const int64_t strip_end = min_of(strip + kStripFilters, filters);
+      const int64_t strip_end = min(strip + kStripFilters, filters);
       for (int64_t word = 0; word < words_per_tap; ++word) {
         for (int64_t tap = 0; tap < all_taps; ++tap) {
           for (int64_t first = strip; first < strip_end; first += kTileRows) {
-            const int64_t count = min_of(kTileRows, strip_end - first);
+            const int64_t count = min(kTileRows, strip_end - first);
             uint64_t masks[kTileRows] = {};
             for (int64_t i = 0; i < count; ++i) {
               const int64_t filter = group * filters + first + i;
@@ -619,41 +389,37 @@ void binary_conv2d_block_weight(const ConvShape& shape, const uint64_t* words, v
   }
 }
 
-int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept {
-  if (!use_amx(args.shape)) return avx512::binary_conv2d_workspace_bytes(args);
-  return WorkspaceLayout(Plan(args.shape)).bytes;
+BinaryConv2dPlan binary_conv2d_plan(const BinaryConv2dArgs& args) noexcept {
+  if (suits_tiles(args.shape)) {
+    const BinaryConv2dPlan plan = plan_of_tiles(args);
+    if (is_faster(plan.tiles)) return plan;
+  }
+  return avx512::binary_conv2d_plan(args);
 }
 
-int64_t binary_conv2d_items(const BinaryConv2dArgs& args) noexcept {
-  if (!use_amx(args.shape)) return avx512::binary_conv2d_items(args);
-  const Plan plan(args.shape);
-  const int64_t groups = plan.blocks() * plan.groups_per_block;
-  return conv_blocks_share_words(args) ? groups : groups * plan.all_filter_blocks();
-}
-
-// Items: block, filter block, group of tiles; where filter blocks share words: block, group of tiles.
-void binary_conv2d(const BinaryConv2dArgs& args, int64_t begin, int64_t end, void* workspace) noexcept {
-  if (!use_amx(args.shape)) return avx512::binary_conv2d(args, begin, end, workspace);
-  const Plan plan(args.shape);
+void binary_conv2d(const BinaryConv2dArgs& args, const BinaryConv2dPlan& plan, int64_t begin, int64_t end,
+                   void* workspace) noexcept {
+  if (!plan.tiled) return avx512::binary_conv2d(args, plan, begin, end, workspace);
+  const Plan& tiles = plan.tiles;
   const bool shared = conv_blocks_share_words(args);
-  const int64_t groups = plan.groups_per_block;
-  const int64_t block_items = shared ? groups : groups * plan.all_filter_blocks();
-  Worker worker(args, plan, workspace);
+  const int64_t groups = tiles.groups_per_block;
+  const int64_t block_items = shared ? groups : groups * all_filter_blocks(tiles);
+  Worker worker(args, tiles, workspace);
   _tile_loadconfig(&kTileConfig);
   while (begin < end) {
     const int64_t block = begin / block_items;
     worker.enter_block(block);
-    const int64_t block_end = min_of(end, (block + 1) * block_items);
+    const int64_t block_end = min(end, (block + 1) * block_items);
     while (begin < block_end) {
       const int64_t item = begin - block * block_items;
       const int64_t first = item % groups;
-      const int64_t last = min_of(groups, first + block_end - begin);
+      const int64_t last = min(groups, first + block_end - begin);
       begin += last - first;
-      const int64_t real_last = min_of(last, worker.groups());  // a smaller block has fewer groups
+      const int64_t real_last = min(last, worker.groups());  // a smaller block has fewer groups
       if (first >= real_last) continue;
       if (shared) {
         worker.clear(first, real_last);
-        for (int64_t i = 0; i < plan.all_filter_blocks(); ++i) worker.run(i, first, real_last);
+        for (int64_t i = 0; i < all_filter_blocks(tiles); ++i) worker.run(i, first, real_last);
       } else {
         worker.run(item / groups, first, real_last);
       }
@@ -662,5 +428,4 @@ void binary_conv2d(const BinaryConv2dArgs& args, int64_t begin, int64_t end, voi
   _tile_release();
 }
 
-}  // namespace amx
-}  // namespace lowbit
+}  // namespace lowbit::amx

@@ -150,7 +150,7 @@ class WeightStream {
         next_ += skip_;
         rest_ = run_;
       }
-      const int64_t part = count < rest_ ? count : rest_;
+      const int64_t part = min(count, rest_);
       split(part, nibbles);
       nibbles += part * 2 * kRowBytes;
       rest_ -= part;
@@ -329,9 +329,9 @@ struct Avx2Kernel {
     do {
       memset(sums, 0, static_cast<size_t>(pairs) * sizeof sums[0]);
       const bool add = unit > 0;
-      const int64_t span_end = units - unit < kSpanUnits ? units : unit + kSpanUnits;
+      const int64_t span_end = min(units, unit + kSpanUnits);
       while (unit < span_end) {
-        const int64_t count = span_end - unit < kChunkUnits ? span_end - unit : kChunkUnits;
+        const int64_t count = min(span_end - unit, kChunkUnits);
         const uint16_t* chunk_offsets = offsets + unit * kUnitBytes * 2;
         unit += count;
         const uint8_t* bytes = pairs == 1 ? weights.take_bytes(count * kUnitBytes) : nullptr;

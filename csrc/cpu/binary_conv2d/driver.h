@@ -30,8 +30,6 @@ namespace {
 constexpr int64_t kFilterBlock = 64;
 constexpr int64_t kAlignment = 64;  // bytes of a cache line
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
-
 // Pixels of one class, to be worked together.
 template <int64_t kPixels>
 struct PixelTile {
@@ -43,13 +41,6 @@ struct PixelTile {
   int64_t taps() const { return (rows.end - rows.begin) * (columns.end - columns.begin); }
 };
 
-// One dimension of a convolution.
-struct ConvAxis {
-  int64_t out_size, stride, pad, dilation, kernel, size;
-
-  TapRange taps(int64_t out_index) const { return valid_taps(out_index, stride, pad, dilation, kernel, size); }
-};
-
 // Output rows (or columns) [begin, end) with the same taps.
 struct OutputRun {
   int64_t begin, end;
@@ -57,14 +48,14 @@ struct OutputRun {
 };
 
 inline OutputRun output_run(const ConvAxis& axis, int64_t begin) {
-  const TapRange taps = axis.taps(begin);
+  const TapRange taps = valid_taps(axis, begin);
   int64_t end = begin + 1;
   if (taps.begin == 0 && taps.end == axis.kernel) {  // the interior ends where the last tap leaves the image
     end = (axis.size - 1 - (axis.kernel - 1) * axis.dilation + axis.pad) / axis.stride + 1;
     if (end > axis.out_size) end = axis.out_size;
   } else {
     for (; end < axis.out_size; ++end) {
-      const TapRange next = axis.taps(end);
+      const TapRange next = valid_taps(axis, end);
       if (next.begin != taps.begin || next.end != taps.end) break;
     }
   }
@@ -77,10 +68,8 @@ class TileWalk {
  public:
   explicit TileWalk(const BinaryConv2dArgs& args)
       : args_(args),
-        vertical_{args.shape.out_height,      args.shape.stride_height, args.shape.pad_top,
-                  args.shape.dilation_height, args.shape.kernel_height, args.shape.height},
-        horizontal_{args.shape.out_width,      args.shape.stride_width, args.shape.pad_left,
-                    args.shape.dilation_width, args.shape.kernel_width, args.shape.width},
+        vertical_(vertical_axis(args.shape)),
+        horizontal_(horizontal_axis(args.shape)),
         words_per_pixel_(args.shape.groups * words_per_group(args.shape)) {
     if (out_pixels(args.shape) > 0) enter_class(output_run(vertical_, 0), output_run(horizontal_, 0));
   }
@@ -100,7 +89,7 @@ class TileWalk {
       next_class();
     }
     tile_ = tiles;
-    const int64_t larger = tiles < larger_tiles_ ? tiles : larger_tiles_;
+    const int64_t larger = min(tiles, larger_tiles_);
     const int64_t pixel = tiles * smaller_size_ + larger;
     const int64_t width = columns_.end - columns_.begin, height = rows_.end - rows_.begin;
     x_ = columns_.begin + pixel % width;
@@ -189,10 +178,7 @@ struct WeightLayout {
     bytes = sums_offset + shape.groups * sums_per_group * static_cast<int64_t>(sizeof(int32_t));
   }
 
-  int64_t block_filters(int64_t block) const {
-    const int64_t rest = filters - block * kFilterBlock;
-    return rest < kFilterBlock ? rest : kFilterBlock;
-  }
+  int64_t block_filters(int64_t block) const { return min(filters - block * kFilterBlock, kFilterBlock); }
   int64_t block_offset(int64_t group, int64_t block) const { return group * group_bytes + block * block_bytes; }
 };
 
@@ -261,7 +247,8 @@ inline int64_t count_items(const BinaryConv2dArgs& args) {
 }
 
 template <class Kernel>
-inline void run_items(const BinaryConv2dArgs& args, int64_t begin, int64_t end, void* workspace) {
+inline void run_items(const BinaryConv2dArgs& args, const BinaryConv2dPlan& plan, int64_t begin, int64_t end,
+                      void* workspace) {
   if (begin >= end) return;
   constexpr int64_t kPixels = Kernel::kPixels;
   const WeightLayout<Kernel> layout(args.shape);
@@ -272,7 +259,7 @@ inline void run_items(const BinaryConv2dArgs& args, int64_t begin, int64_t end, 
   const int64_t all_taps = taps(args.shape);
   const bool shared = conv_blocks_share_words(args);
   const int64_t blocks = args.shape.groups * layout.blocks;
-  const int64_t tiles = TileWalk<kPixels>(args).skip_all();
+  const int64_t tiles = shared ? plan.items : plan.items / blocks;
   const int64_t most_tiles = chunk_tiles<Kernel>(args);
   if (shared) {
     begin *= blocks;
@@ -285,11 +272,10 @@ inline void run_items(const BinaryConv2dArgs& args, int64_t begin, int64_t end, 
   int64_t chunk = begin / (most_tiles * blocks);
   walk.seek(chunk * most_tiles);
   for (int64_t first_step = chunk * most_tiles * blocks; first_step < end; first_step += most_tiles * blocks, ++chunk) {
-    const int64_t rest = tiles - chunk * most_tiles;
-    const int64_t count = rest < most_tiles ? rest : most_tiles;
+    const int64_t count = min(tiles - chunk * most_tiles, most_tiles);
     for (int64_t i = 0; i < count; ++i) walk.take(&tile[i]);
-    int64_t step = begin > first_step ? begin - first_step : 0;
-    const int64_t last_step = end - first_step < count * blocks ? end - first_step : count * blocks;
+    int64_t step = max(begin - first_step, 0);
+    const int64_t last_step = min(end - first_step, count * blocks);
     int64_t block = step / count, prepared_group = -1;
     for (int64_t i = step % count; step < last_step; ++block, i = 0) {
       const int64_t group = block / layout.blocks, group_block = block % layout.blocks;
@@ -325,18 +311,18 @@ inline void run_items(const BinaryConv2dArgs& args, int64_t begin, int64_t end, 
 }  // namespace
 }  // namespace lowbit
 
-// The five entries of a level.
+// The four entries of a level.
 #define LOWBIT_DEFINE_BINARY_CONV2D(isa, Kernel)                                                                    \
   namespace lowbit::isa {                                                                                           \
   int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept { return WeightLayout<Kernel>(shape).bytes; } \
   void binary_conv2d_block_weight(const ConvShape& shape, const uint64_t* words, void* blocked) noexcept {          \
     block_all_weight<Kernel>(shape, words, blocked);                                                                \
   }                                                                                                                 \
-  int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept {                                    \
-    return workspace_bytes<Kernel>(args);                                                                           \
+  BinaryConv2dPlan binary_conv2d_plan(const BinaryConv2dArgs& args) noexcept {                                      \
+    return {count_items<Kernel>(args), workspace_bytes<Kernel>(args)};                                              \
   }                                                                                                                 \
-  int64_t binary_conv2d_items(const BinaryConv2dArgs& args) noexcept { return count_items<Kernel>(args); }          \
-  void binary_conv2d(const BinaryConv2dArgs& args, int64_t begin, int64_t end, void* workspace) noexcept {          \
-    run_items<Kernel>(args, begin, end, workspace);                                                                 \
+  void binary_conv2d(const BinaryConv2dArgs& args, const BinaryConv2dPlan& plan, int64_t begin, int64_t end,        \
+                     void* workspace) noexcept {                                                                    \
+    run_items<Kernel>(args, plan, begin, end, workspace);                                                           \
   }                                                                                                                 \
   }

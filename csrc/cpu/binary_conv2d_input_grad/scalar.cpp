@@ -53,7 +53,7 @@ void binary_conv2d_input_grad(const BinaryConv2dInputGradArgs& args, int64_t beg
     for (int64_t group = 0; group < shape.groups; ++group) {
       for (int64_t word = 0; word < words_per_group(shape); ++word) {
         const int64_t channel = word * kWordBits, rest = channels_per_group(shape) - channel;
-        sum_word(args, image, row, pixel % shape.width, group, word, rest < kWordBits ? rest : kWordBits,
+        sum_word(args, image, row, pixel % shape.width, group, word, min(rest, kWordBits),
                  grad_input + group * channels_per_group(shape) + channel);
       }
     }

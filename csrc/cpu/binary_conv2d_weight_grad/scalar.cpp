@@ -49,7 +49,7 @@ void sum_tap(const BinaryConv2dWeightGradArgs& args, int64_t filter, int64_t ky,
 }  // namespace
 
 int64_t binary_conv2d_weight_grad_workspace_bytes(const BinaryConv2dWeightGradArgs& args) noexcept {
-  return ceil_div(channels_per_group(args.shape) * static_cast<int64_t>(sizeof(float)), 64) * 64;
+  return round_up(channels_per_group(args.shape) * static_cast<int64_t>(sizeof(float)), 64);
 }
 
 // One item is one filter at one tap.

@@ -3,7 +3,6 @@
 #include <immintrin.h>
 
 #include "cpu/group_quantize/driver.h"
-#include "cpu/word/word_avx512.h"
 
 namespace lowbit::avx512 {
 namespace {
@@ -51,7 +50,7 @@ struct Level {
 }  // namespace
 
 void group_quantize(const GroupQuantizeArgs& args, int64_t begin, int64_t end) noexcept {
-  run_group_quantize<Level, Word>(args, begin, end);
+  run_group_quantize<Level>(args, begin, end);
 }
 
 }  // namespace lowbit::avx512

@@ -1,11 +1,11 @@
 // A group at a time: its extremes, then its codes, from the first-level cache. `Level` has both for whole groups:
 //   extremes(x): of those elements that are not NaN; low > high where there is none.
 //   encode(x, coding, thresholds, codes): codes, one a byte; thresholds: of each element, null for 1/2.
-// `Word` is its vector of 32-bit lanes (cpu/word).
 #pragma once
 
-#include "cpu/codes/codes.h"
 #include "cpu/group_quantize/group_quantize.h"
+#include "cpu/shared/codes.h"
+#include "cpu/shared/lanes_u32.h"
 
 namespace lowbit {
 namespace {
@@ -20,7 +20,6 @@ struct GroupCoding {
 };
 
 // Thresholds of a group, core/codes.h.
-template <class Word>
 inline void rounding_thresholds(uint64_t seed, uint64_t first_block, float* thresholds) {
   alignas(64) uint32_t words[kPhiloxOutputs][kRoundingBlocks];
   for (int i = 0; i < kRoundingBlocks; ++i) {
@@ -28,9 +27,9 @@ inline void rounding_thresholds(uint64_t seed, uint64_t first_block, float* thre
     words[0][i] = static_cast<uint32_t>(block);
     words[1][i] = static_cast<uint32_t>(block >> 32);
   }
-  for (int i = 0; i < kRoundingBlocks; i += Word::kLanes) {
-    Word counter[kPhiloxOutputs] = {Word::load(words[0] + i), Word::load(words[1] + i), Word::broadcast(0),
-                                    Word::broadcast(0)};
+  for (int i = 0; i < kRoundingBlocks; i += LanesU32::kLanes) {
+    LanesU32 counter[kPhiloxOutputs] = {LanesU32::load(words[0] + i), LanesU32::load(words[1] + i),
+                                        LanesU32::broadcast(0), LanesU32::broadcast(0)};
     philox(counter, seed);
     for (int word = 0; word < kPhiloxOutputs; ++word) counter[word].store(words[word] + i);
   }
@@ -59,8 +58,7 @@ struct ScaledGroup {
 template <class Level, class Type>
 inline void scale_group(const GroupQuantizeArgs& args, int64_t group, ScaledGroup& scaled, Type type) {
   const auto* input = static_cast<const typename Type::type*>(args.input) + group * kGroup;
-  const int64_t left = args.count - group * kGroup;
-  scaled.count = left < kGroup ? left : kGroup;
+  scaled.count = min(args.count - group * kGroup, kGroup);
   // Padded by what counts for nothing.
   scaled.x = load_block(input, scaled.count, Whole{}, scaled.buffer, type, __builtin_nanf(""));
   const float last = static_cast<float>((1 << args.bits) - 1);
@@ -73,7 +71,7 @@ inline void scale_group(const GroupQuantizeArgs& args, int64_t group, ScaledGrou
 
 // A group is encoded while the scale of the next, a chain of two divisions, is under way: 1.3 times as fast from
 // memory.
-template <class Level, class Word, class Type>
+template <class Level, class Type>
 inline void quantize_groups(const GroupQuantizeArgs& args, int64_t begin, int64_t end, Type type) {
   alignas(64) float thresholds[kGroup];
   alignas(64) uint8_t codes[kGroup];
@@ -83,16 +81,16 @@ inline void quantize_groups(const GroupQuantizeArgs& args, int64_t begin, int64_
     if (group + 1 < end) scale_group<Level>(args, group + 1, scaled[(group + 1) % 2], type);
     const ScaledGroup& now = scaled[group % 2];
     if (args.stochastic) {
-      rounding_thresholds<Word>(args.seed, args.offset + static_cast<uint64_t>(group * kRoundingBlocks), thresholds);
+      rounding_thresholds(args.seed, args.offset + static_cast<uint64_t>(group * kRoundingBlocks), thresholds);
     }
     Level::encode(now.x, now.coding, args.stochastic ? thresholds : nullptr, codes);
     pack_block(codes, now.count, Whole{}, args.bits, args.codes + group * kGroup * args.bits / 8);
   }
 }
 
-template <class Level, class Word>
+template <class Level>
 inline void run_group_quantize(const GroupQuantizeArgs& args, int64_t begin, int64_t end) {
-  for_type(args.type, [&](auto type) { quantize_groups<Level, Word>(args, begin, end, type); });
+  for_type(args.type, [&](auto type) { quantize_groups<Level>(args, begin, end, type); });
 }
 
 }  // namespace

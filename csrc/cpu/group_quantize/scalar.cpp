@@ -1,5 +1,4 @@
 #include "cpu/group_quantize/driver.h"
-#include "cpu/word/word_scalar.h"
 
 namespace lowbit::scalar {
 namespace {
@@ -25,7 +24,7 @@ struct Level {
 }  // namespace
 
 void group_quantize(const GroupQuantizeArgs& args, int64_t begin, int64_t end) noexcept {
-  run_group_quantize<Level, Word>(args, begin, end);
+  run_group_quantize<Level>(args, begin, end);
 }
 
 }  // namespace lowbit::scalar

@@ -7,7 +7,7 @@ template <class Bits>
 void mask_range(const MaskedGradientArgs& args, int64_t begin, int64_t end) {
   const Bits* gradient = static_cast<const Bits*>(args.gradient);
   Bits* output = static_cast<Bits*>(args.output);
-  const int64_t last = end * kWordBits < args.count ? end * kWordBits : args.count;
+  const int64_t last = min(end * kWordBits, args.count);
   for (int64_t i = begin * kWordBits; i < last; ++i) {
     output[i] = args.mask[i / kWordBits] >> (i % kWordBits) & 1 ? gradient[i] : Bits{0};
   }

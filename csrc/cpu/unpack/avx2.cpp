@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "core/half.h"
+#include "core/float_type.h"
 #include "cpu/unpack/unpack.h"
 
 namespace lowbit::avx2 {
@@ -61,14 +61,9 @@ void unpack_range(const UnpackArgs& args, typename Lanes::Value low, typename La
 }  // namespace
 
 void unpack(const UnpackArgs& args, int64_t begin, int64_t end) noexcept {
-  switch (args.output_type) {
-    case FloatType::float32:
-      return unpack_range<Lanes32>(args, float_to_bits(args.low), float_to_bits(args.high), begin, end);
-    case FloatType::bfloat16:
-      return unpack_range<Lanes16>(args, float_to_bfloat16(args.low), float_to_bfloat16(args.high), begin, end);
-    case FloatType::float16:
-      return unpack_range<Lanes16>(args, float_to_float16(args.low), float_to_float16(args.high), begin, end);
-  }
+  const uint32_t low = float_bits(args.low, args.output_type), high = float_bits(args.high, args.output_type);
+  if (args.output_type == FloatType::float32) return unpack_range<Lanes32>(args, low, high, begin, end);
+  unpack_range<Lanes16>(args, static_cast<uint16_t>(low), static_cast<uint16_t>(high), begin, end);
 }
 
 }  // namespace lowbit::avx2

@@ -1,17 +1,12 @@
-// The sampler, written once over vectors of 32-bit lanes, one lane an element. `Word` is a level's vector:
-//   kLanes, load, broadcast, operators ^ + -, min, max, multiply (low and high product with a scalar),
-//   greater(a, b): a bit a lane, greater(a, b, bit): `bit` or 0 in each lane.
-// Everything has internal linkage: each level compiles its own copy.
-#pragma once
-
+// The sampler: one lane an element.
 #include "core/philox.h"
 #include "cpu/antithetic_sample/antithetic_sample.h"
+#include "cpu/shared/lanes_u32.h"
 
-namespace lowbit {
+namespace lowbit::LOWBIT_LEVEL {
 namespace {
 
 // --- sorting
-// ----------------------------------------------------------------------------------------------------------
 
 constexpr int kMostUnrolled = 15;  // networks up to here are straight-line code: 56 comparators
 
@@ -53,43 +48,41 @@ constexpr Network<kCount> make_network() {
   return network;
 }
 
-template <class Word>
-inline void compare_exchange(Word& a, Word& b) {
-  const Word low = Word::min(a, b);
-  b = Word::max(a, b);
+inline void compare_exchange(LanesU32& a, LanesU32& b) {
+  const LanesU32 low = LanesU32::min(a, b);
+  b = LanesU32::max(a, b);
   a = low;
 }
 
-template <class Word, int kCount, int kNext = 0>
-inline __attribute__((always_inline)) void run_network(Word* values) {
+template <int kCount, int kNext = 0>
+inline __attribute__((always_inline)) void run_network(LanesU32* values) {
   constexpr Network<kCount> network = make_network<kCount>();
   if constexpr (kNext < network.count) {
     compare_exchange(values[network.comparators[kNext].low], values[network.comparators[kNext].high]);
-    run_network<Word, kCount, kNext + 1>(values);
+    run_network<kCount, kNext + 1>(values);
   }
 }
 
-template <class Word, int kCount>
-void sort_unrolled(Word* values) {
-  Word registers[kCount];
+template <int kCount>
+void sort_unrolled(LanesU32* values) {
+  LanesU32 registers[kCount];
   for (int i = 0; i < kCount; ++i) registers[i] = values[i];
-  run_network<Word, kCount>(registers);
+  run_network<kCount>(registers);
   for (int i = 0; i < kCount; ++i) values[i] = registers[i];
 }
 
-template <class Word, int kCount = kMostUnrolled>
-void sort(Word* values, int count) {
+template <int kCount = kMostUnrolled>
+void sort(LanesU32* values, int count) {
   if constexpr (kCount > 1) {
     if (count > kCount) {
       return batcher(count, [&](int i, int j) { compare_exchange(values[i], values[j]); });
     }
-    if (count == kCount) return sort_unrolled<Word, kCount>(values);
-    sort<Word, kCount - 1>(values, count);
+    if (count == kCount) return sort_unrolled<kCount>(values);
+    sort<kCount - 1>(values, count);
   }
 }
 
 // --- from logits to integer thresholds
-// --------------------------------------------------------------------------------
 
 // One block of a row.
 struct Block {
@@ -160,7 +153,7 @@ inline bool read_block(const AntitheticSampleArgs& args, int64_t item, Block& bl
   block.row = item / row_blocks;
   block.first = item % row_blocks * kWordBits;
   const int64_t left = args.dimensions - block.first;
-  block.count = static_cast<int>(left < kWordBits ? left : kWordBits);
+  block.count = static_cast<int>(min(left, kWordBits));
   const int64_t start = block.row * args.dimensions + block.first;
   memset(block.logits, 0, sizeof block.logits);
   memcpy(block.logits, args.logits + start, static_cast<size_t>(block.count) * sizeof(float));
@@ -186,80 +179,79 @@ inline bool read_block(const AntitheticSampleArgs& args, int64_t item, Block& bl
 }
 
 // Where the logit is above 0, and low stands for b = 0: a bit a lane, or `bits` in the lane.
-template <class Word>
 inline uint32_t flips(const Block& block, int lane) {
-  return Word::greater(Word::broadcast(0x7fffffffu), Word::load(block.logits + lane) - Word::broadcast(1));
+  return LanesU32::greater(LanesU32::broadcast(0x7fffffffu),
+                           LanesU32::load(block.logits + lane) - LanesU32::broadcast(1));
 }
-template <class Word>
-inline Word flips(const Block& block, int lane, uint32_t bits) {
-  return Word::greater(Word::broadcast(0x7fffffffu), Word::load(block.logits + lane) - Word::broadcast(1), bits);
+inline LanesU32 flips(const Block& block, int lane, uint32_t bits) {
+  return LanesU32::greater(LanesU32::broadcast(0x7fffffffu),
+                           LanesU32::load(block.logits + lane) - LanesU32::broadcast(1), bits);
 }
 
 // --- the low events of kLanes elements
-// ---------------------------------------------------------------------------------
 
 // Where the events go: bits of one integer an element, kHalves of 32 samples each, or bits of one word a sample.
-template <class Word, int kHalves>
+template <int kHalves>
 struct BySample {
-  Word bits[kHalves];
+  LanesU32 bits[kHalves];
 
   // low_i = a > b.
-  void add(int sample, Word a, Word b) {
+  void add(int sample, LanesU32 a, LanesU32 b) {
     const int half = kHalves == 1 ? 0 : sample / 32;
-    bits[half] = bits[half] ^ Word::greater(a, b, uint32_t{1} << sample % 32);
+    bits[half] = bits[half] ^ LanesU32::greater(a, b, uint32_t{1} << sample % 32);
   }
 };
 
-template <class Word>
 struct ByDimension {
   uint64_t* words;  // one a sample
   int lane;         // of the first element in its word
 
-  void add(int sample, Word a, Word b) { words[sample] |= static_cast<uint64_t>(Word::greater(a, b)) << lane; }
+  void add(int sample, LanesU32 a, LanesU32 b) {
+    words[sample] |= static_cast<uint64_t>(LanesU32::greater(a, b)) << lane;
+  }
 };
 
-template <class Word>
-inline void draw(const Block& block, int lane, uint64_t seed, int count, Word* draws) {
-  const Word low = Word::load(block.index_low + lane), high = Word::load(block.index_high + lane);
+inline void draw(const Block& block, int lane, uint64_t seed, int count, LanesU32* draws) {
+  const LanesU32 low = LanesU32::load(block.index_low + lane), high = LanesU32::load(block.index_high + lane);
   for (int i = 0; i < count; i += kPhiloxOutputs) {
-    Word counter[kPhiloxOutputs] = {low, high, Word::broadcast(static_cast<uint32_t>(i / kPhiloxOutputs)),
-                                    Word::broadcast(0)};
+    LanesU32 counter[kPhiloxOutputs] = {low, high, LanesU32::broadcast(static_cast<uint32_t>(i / kPhiloxOutputs)),
+                                        LanesU32::broadcast(0)};
     philox(counter, seed);
     for (int j = 0; j < kPhiloxOutputs; ++j) draws[i + j] = counter[j];
   }
 }
 
-template <class Word, class Events>
-void gaussian_events(const AntitheticSampleArgs& args, const Block& block, int lane, Word* draws, Events& events) {
+template <class Events>
+void gaussian_events(const AntitheticSampleArgs& args, const Block& block, int lane, LanesU32* draws, Events& events) {
   const int samples = static_cast<int>(args.samples);
   const float widen = gaussian_widening(samples);
   const int64_t start = block.row * args.dimensions + block.first;
-  float mean[Word::kLanes] = {}, normal[kMostSamples][Word::kLanes];
+  float mean[LanesU32::kLanes] = {}, normal[kMostSamples][LanesU32::kLanes];
   for (int i = 0; i < samples; ++i) {
-    uint32_t u[Word::kLanes];
+    uint32_t u[LanesU32::kLanes];
     memcpy(u, &draws[i], sizeof u);
-    for (int l = 0; l < Word::kLanes; ++l) {
+    for (int l = 0; l < LanesU32::kLanes; ++l) {
       normal[i][l] = normal_from_bits(u[l]);
       mean[l] += normal[i][l];
     }
   }
-  float quantile[Word::kLanes] = {};
-  for (int l = 0; l < Word::kLanes; ++l) {
+  float quantile[LanesU32::kLanes] = {};
+  for (int l = 0; l < LanesU32::kLanes; ++l) {
     mean[l] /= static_cast<float>(samples);
     if (lane + l < block.count) quantile[l] = args.quantile[start + lane + l];
   }
   for (int i = 0; i < samples; ++i) {
-    uint32_t low[Word::kLanes];
-    for (int l = 0; l < Word::kLanes; ++l) low[l] = widen * (normal[i][l] - mean[l]) < quantile[l];
-    events.add(i, Word::load(low), Word::broadcast(0));
+    uint32_t low[LanesU32::kLanes];
+    for (int l = 0; l < LanesU32::kLanes; ++l) low[l] = widen * (normal[i][l] - mean[l]) < quantile[l];
+    events.add(i, LanesU32::load(low), LanesU32::broadcast(0));
   }
 }
 
-template <class Word, class Events>
+template <class Events>
 inline void low_events(const AntitheticSampleArgs& args, const Block& block, int lane, Events& events) {
   const int samples = static_cast<int>(args.samples);
-  const Word threshold = Word::load(block.threshold + lane);
-  Word draws[kMostSamples];
+  const LanesU32 threshold = LanesU32::load(block.threshold + lane);
+  LanesU32 draws[kMostSamples];
   switch (args.coupling) {
     case Coupling::independent:
       draw(block, lane, args.seed, samples, draws);
@@ -269,28 +261,28 @@ inline void low_events(const AntitheticSampleArgs& args, const Block& block, int
       draw(block, lane, args.seed, samples / 2, draws);
       for (int i = 0; i < samples / 2; ++i) {
         events.add(2 * i, threshold, draws[i]);
-        events.add(2 * i + 1, threshold, draws[i] ^ Word::broadcast(~0u));
+        events.add(2 * i + 1, threshold, draws[i] ^ LanesU32::broadcast(~0u));
       }
       break;
     case Coupling::dirichlet: {
       draw(block, lane, args.seed, samples - 1, draws);
       sort(draws, samples - 1);
-      Word before = Word::broadcast(0);
+      LanesU32 before = LanesU32::broadcast(0);
       for (int i = 0; i + 1 < samples; ++i) {
         events.add(i, draws[i] - before, threshold);
         before = draws[i];
       }
-      events.add(samples - 1, before ^ Word::broadcast(~0u), threshold);
+      events.add(samples - 1, before ^ LanesU32::broadcast(~0u), threshold);
       break;
     }
     case Coupling::systematic: {
       draw(block, lane, args.seed, samples, draws);
-      Word left = Word::load(block.whole + lane) + Word::greater(threshold, draws[0], 1);
+      LanesU32 left = LanesU32::load(block.whole + lane) + LanesU32::greater(threshold, draws[0], 1);
       for (int i = 0; i < samples; ++i) {
-        Word position = Word::broadcast(0);  // the last one's
-        if (i + 1 < samples) Word::multiply(static_cast<uint32_t>(samples - i), draws[i + 1], position);
+        LanesU32 position = LanesU32::broadcast(0);  // the last one's
+        if (i + 1 < samples) LanesU32::multiply(static_cast<uint32_t>(samples - i), draws[i + 1], position);
         events.add(i, left, position);
-        left = left - Word::greater(left, position, 1);
+        left = left - LanesU32::greater(left, position, 1);
       }
       break;
     }
@@ -302,15 +294,13 @@ inline void low_events(const AntitheticSampleArgs& args, const Block& block, int
 }
 
 // --- output
-// -----------------------------------------------------------------------------------------------------------
 
-template <class Word>
 void sample_by_dimension(const AntitheticSampleArgs& args, const Block& block) {
   uint64_t words[kMostSamples] = {}, flip = 0;
-  for (int lane = 0; lane < block.count; lane += Word::kLanes) {
-    flip |= static_cast<uint64_t>(flips<Word>(block, lane)) << lane;
-    ByDimension<Word> events{words, lane};
-    low_events<Word>(args, block, lane, events);
+  for (int lane = 0; lane < block.count; lane += LanesU32::kLanes) {
+    flip |= static_cast<uint64_t>(flips(block, lane)) << lane;
+    ByDimension events{words, lane};
+    low_events(args, block, lane, events);
   }
   const int64_t row_words = words_for(args.dimensions);
   uint64_t* output = static_cast<uint64_t*>(args.bits) + block.row * row_words + block.first / kWordBits;
@@ -319,17 +309,17 @@ void sample_by_dimension(const AntitheticSampleArgs& args, const Block& block) {
   }
 }
 
-template <class Element, class Word>
+template <class Element>
 void sample_by_sample(const AntitheticSampleArgs& args, const Block& block) {
   constexpr int kHalves = sizeof(Element) == 8 ? 2 : 1;
   alignas(64) uint32_t halves[kHalves][kWordBits];
-  for (int lane = 0; lane < block.count; lane += Word::kLanes) {
-    BySample<Word, kHalves> events;
+  for (int lane = 0; lane < block.count; lane += LanesU32::kLanes) {
+    BySample<kHalves> events;
     for (int half = 0; half < kHalves; ++half) {
-      events.bits[half] = flips<Word>(block, lane, static_cast<uint32_t>(low_mask(args.samples) >> 32 * half));
+      events.bits[half] = flips(block, lane, static_cast<uint32_t>(low_mask(args.samples) >> 32 * half));
     }
-    low_events<Word>(args, block, lane, events);
-    for (int half = 0; half < kHalves; ++half) memcpy(halves[half] + lane, &events.bits[half], sizeof(Word));
+    low_events(args, block, lane, events);
+    for (int half = 0; half < kHalves; ++half) memcpy(halves[half] + lane, &events.bits[half], sizeof(LanesU32));
   }
   Element elements[kWordBits];
   for (int i = 0; i < kWordBits; ++i) {
@@ -343,26 +333,26 @@ void sample_by_sample(const AntitheticSampleArgs& args, const Block& block) {
   memcpy(output, elements, static_cast<size_t>(block.count) * sizeof(Element));
 }
 
-template <class Word>
-bool antithetic_sample_range(const AntitheticSampleArgs& args, int64_t begin, int64_t end) {
+}  // namespace
+
+bool antithetic_sample(const AntitheticSampleArgs& args, int64_t begin, int64_t end) noexcept {
   bool finite = true;
   for (int64_t item = begin; item < end; ++item) {
     Block block;
     finite &= read_block(args, item, block);
     if (args.layout == SampleLayout::dimension) {
-      sample_by_dimension<Word>(args, block);
+      sample_by_dimension(args, block);
     } else if (args.samples <= 8) {
-      sample_by_sample<uint8_t, Word>(args, block);
+      sample_by_sample<uint8_t>(args, block);
     } else if (args.samples <= 16) {
-      sample_by_sample<uint16_t, Word>(args, block);
+      sample_by_sample<uint16_t>(args, block);
     } else if (args.samples <= 32) {
-      sample_by_sample<uint32_t, Word>(args, block);
+      sample_by_sample<uint32_t>(args, block);
     } else {
-      sample_by_sample<uint64_t, Word>(args, block);
+      sample_by_sample<uint64_t>(args, block);
     }
   }
   return finite;
 }
 
-}  // namespace
-}  // namespace lowbit
+}  // namespace lowbit::LOWBIT_LEVEL

@@ -1,16 +1,14 @@
-// Loops of binary_conv2d_input_grad round the register tile of lookup.h, one source for avx2 and avx512.
+// Loops of binary_conv2d_input_grad round the register tile of lookup.h: `Vector` is its Lookup.
 //
 // A tile is kTileRows input pixels of one row, a column stride apart, times kTileChannels channels. The terms of a
 // table are the scaled output gradients of kTerms filters at one output pixel, so a table serves every tap and channel;
 // pixels that neighbour in a tile read neighbouring tables, and a tap merely shifts the first one. Tables live in a
 // ring of the output rows that one input row reaches, the indices of a block of channels in a panel; both are sized to
 // stay in L2.
-#pragma once
-
 #include "cpu/binary_conv2d_input_grad/binary_conv2d_input_grad.h"
-#include "cpu/lookup/lookup.h"
+#include "cpu/shared/lookup.h"
 
-namespace lowbit {
+namespace lowbit::LOWBIT_LEVEL {
 namespace {
 
 // Together 1 MiB: the L2 of Zen 4, half that of Intel's servers.
@@ -266,5 +264,21 @@ class InputGrad {
   int64_t first_table_column_ = 0, end_table_column_ = 0, end_table_row_ = 0;
 };
 
+using Gradient = InputGrad<Lookup<Encoding::sign>>;
+
 }  // namespace
-}  // namespace lowbit
+
+int64_t binary_conv2d_input_grad_workspace_bytes(const BinaryConv2dInputGradArgs& args) noexcept {
+  return Gradient(args, nullptr).workspace_bytes();
+}
+
+int64_t binary_conv2d_input_grad_items(const BinaryConv2dInputGradArgs& args) noexcept {
+  return Gradient(args, nullptr).items();
+}
+
+void binary_conv2d_input_grad(const BinaryConv2dInputGradArgs& args, int64_t begin, int64_t end,
+                              void* workspace) noexcept {
+  Gradient(args, workspace).run(begin, end);
+}
+
+}  // namespace lowbit::LOWBIT_LEVEL

@@ -17,7 +17,7 @@ namespace lowbit {
 namespace {
 
 template <Encoding kEncoding>
-struct Avx2Lookup {
+struct Lookup {
   using Floats = __m256;
   using Indices = __m256i;
   static constexpr bool kSigned = kEncoding == Encoding::sign;

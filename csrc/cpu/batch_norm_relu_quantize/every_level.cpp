@@ -1,10 +1,8 @@
 // Reads x and y, writes y and the codes, a block at a time.
-#pragma once
-
 #include "cpu/batch_norm_relu_quantize/batch_norm_relu_quantize.h"
-#include "cpu/codes/codes.h"
+#include "cpu/shared/codes.h"
 
-namespace lowbit {
+namespace lowbit::LOWBIT_LEVEL {
 namespace {
 
 template <class Type>
@@ -36,9 +34,10 @@ inline void quantize_rows(const BatchNormReluQuantizeArgs& args, int64_t begin, 
   for_each_block(args.shape, args.bits, args.grid, begin, end, quantize);
 }
 
-inline void run_batch_norm_relu_quantize(const BatchNormReluQuantizeArgs& args, int64_t begin, int64_t end) {
+}  // namespace
+
+void batch_norm_relu_quantize(const BatchNormReluQuantizeArgs& args, int64_t begin, int64_t end) noexcept {
   for_type(args.type, [&](auto type) { quantize_rows(args, begin, end, type); });
 }
 
-}  // namespace
-}  // namespace lowbit
+}  // namespace lowbit::LOWBIT_LEVEL

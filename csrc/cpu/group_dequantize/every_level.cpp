@@ -1,16 +1,14 @@
 // A group at a time.
-#pragma once
-
-#include "cpu/codes/codes.h"
 #include "cpu/group_dequantize/group_dequantize.h"
+#include "cpu/shared/codes.h"
 
-namespace lowbit {
+namespace lowbit::LOWBIT_LEVEL {
 namespace {
 
 template <class Type>
 inline void dequantize_groups(const GroupDequantizeArgs& args, int64_t begin, int64_t end, Type type) {
   for (int64_t group = begin; group < end; ++group) {
-    const int64_t left = args.count - group * kGroup, count = left < kGroup ? left : kGroup;
+    const int64_t count = min(args.count - group * kGroup, kGroup);
     const float scale = bfloat16_to_float(args.scale_minimum[2 * group]);
     const float minimum = bfloat16_to_float(args.scale_minimum[2 * group + 1]);
     alignas(64) uint8_t codes[kGroup];
@@ -21,9 +19,10 @@ inline void dequantize_groups(const GroupDequantizeArgs& args, int64_t begin, in
   }
 }
 
-inline void run_group_dequantize(const GroupDequantizeArgs& args, int64_t begin, int64_t end) {
+}  // namespace
+
+void group_dequantize(const GroupDequantizeArgs& args, int64_t begin, int64_t end) noexcept {
   for_type(args.type, [&](auto type) { dequantize_groups(args, begin, end, type); });
 }
 
-}  // namespace
-}  // namespace lowbit
+}  // namespace lowbit::LOWBIT_LEVEL

@@ -1,4 +1,4 @@
-// Loops of binary_conv2d_weight_grad round the register tile of lookup.h, one source for avx2 and avx512.
+// Loops of binary_conv2d_weight_grad round the register tile of lookup.h: `Vector` is its Lookup.
 //
 // A tile is kTileRows filters times kTileChannels channels at one tap. The terms of a table are one filter's gradients
 // at kTerms output pixels (a step), so a table serves every tap and channel, and the indices of a step at a tap serve
@@ -8,12 +8,10 @@
 //
 // Where padding contributes nothing although a bit cannot say so (sign, padding value 0), steps are formed among pixels
 // for which the same taps fall inside, and a tap skips the steps for which it falls outside.
-#pragma once
-
-#include "cpu/lookup/lookup.h"
 #include "cpu/binary_conv2d_weight_grad/binary_conv2d_weight_grad.h"
+#include "cpu/shared/lookup.h"
 
-namespace lowbit {
+namespace lowbit::LOWBIT_LEVEL {
 namespace {
 
 constexpr int64_t kChunkSteps =
@@ -68,8 +66,8 @@ class WeightGrad {
           first_channel_tile_ = channel_blocks_.begin(channel_block);
           panels_ = taps(shape_) * (channel_blocks_.begin(channel_block + 1) - first_channel_tile_);
           const int64_t items = (filter_blocks_.begin(filter_block + 1) - first_filter_tile_) * panels_;
-          begin_item_ = begin > first_item ? begin - first_item : 0;
-          end_item_ = end < first_item + items ? end - first_item : items;
+          begin_item_ = max(begin - first_item, 0);
+          end_item_ = min(end - first_item, items);
           first_item += items;
           if (begin_item_ < end_item_) sum_block();
         }
@@ -95,8 +93,7 @@ class WeightGrad {
     return (first_channel_tile_ + panel % block_channel_tiles()) * kTileChannels<Vector>;
   }
   int64_t panel_channels(int64_t panel) const {
-    const int64_t rest = channels_per_group(shape_) - first_channel(panel);
-    return rest < kTileChannels<Vector> ? rest : kTileChannels<Vector>;
+    return min(channels_per_group(shape_) - first_channel(panel), kTileChannels<Vector>);
   }
 
   // Of the group, by number of the tile in the block.
@@ -166,7 +163,7 @@ class WeightGrad {
     }
     ++chunk_count_;
     const int64_t steps = pixel_count_ / Vector::kTerms;
-    const int64_t used_panels = end_item_ - begin_item_ < panels_ ? end_item_ - begin_item_ : panels_;
+    const int64_t used_panels = min(end_item_ - begin_item_, panels_);
     for (int64_t i = 0; i < used_panels; ++i) make_panel((begin_item_ + i) % panels_, steps);
     int64_t filter_tile = -1;
     for (int64_t item = begin_item_; item < end_item_; ++item) {
@@ -291,5 +288,27 @@ class WeightGrad {
   int64_t chunk_count_ = 0;  // of the block so far
 };
 
+using SignGradient = WeightGrad<Lookup<Encoding::sign>>;
+using StepGradient = WeightGrad<Lookup<Encoding::step>>;
+
 }  // namespace
-}  // namespace lowbit
+
+int64_t binary_conv2d_weight_grad_workspace_bytes(const BinaryConv2dWeightGradArgs& args) noexcept {
+  return args.encoding == Encoding::sign ? SignGradient(args, nullptr).workspace_bytes()
+                                         : StepGradient(args, nullptr).workspace_bytes();
+}
+
+int64_t binary_conv2d_weight_grad_items(const BinaryConv2dWeightGradArgs& args) noexcept {
+  return args.encoding == Encoding::sign ? SignGradient(args, nullptr).items() : StepGradient(args, nullptr).items();
+}
+
+void binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t begin, int64_t end,
+                               void* workspace) noexcept {
+  if (args.encoding == Encoding::sign) {
+    SignGradient(args, workspace).run(begin, end);
+  } else {
+    StepGradient(args, workspace).run(begin, end);
+  }
+}
+
+}  // namespace lowbit::LOWBIT_LEVEL

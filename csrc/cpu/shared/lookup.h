@@ -8,13 +8,18 @@
 // entries are plain sums, so rounding is that of a blocked summation; nothing cancels that would not cancel in the true
 // sum.
 //
-// `Vector` (lookup_avx2.h, lookup_avx512.h) supplies
+// `Vector`, the Lookup of a level (lookup_avx2.h, lookup_avx512.h), supplies
 //   kLanes, kTerms, kTableFloats      lanes of a vector, floats behind one table, floats of one table
 //   kTileVectors, kTileRows           register tile: vectors of channels x rows; a row owns one table per step
 //   make_table, make_indices, lookup
 #pragma once
 
 #include "core/layout.h"
+#if defined(__AVX512F__)
+#include "cpu/shared/lookup_avx512.h"
+#else
+#include "cpu/shared/lookup_avx2.h"
+#endif
 
 namespace lowbit {
 namespace {
@@ -101,7 +106,7 @@ class WorkspaceCursor {
   template <class T>
   T* take(int64_t count) {
     T* part = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
-    bytes_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
     return part;
   }
 

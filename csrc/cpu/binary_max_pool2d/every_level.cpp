@@ -1,14 +1,11 @@
-// The kernel of every level. It is plain C++ on the compiler's vector type, so that each level's file compiles it for
-// its own registers: a window is loads and ORs of whole words, and no instruction set has anything better. In an
-// anonymous namespace, for internal linkage: see core/layout.h.
-#pragma once
-
+// Plain C++ on the compiler's vector type: a window is loads and ORs of whole words, and no instruction set has
+// anything better.
 #include <cstring>
 
 #include "core/tap_range.h"
 #include "cpu/binary_max_pool2d/binary_max_pool2d.h"
 
-namespace lowbit {
+namespace lowbit::LOWBIT_LEVEL {
 namespace {
 
 // A lattice of taps seen from a run of neighbouring output pixels. Steps are in words.
@@ -86,7 +83,7 @@ void max_pool_row(const BinaryMaxPool2dArgs& args, int64_t item) {
     int64_t pixels = 1;
     if (left >= 0 && left + reach < s.width) {  // so do all windows until one touches the right edge
       const int64_t whole = (s.width - 1 - reach - left) / s.stride_width + 1;
-      pixels = whole < s.out_width - x ? whole : s.out_width - x;
+      pixels = min(whole, s.out_width - x);
     }
     const int64_t y0 = top + rows.begin * s.dilation_height;
     const int64_t x0 = left + columns.begin * s.dilation_width;
@@ -99,4 +96,9 @@ void max_pool_row(const BinaryMaxPool2dArgs& args, int64_t item) {
 }
 
 }  // namespace
-}  // namespace lowbit
+
+void binary_max_pool2d(const BinaryMaxPool2dArgs& args, int64_t begin, int64_t end) noexcept {
+  for (int64_t item = begin; item < end; ++item) max_pool_row(args, item);
+}
+
+}  // namespace lowbit::LOWBIT_LEVEL

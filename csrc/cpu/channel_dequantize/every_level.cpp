@@ -1,10 +1,8 @@
 // Reads codes and writes elements, a block at a time.
-#pragma once
-
 #include "cpu/channel_dequantize/channel_dequantize.h"
-#include "cpu/codes/codes.h"
+#include "cpu/shared/codes.h"
 
-namespace lowbit {
+namespace lowbit::LOWBIT_LEVEL {
 namespace {
 
 template <class Type>
@@ -26,9 +24,10 @@ inline void dequantize_rows(const ChannelDequantizeArgs& args, int64_t begin, in
   for_each_block(args.shape, args.bits, args.grid, begin, end, dequantize);
 }
 
-inline void run_channel_dequantize(const ChannelDequantizeArgs& args, int64_t begin, int64_t end) {
+}  // namespace
+
+void channel_dequantize(const ChannelDequantizeArgs& args, int64_t begin, int64_t end) noexcept {
   for_type(args.type, [&](auto type) { dequantize_rows(args, begin, end, type); });
 }
 
-}  // namespace
-}  // namespace lowbit
+}  // namespace lowbit::LOWBIT_LEVEL

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/codes.h"
+#include "core/float_type.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -14,30 +15,6 @@ namespace lowbit {
 namespace {
 
 static_assert(kBlock == kGroup, "a group is a block");
-
-template <FloatType kType>
-struct Bits {
-  static constexpr FloatType value = kType;
-  using type = uint16_t;
-};
-template <>
-struct Bits<FloatType::float32> {
-  static constexpr FloatType value = FloatType::float32;
-  using type = float;
-};
-
-// Calls body(Bits<type>{}).
-template <class Body>
-inline void for_type(FloatType type, const Body& body) {
-  switch (type) {
-    case FloatType::float32:
-      return body(Bits<FloatType::float32>{});
-    case FloatType::bfloat16:
-      return body(Bits<FloatType::bfloat16>{});
-    case FloatType::float16:
-      return body(Bits<FloatType::float16>{});
-  }
-}
 
 // A number of elements that the compiler knows: what the loops run over. Blocks of fewer are padded to it.
 template <int64_t kCount>
@@ -54,15 +31,15 @@ constexpr int64_t kConverted = 8;
 constexpr int64_t kConverted = 1;
 #endif
 
-inline void load(const float* input, int64_t count, float* values, Bits<FloatType::float32>) {
+inline void load(const float* input, int64_t count, float* values, Stored<FloatType::float32>) {
   for (int64_t i = 0; i < count; ++i) values[i] = input[i];
 }
 
-inline void load(const uint16_t* input, int64_t count, float* values, Bits<FloatType::bfloat16>) {
+inline void load(const uint16_t* input, int64_t count, float* values, Stored<FloatType::bfloat16>) {
   for (int64_t i = 0; i < count; ++i) values[i] = bfloat16_to_float(input[i]);
 }
 
-inline void load(const uint16_t* input, int64_t count, float* values, Bits<FloatType::float16>) {
+inline void load(const uint16_t* input, int64_t count, float* values, Stored<FloatType::float16>) {
   const int64_t whole = kConverted > 1 ? kConverted * (count / kConverted) : 0;
 #if defined(__F16C__)
   for (int64_t i = 0; i < whole; i += kConverted) {
@@ -72,15 +49,15 @@ inline void load(const uint16_t* input, int64_t count, float* values, Bits<Float
   for (int64_t i = whole; i < count; ++i) values[i] = float16_to_float(input[i]);
 }
 
-inline void store(const float* values, int64_t count, float* output, Bits<FloatType::float32>) {
+inline void store(const float* values, int64_t count, float* output, Stored<FloatType::float32>) {
   for (int64_t i = 0; i < count; ++i) output[i] = values[i];
 }
 
-inline void store(const float* values, int64_t count, uint16_t* output, Bits<FloatType::bfloat16>) {
+inline void store(const float* values, int64_t count, uint16_t* output, Stored<FloatType::bfloat16>) {
   for (int64_t i = 0; i < count; ++i) output[i] = float_to_bfloat16(values[i]);
 }
 
-inline void store(const float* values, int64_t count, uint16_t* output, Bits<FloatType::float16>) {
+inline void store(const float* values, int64_t count, uint16_t* output, Stored<FloatType::float16>) {
   const int64_t whole = kConverted > 1 ? kConverted * (count / kConverted) : 0;
 #if defined(__F16C__)
   for (int64_t i = 0; i < whole; i += kConverted) {
@@ -241,7 +218,7 @@ inline void for_each_part(int64_t total, const Body& body) {
   int64_t first = 0;
   for (; first + Whole{} <= total; first += Whole{}) body(first, int64_t{Whole{}}, Whole{});
   for (; first < total; first += Quarter{}) {
-    body(first, total - first < Quarter{} ? total - first : int64_t{Quarter{}}, Quarter{});
+    body(first, min(total - first, Quarter{}), Quarter{});
   }
 }
 
@@ -263,7 +240,7 @@ inline void for_each_block(const ChannelShape& shape, int bits, const float* gri
   }
   const int64_t step = block_pixels(shape, bits);
   for (int64_t row = begin; row < end; row += step) {
-    const int64_t rows = step < end - row ? step : end - row;
+    const int64_t rows = min(step, end - row);
     for_each_part(rows * length, [&](int64_t first, int64_t count, auto size) {
       const auto parameter = [=](int index) { return Each{grid + index * width + first}; };
       block(row * length + first, count, size, row * row_bytes + first * bits / 8, parameter);

@@ -11,7 +11,7 @@ namespace lowbit {
 namespace {
 
 template <Encoding kEncoding>
-struct Avx512Lookup {
+struct Lookup {
   using Floats = __m512;
   using Indices = __m512i;
   static constexpr int kLanes = 16;

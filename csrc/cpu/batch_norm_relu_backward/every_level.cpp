@@ -1,10 +1,8 @@
 // Two passes over the codes and the gradient: sums of each channel, then the gradient of the input.
-#pragma once
-
 #include "cpu/batch_norm_relu_backward/batch_norm_relu_backward.h"
-#include "cpu/codes/codes.h"
+#include "cpu/shared/codes.h"
 
-namespace lowbit {
+namespace lowbit::LOWBIT_LEVEL {
 namespace {
 
 // Masked gradients and xhat of a block; masked gradients past `count` are 0.
@@ -94,12 +92,12 @@ inline void sum_pixels(const BatchNormReluBackwardArgs& args, int64_t begin, int
   const int64_t row_bytes = code_bytes(channels, args.bits), width = grid_width(args.shape);
   const int64_t step = block_pixels(args.shape, args.bits);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const int64_t past = (chunk + 1) * kChunkPixels < pixels ? (chunk + 1) * kChunkPixels : pixels;
+    const int64_t past = min((chunk + 1) * kChunkPixels, pixels);
     for (int64_t first = 0; first < channels; first += kBlock) {
-      const int64_t block_channels = channels - first < kBlock ? channels - first : kBlock;
+      const int64_t block_channels = min(channels - first, kBlock);
       LaneSums<kBlock> lanes;
       for (int64_t pixel = chunk * kChunkPixels; pixel < past; pixel += step) {
-        const int64_t here = step < past - pixel ? step : past - pixel;
+        const int64_t here = min(step, past - pixel);
         for_each_part(here * block_channels, [&](int64_t part, int64_t count, auto size) {
           const int64_t column = first + part;
           const auto parameter = [&](int index) { return Each{args.grid + index * width + column}; };
@@ -131,16 +129,17 @@ inline void input_rows(const BatchNormReluBackwardArgs& args, int64_t begin, int
   for_each_block(args.shape, args.bits, args.grid, begin, end, differentiate);
 }
 
-inline void run_batch_norm_relu_sums(const BatchNormReluBackwardArgs& args, int64_t begin, int64_t end) {
+}  // namespace
+
+void batch_norm_relu_sums(const BatchNormReluBackwardArgs& args, int64_t begin, int64_t end) noexcept {
   for_type(args.type, [&](auto type) {
     if (args.shape.channels_last) return sum_pixels(args, begin, end, type);
     sum_rows(args, begin, end, type);
   });
 }
 
-inline void run_batch_norm_relu_backward(const BatchNormReluBackwardArgs& args, int64_t begin, int64_t end) {
+void batch_norm_relu_backward(const BatchNormReluBackwardArgs& args, int64_t begin, int64_t end) noexcept {
   for_type(args.type, [&](auto type) { input_rows(args, begin, end, type); });
 }
 
-}  // namespace
-}  // namespace lowbit
+}  // namespace lowbit::LOWBIT_LEVEL
