@@ -63,7 +63,11 @@ def samples(layout):
         ],
         "lowbit::batch_norm_relu_quantize": [
             (x, *statistics, *affine, 4, 8.0, x.clone()),
-            (x.bfloat16(), *statistics, *affine, 2, 6.0, None),
+            (x.bfloat16(), *statistics, *affine, 2, 6.0, x.bfloat16()),
+        ],
+        "lowbit::batch_norm_quantize": [
+            (x, *statistics, *affine, 4, 8.0),
+            (x.bfloat16(), *statistics, *affine, 2, 6.0),
         ],
         "lowbit::channel_dequantize": [
             (codes, *affine, [2, 70, 6, 7], last, dtype, 4, 8.0, relu)

@@ -72,6 +72,7 @@ def every_operator(t):
         "gradient": antithetic_ops.antithetic_gradient(bits, t["values"], ratio, 70, "sample"),
         "relu": relu,
         "codes": codes,
+        "plain codes": lowmem_ops.batch_norm_quantize(t["x"], t["shift"], t["gain"], *affine, *grid),
         "value": lowmem_ops.channel_dequantize(codes, *affine, list(t["x"].shape), False, torch.float32, *grid, True),
         "grad of x": grads[0],
         "grad of gain": grads[1],

@@ -1,8 +1,10 @@
 """lowmem.LowMemBlock and quantize: gradients against the float64 formulas, forward to the bit, refusals."""
 
 import copy
+import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -160,9 +162,34 @@ WRONG_CALLS = [
        "LowMemBlock: range must be a number or None, got str"),
     at("one value", lambda: LowMemBlock(NORM, nn.Conv2d(3, 4, 1))(torch.ones(1, 3, 1, 1)), ValueError,
        "Expected more than 1 value per channel when training, got input size torch.Size([1, 3, 1, 1])"),
+    at("block range type", lambda: LowMemBlock(NORM, CONV, range=True), TypeError,
+       "LowMemBlock: range must be a number or None, got bool"),
+    at("range of float64", lambda: LowMemBlock(NORM, CONV, range=1e39), ValueError,
+       "LowMemBlock: range must be a positive number of standard deviations, got 1e+39"),
+    at("block input", lambda: LowMemBlock(NORM, CONV)(None), TypeError,
+       "BatchNorm2d: input must be a torch.Tensor, got NoneType"),
+    at("quantize", lambda: quantize(None), TypeError, "quantize: x must be a torch.Tensor, got NoneType"),
     at("quantize dtype", lambda: quantize(X.int()), TypeError,
-       "group_quantize: input must be float32, bfloat16 or float16, got torch.int32"),
-    at("quantize bits", lambda: quantize(X, 3), ValueError, "group_quantize: bits must be 2, 4 or 8, got 3"),
+       "quantize: x must be float32, bfloat16 or float16 and dense, got torch.int32"),
+    at("quantize layout", lambda: quantize(X.to_sparse()), TypeError,
+       "quantize: x must be float32, bfloat16 or float16 and dense, got torch.sparse_coo"),
+    at("quantize bits", lambda: quantize(X, 3), ValueError, "quantize: bits must be 2, 4 or 8, got 3"),
+    at("quantize bits type", lambda: quantize(X, None), TypeError, "quantize: bits must be an int, got NoneType"),
+    at("quantize flag", lambda: quantize(X, stochastic=None), TypeError,
+       "quantize: stochastic must be a bool, got NoneType"),
+    at("quantize generator", lambda: quantize(X, generator=3), TypeError,
+       "quantize: generator must be a torch.Generator or None, got int"),
+    at("quantize4", lambda: quantize4("x"), TypeError, "quantize4: x must be a torch.Tensor, got str"),
+    at("quantize_channels", lambda: quantize_channels([1.0]), TypeError,
+       "quantize_channels: x must be a torch.Tensor, got list"),
+    at("dequantize", lambda: dequantize(X), TypeError,
+       "dequantize: quantized must be Codes or ChannelCodes, got Tensor"),
+    at("dequantize out", lambda: dequantize(quantize(X), 3), TypeError,
+       "dequantize: out must be a torch.Tensor, got int"),
+    at("dequantize dtype", lambda: dequantize(quantize(X), X.double()), TypeError,
+       "dequantize: out must be float32, bfloat16 or float16 and dense, got torch.float64"),
+    at("dequantize device", lambda: dequantize(quantize(X), X.to("meta")), ValueError,
+       "dequantize: out must be on cpu like the codes, got meta"),
     at("dequantize shape", lambda: dequantize(quantize(X), torch.empty(6, 4)), ValueError,
        "dequantize: out must be contiguous (4, 6), got (6, 4) with strides (4, 1)"),
     at("quantize_channels vector", lambda: quantize_channels(torch.ones(4)), ValueError,
@@ -170,11 +197,13 @@ WRONG_CALLS = [
     at("quantize_channels range", lambda: quantize_channels(X, range=-1), ValueError,
        "quantize_channels: range must be a positive number of standard deviations, got -1"),
     at("quantize_channels dtype", lambda: quantize_channels(X.long()), TypeError,
-       "batch_norm_relu_quantize: input must be float32, bfloat16 or float16, got torch.int64"),
+       "quantize_channels: x must be float32, bfloat16 or float16 and dense, got torch.int64"),
     at("dequantize channels", lambda: dequantize(quantize_channels(X), torch.empty(6, 4)), ValueError,
        "dequantize: out must be contiguous (4, 6), got (6, 4) with strides (4, 1)"),
     at("dequantize4", lambda: dequantize4(quantize(X, 2)), ValueError,
        "dequantize4: expected codes of 4 bits, got 2"),
+    at("dequantize4 channels", lambda: dequantize4(quantize_channels(X)), TypeError,
+       "dequantize4: quantized must be Codes, got ChannelCodes"),
 ]  # fmt: skip
 
 
@@ -227,6 +256,47 @@ def test_quantize_channels_and_back(bits, dtype, layout):
     out = torch.empty_like(x)
     assert dequantize(quantized, out) is out
     assert torch.equal(out, found)
+
+
+def test_settings_are_numbers_of_any_library():
+    assert type(quantize(X, np.int64(2)).bits) is int
+    channels = quantize_channels(X, np.uint8(8), range=np.float32(7))
+    assert (type(channels.bits), channels.bits, channels.span) == (int, 8, 7.0)
+
+
+@pytest.mark.parametrize("bits", ops.BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finite_stays_finite(dtype, bits):
+    """The type's last numbers, alone and with smaller ones; deviations whose squares no float holds."""
+    last, small = torch.finfo(dtype).max, torch.finfo(dtype).tiny
+    for values in ((last, -last), (last, last), (-last, 0.0), (last, -last, 1.0, last / 3), (small, -small)):
+        x = torch.tensor(values, dtype=dtype).repeat(64)[:, None]
+        for positive in (False, True):
+            for stochastic in (False, True):
+                assert dequantize(quantize(x, bits, stochastic=stochastic, positive=positive)).isfinite().all()
+        found = dequantize(quantize_channels(x, bits))
+        assert found.isfinite().all()
+        # Half a cell, in a channel whose deviation is its greatest magnitude at most.
+        half = codes.RANGES[bits] / 2**bits / 2 * float(x.double().std(correction=0))
+        error = half * 1.01 + torch.finfo(dtype).eps * x.double().abs() + small
+        inside = (x.double() - x.double().mean()).abs() < (2**bits - 2) * half  # of the grid
+        assert ((found.double() - x.double()).abs() <= error)[inside].all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_channel_that_is_not_finite_is_nan(value):
+    x = torch.randn(6, 4, 3)
+    x[2, 1, 0] = value
+    for bits in ops.BITS:
+        found = dequantize(quantize_channels(x, bits))
+        assert found[:, 1].isnan().all()
+        assert found[:, [0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_codes_of_channels_do_not_depend_on_their_scale(scale):
+    x = torch.randn(40, 3, 5)
+    assert torch.equal(quantize_channels(x * 2.0 ** round(math.log2(scale))).codes, quantize_channels(x).codes)
 
 
 def test_range_of_channels():

@@ -15,7 +15,7 @@ from flattens import SPELLINGS, Flattened
 from lowbit_ext import lowmem, models
 from lowbit_ext.binary import BinaryActivation, BinaryConv1d, BinaryLinear
 from lowbit_ext.duo import CoupledConv2d, TernaryActivation
-from lowbit_ext.lowmem import LowMemBlock, convert, report
+from lowbit_ext.lowmem import LowMemBlock, convert, ledger, report
 from lowmem_networks import NETWORKS, Branching, Functional, joined, make, relative, step
 
 
@@ -517,6 +517,39 @@ def test_report_of_functions_and_flattened_values():
     assert left(model)["3"] == "its input has no codes"
     with pytest.raises(ValueError, match="report: Functional was not made by convert"):
         report(Functional())
+    with pytest.raises(TypeError, match=r"report: model must be a torch\.nn\.Module, got NoneType"):
+        report(None)
+
+
+def test_modules_bound_to_their_attributes_are_left():
+    """A copy of one would run the layers of the original, whatever became of its own."""
+    def layers():
+        return nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1))
+
+    compiled, patched = torch.compile(layers(), backend="eager"), layers()
+    patched.forward = patched.forward
+    for module, reason in (
+        (compiled, "torch.compile has compiled it; convert it first and compile the result"),
+        (patched, "its forward is an attribute of the object, not of its class"),
+    ):
+        with pytest.raises(ValueError, match=f"convert: model cannot be converted: {reason}"):
+            convert(module)
+        outer = nn.Sequential(module, nn.BatchNorm2d(2))
+        converted = convert(outer)
+        assert left(converted) == {"0": reason}
+        x = torch.randn(4, 3, 5, 5)
+        assert torch.equal(converted(x), outer(x))
+
+
+def test_a_module_compiled_in_place_is_converted():
+    plain = nn.Sequential(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1)), nn.Softmax(1))
+    plain[0].compile(backend="eager")
+    model = convert(plain)
+    with ledger(model) as book:
+        model(torch.randn(4, 3, 5, 5))
+    assert any(entry.dtype == torch.uint8 and entry.shape == (4, 3, 13) for entry in book.entries)
+    assert plain[0]._compiled_call_impl is not None
+    assert model.get_submodule("0.2")._compiled_call_impl is None
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [

@@ -104,6 +104,12 @@ def random_codes(shape, bits, rng):
 # --- channel codes ----------------------------------------------------------------------------------------------------
 
 
+def channel_quantize(*arguments):
+    """The operator with ReLU, or without where its last argument, y, is None."""
+    *arguments, y = arguments
+    return ops.batch_norm_quantize(*arguments) if y is None else ops.batch_norm_relu_quantize(*arguments, y)
+
+
 @pytest.mark.parametrize("bits", ops.BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_channel_codes(backend, threads, dtype, bits, rng):
@@ -116,10 +122,10 @@ def test_channel_codes(backend, threads, dtype, bits, rng):
         y = arranged(torch.where(torch.rand(shape, generator=rng) < 0.05, -y, y), channels_last)  # y has the last word
         for relu in (True, False):
             arguments = (x, mean, invstd, gamma, beta, bits, SPANS[bits], y.clone() if relu else None)
-            expected, copies = on_scalar(ops.batch_norm_relu_quantize, *arguments)
+            expected, copies = on_scalar(channel_quantize, *arguments)
             source = strided(x) if index % 3 == 0 and not channels_last else x
             target = arguments[-1]
-            codes = ops.batch_norm_relu_quantize(source, *arguments[1:])
+            codes = channel_quantize(source, *arguments[1:])
             assert same(codes, expected)
             found = channel_unpack(codes, shape, ops.is_channels_last(x), bits)
             error = 2.0**-20 * (xhat.abs() + 9)
@@ -214,11 +220,33 @@ def test_edges_of_channel_cells(backend):
         channel = (torch.tensor([gamma]), torch.tensor([beta]), 4, 8.0)
         for target in (y, None):
             statistics = torch.zeros(1), torch.ones(1)
-            codes = ops.batch_norm_relu_quantize(x, *statistics, *channel, None if target is None else y.clone())
+            codes = channel_quantize(x, *statistics, *channel, None if target is None else y.clone())
             codes, exact = unpack(codes, 4, 1), reference.channel_codes(x, target, *channel)
             assert torch.equal(codes[:-4], exact[:-4])
             if target is not None:  # what float32 cannot tell from an edge has the sign that y says
                 assert torch.equal(codes >= 8 - math.floor(2 * moved), y > 0)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("bits", ops.BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finite_channels_stay_finite(backend, dtype, bits, relu):
+    """Gains and shifts up to the greatest floats: cells past the type's end are its last number. Others are NaN."""
+    greatest, last = torch.finfo(torch.float32).max, torch.finfo(dtype).max
+    numbers = torch.tensor([0.0, 1.0, -1.0, last / 4, -last / 4, last, -last, greatest, -greatest, math.inf, math.nan])
+    gamma, beta = torch.cartesian_prod(numbers, numbers).T.contiguous()
+    codes = torch.arange(2**bits)[:, None].expand(-1, len(gamma)).contiguous()
+    packed, span = channel_pack(codes, False, bits), SPANS[bits]
+    values = ops.channel_dequantize(packed, gamma, beta, codes.shape, False, dtype, bits, span, relu)
+    finite = gamma.isfinite() & beta.isfinite()
+    assert torch.equal(values.isfinite(), finite.expand_as(values))
+    assert torch.equal(values.isnan(), ~finite.expand_as(values))
+    found, exact = (
+        v.double()[:, finite] for v in (values, reference.channel_values(codes, gamma, beta, bits, span, relu, dtype))
+    )
+    # Of the edge, up to 1e6 cells from the mean, float32 has 2^-4 of a cell.
+    error = 2.0**-4 * (gamma.double().abs() * span / 2**bits)[finite] + torch.finfo(dtype).eps * exact.abs() + 1e-7
+    assert ((found - exact).abs() <= error).all()
 
 
 # --- group codes ------------------------------------------------------------------------------------------------------
@@ -299,10 +327,58 @@ def test_edges_of_group_cells(backend, bits):
                 assert torch.equal(unpack(codes, bits, len(part)), wanted)
 
 
+@pytest.mark.parametrize("positive", [True, False])
+@pytest.mark.parametrize("bits", ops.BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finite_groups_stay_finite(backend, dtype, bits, positive):
+    """Both ends of the type's range, of bfloat16's and of normal numbers, alone and with one another."""
+    info = torch.finfo(dtype)
+    numbers = [0.0, 1.0, info.max, info.max * (1 - info.eps), info.max * (1 - 2.0**-9), info.max / 3, info.tiny,
+               info.smallest_normal / 8, 2.0**-149, 3e-39]  # fmt: skip
+    numbers = torch.tensor([sign * value for value in numbers for sign in (1, -1)]).to(dtype)
+    pairs = torch.cartesian_prod(numbers, numbers).repeat(1, 128)  # groups
+    mixed = numbers.repeat(13)[:256]
+    x = torch.cat([pairs.flatten(), mixed, numbers[4:5]])  # the last group has one element
+    for key in (None, torch.tensor(3, device="cpu")):
+        arguments = (x, bits, positive, key, 0)
+        codes, scale_minimum = ops.group_quantize(*arguments)
+        expected, _ = on_scalar(ops.group_quantize, *arguments)
+        assert same(codes, expected[0])
+        assert same(scale_minimum, expected[1])
+        arguments = (codes, scale_minimum, [len(x)], False, dtype, bits)
+        values = ops.group_dequantize(*arguments)
+        assert same(values, on_scalar(ops.group_dequantize, *arguments)[0])
+        assert values.isfinite().all()
+        if positive:
+            assert torch.equal(values > 0, x > 0)
+        _, most, minimum = reference.group_codes(x, bits, positive)
+        _, least, _ = reference.group_codes(x, bits, positive, error=2.0**-20)  # float32 rounds the quotient
+        scale = scale_minimum[:, 0].double()
+        assert ((scale == most) | (scale == least)).all()
+        assert torch.equal(scale_minimum[:, 1].double(), minimum)
+        # Half a step, or one; what a bfloat16 cannot tell from the last number; the type's own rounding.
+        steps = 0.5 if key is None and not positive else 1.0
+        cut = torch.where(x.double().abs() > info.max / 2, 2.0**-6 * info.max, 0.0)
+        error = (steps * scale).repeat_interleave(256)[: len(x)] + cut + info.eps * (x.double().abs() + info.tiny)
+        wanted = x.double().clamp(min=0) if positive else x.double()
+        assert ((values.double() - wanted).abs() <= error * (1 + 1e-6)).all()
+    for number in numbers:  # groups of one element
+        codes, scale_minimum = ops.group_quantize(number[None], bits, positive, None, 0)
+        value = ops.group_dequantize(codes, scale_minimum, [1], False, dtype, bits)
+        assert value.isfinite()
+        wanted = number.double().clamp(min=0) if positive else number.double()
+        smallest = 2**bits * 2.0**-133 + info.tiny * info.eps  # of bfloat16 and of the type
+        assert (value.double() - wanted).abs() <= 2.0**-7 * wanted.abs() + smallest
+
+
 def test_special_values_in_groups(backend):
     def coded(values, positive=False):
         codes, scale_minimum = ops.group_quantize(torch.tensor(values), 4, positive, None, 0)
         return unpack(codes, 4, len(values)).tolist(), *scale_minimum.flatten().tolist()
+
+    def decoded(values, dtype=torch.float32):
+        codes, scale_minimum = ops.group_quantize(torch.tensor(values, dtype=dtype), 4, False, None, 0)
+        return ops.group_dequantize(codes, scale_minimum, [len(values)], False, dtype, 4).tolist()
 
     nan, inf, greatest = math.nan, math.inf, float(torch.finfo(torch.bfloat16).max)
     assert coded([nan, nan]) == ([0, 0], 0.0, 0.0)
@@ -314,6 +390,12 @@ def test_special_values_in_groups(backend):
     assert coded([-inf, 3.0]) == ([0, 15], greatest, -inf)
     assert coded([-1.0, 0.0, -0.0, nan, 1e-30, 15.0], positive=True) == ([0, 0, 0, 0, 1, 15], 1.0, 0.0)
     assert coded([-1.0, -2.0], positive=True) == ([0, 0], 0.0, 0.0)
+    for dtype in DTYPES:
+        assert decoded([inf, 3.0], dtype) == [inf, 3.0]
+        assert decoded([-inf, 3.0, inf], dtype) == [-inf] * 3
+        assert decoded([inf, inf], dtype) == [inf] * 2
+        assert decoded([nan, 1.0, 16.0], dtype) == [1.0, 1.0, 16.0]
+        assert math.copysign(1.0, decoded([-0.0], dtype)[0]) == 1.0
 
 
 @pytest.mark.parametrize("bits", ops.BITS)
@@ -359,7 +441,7 @@ def at(name, call, error, message):
     return pytest.param(call, error, message, id=name)
 
 
-def quantize(x=X, mean=ONES, gamma=ONES, bits=4, span=8.0, y=None):
+def quantize(x=X, mean=ONES, gamma=ONES, bits=4, span=8.0, y=X):
     return ops.batch_norm_relu_quantize(x, mean, ONES, gamma, ONES, bits, span, y)
 
 
@@ -384,6 +466,8 @@ WRONG_CALLS = [
        "batch_norm_relu_quantize: mean must be floats (3,), got torch.float32 (4,)"),
     at("quantize gamma device", lambda: quantize(gamma=torch.ones(3, device="meta")), ValueError,
        "batch_norm_relu_quantize: gamma must be on the CPU like the input, got meta"),
+    at("quantize without ReLU", lambda: ops.batch_norm_quantize(X, ONES, ONES, ONES, ONES[:2], 4, 8.0), ValueError,
+       "batch_norm_quantize: beta must be floats (3,), got torch.float32 (2,)"),
     at("quantize y", lambda: quantize(y=X[:1]), ValueError,
        "batch_norm_relu_quantize: y must be torch.float32 (2, 3, 4) like the input, got torch.float32 (1, 3, 4)"),
     at("quantize y device", lambda: quantize(y=X.to("meta")), ValueError,

@@ -5,8 +5,16 @@
 // deviations, with an edge where gamma xhat + beta = 0: codes from `shift` on are positive elements, exactly. Source:
 // Chakrabarti and Moseley, NeurIPS 2019, section 3; the upper clamp of the shift and negative gamma are ours.
 //
-// Group codes: 256 neighbours share a scale and a minimum in bfloat16; the scale is rounded up and the minimum down, so
-// that they cover the group.
+// Group codes: 256 neighbours share a scale and a minimum in bfloat16: an element is code * scale + minimum. The
+// minimum is rounded down and the scale up, so that they cover the group.
+//
+// Finite stays finite: finite elements decode to finite numbers of their type.
+//   Group codes: a minimum that is infinite in the type is the next bfloat16 above instead, and a scale whose last code
+//     decodes to infinity the next bfloat16 below, which cuts off 2^-7 of the group's extent at most. A NaN has code 0
+//     and counts for nothing else. +infinity decodes to itself; a group with -infinity decodes to that.
+//   Channel codes: a cell that reaches past the type's finite numbers decodes to the last of these. Elements farther
+//     from the mean than the greatest float are in the last cell on their side. A channel whose gamma or beta is not
+//     finite decodes to NaN.
 #pragma once
 
 #include "core/half.h"
@@ -69,11 +77,10 @@ LOWBIT_INLINE ChannelGrid channel_grid(float gamma, float beta, int bits, float 
   return {cells, position - below, relu ? shift : 0.0f, gamma < 0 ? -1.0f : 1.0f, span / cells};
 }
 
-// xhat = code * step + origin.
+// xhat = (code + offset) * step = code * step + origin.
+LOWBIT_INLINE float code_offset(const ChannelGrid& grid) { return 0.5f - grid.cells / 2 - grid.edge; }
 LOWBIT_INLINE float code_step(const ChannelGrid& grid) { return grid.sign * grid.width; }
-LOWBIT_INLINE float code_origin(const ChannelGrid& grid) {
-  return grid.sign * ((0.5f - grid.cells / 2 - grid.edge) * grid.width);
-}
+LOWBIT_INLINE float code_origin(const ChannelGrid& grid) { return grid.sign * (code_offset(grid) * grid.width); }
 
 // The cell of a position in cells, 0 for NaN.
 LOWBIT_INLINE float cell(float position, float last) {
@@ -93,6 +100,14 @@ LOWBIT_INLINE float channel_code(float x, float y, float mean, float multiplier,
   return above < last ? above : last;
 }
 
+constexpr float kGreatestFloat = 0x1.fffffep127f;
+constexpr uint16_t kSmallestNormal = 0x0080;  // bfloat16, and as float
+
+// The greatest float that rounds to a finite number of the type.
+LOWBIT_INLINE constexpr float finite_limit(FloatType type) {
+  return type == FloatType::float32 ? kGreatestFloat : type == FloatType::bfloat16 ? 0x1.fefffep127f : 0x1.ffdffep15f;
+}
+
 // The nearest bfloat16 on one side.
 LOWBIT_INLINE uint16_t bfloat16_below(float value) {
   const uint32_t bits = float_to_bits(value);
@@ -105,22 +120,50 @@ LOWBIT_INLINE uint16_t bfloat16_above(float value) {  // of value >= 0; at most 
   return static_cast<uint16_t>(rounded < 0x7f7fu ? rounded : 0x7f7fu);
 }
 
-struct GroupScale {
-  uint16_t scale, minimum;
-  float inverse;  // of the scale, 0 for 0
-};
-
-LOWBIT_INLINE GroupScale group_scale(float low, float high, float last, bool positive) {
-  // Nothing but NaN: 0. Of zeros of both signs either may have been found: +0.
-  const uint16_t minimum = positive || !(low <= high) ? uint16_t{0} : bfloat16_below(low + 0.0f);
-  const float extent = high - bfloat16_to_float(minimum);
-  const uint16_t scale = extent > 0 ? bfloat16_above(extent / last) : uint16_t{0};
-  const float value = bfloat16_to_float(scale);
-  return {scale, minimum, value > 0 ? 1.0f / value : 0.0f};
+// code * scale + minimum, rounded once, for scale >= 0. The product of twice eight significant bits is exact: rounding
+// it as well changes nothing but where it is infinite and the sum is not.
+LOWBIT_INLINE float group_value(float code, float scale, float minimum) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(code, scale, minimum);
+#elif defined(__FMA__)
+  return __builtin_fmaf(code, scale, minimum);
+#else
+  const float product = code * scale;
+  const float part = code * (scale * 0x1p-8f) + minimum * 0x1p-8f;
+  return product <= kGreatestFloat ? product + minimum : part * 0x1p8f;
+#endif
 }
 
-// A group's code; `threshold` is 1/2 for the nearest, a uniform number for stochastic rounding. `positive`: 0 for
-// x <= 0 and for nothing else.
+struct GroupScale {
+  uint16_t scale, minimum;
+  float unit;     // that elements and minimum are multiplied by: a power of two that keeps the next numbers in range
+  float inverse;  // of scale * unit, 0 for 0
+};
+
+// `limit`: finite_limit of the elements' type.
+LOWBIT_INLINE GroupScale group_scale(float low, float high, float last, float limit, bool positive) {
+  // Nothing but NaN: 0. Of zeros of both signs either may have been found: +0.
+  uint16_t minimum = positive || !(low <= high) ? uint16_t{0} : bfloat16_below(low + 0.0f);
+  if (low >= -limit && bfloat16_to_float(minimum) < -limit) --minimum;
+  const float base = bfloat16_to_float(minimum), extent = high - base;
+  if (!(extent > 0)) return {0, minimum, 1.0f, 0.0f};
+  // Differences and inverses of floats may pass the greatest float: elements are coded in a unit where they do not.
+  float unit = 1.0f;
+  uint16_t scale;
+  if (extent > kGreatestFloat) {
+    unit = 0x1p-24f;
+    scale = bfloat16_above((high * unit - base * unit) / last * 0x1p24f);
+  } else {
+    scale = bfloat16_above(extent / last);
+    if (scale < kSmallestNormal) unit = 0x1p24f;
+    if (scale == 0) scale = 1;
+  }
+  if (high <= limit && group_value(last, bfloat16_to_float(scale), base) > limit) --scale;
+  return {scale, minimum, unit, 1.0f / (bfloat16_to_float(scale) * unit)};
+}
+
+// A group's code; x and minimum are in the group's unit. `threshold` is 1/2 for the nearest, a uniform number for
+// stochastic rounding. `positive`: 0 for x <= 0 and for nothing else.
 LOWBIT_INLINE float group_code(float x, float minimum, float inverse, float threshold, float last, bool positive) {
   const float code = cell((x - minimum) * inverse + threshold, last);
   if (!positive) return code;

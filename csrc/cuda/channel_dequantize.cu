@@ -36,14 +36,14 @@ __global__ void __launch_bounds__(kThreads) channel_dequantize_kernel(Dequantize
     const PackPlace place = places[pack];
     if (place.count == 0) continue;
     const auto parameter = [&](int row) { return load_parameter<kCount>(args.op.grid, row, args.packs, place); };
-    const auto scale = parameter(kScale), origin = parameter(kOrigin), shift = parameter(kDequantizeShift);
+    const auto offset = parameter(kCodeOffset), scale = parameter(kScale), beta = parameter(kBeta);
+    const auto shift = parameter(kDequantizeShift);
     Values<kType> values;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const float code = static_cast<float>(codes[pack].get(i, bits));
-      const float value = code * scale.values[i] + origin.values[i];
-      const float clipped = value > args.floor ? value : args.floor;
-      values.values[i] = from_float<kType>(code >= shift.values[i] ? clipped : 0.0f);
+      values.values[i] = from_float<kType>(channel_value(code, offset.values[i], scale.values[i], beta.values[i],
+                                                         shift.values[i], args.floor, finite_limit(kType)));
     }
     store_values<kType>(output + place.element, values, place.count, place.whole);
   }
@@ -53,7 +53,7 @@ template <FloatType kType>
 Status dequantize(const ChannelDequantizeArgs& args, Stream stream) {
   const bool aligned = are_aligned<kType>(args.output, args.codes, args.bits) && is_aligned(args.grid, kPackBytes);
   const DequantizeKernelArgs kernel_args{args, make_channel_packs<kType>(args.shape, args.bits, aligned),
-                                         args.relu ? 0.0f : -__builtin_inff()};
+                                         args.relu ? 0.0f : -finite_limit(kType)};
   return launch(channel_dequantize_kernel<kType>,
                 {blocks_for(kernel_args.packs.count, kThreads * kPacks), dim3(kThreads)}, stream, kernel_args);
 }

@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(kThreads) group_dequantize_kernel(DequantizeKe
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const float code = static_cast<float>(codes[pack].get(i, bits));
-      values.values[i] = from_float<kType>(code * bfloat16_to_float(scale[pack]) + bfloat16_to_float(minimum[pack]));
+      values.values[i] =
+          from_float<kType>(group_value(code, bfloat16_to_float(scale[pack]), bfloat16_to_float(minimum[pack])));
     }
     store_values<kType>(output + first, values, count, args.vector && count == kCount);
   }

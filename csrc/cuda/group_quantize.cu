@@ -77,8 +77,12 @@ __global__ void __launch_bounds__(kThreads) group_quantize_kernel(QuantizeKernel
   }
   if (left == 0) return;
   const float last = static_cast<float>((1 << bits) - 1);
-  const GroupScale scale = group_scale(low, high, last, args.op.positive);
-  const float minimum = bfloat16_to_float(scale.minimum);
+  const GroupScale scale = group_scale(low, high, last, finite_limit(kType), args.op.positive);
+  const float minimum = bfloat16_to_float(scale.minimum) * scale.unit;
+  if (scale.unit != 1) {
+#pragma unroll
+    for (int i = 0; i < kPacks * kCount; ++i) x[i / kCount][i % kCount] *= scale.unit;
+  }
   if (lane == 0) {
     args.op.scale_minimum[2 * group] = scale.scale;
     args.op.scale_minimum[2 * group + 1] = scale.minimum;

@@ -83,13 +83,16 @@ def convert(model: nn.Module, bits: int = 4, range: float | None = None) -> nn.M
 
     Returns:
         The converted model, in the mode (training or evaluation) of each of the model's layers. It can be copied,
-        pickled and compiled. A model that was converted before comes back as it is, in a copy.
+        pickled and compiled; what Module.compile() compiled is to be compiled again. A model that was converted before
+        comes back as it is, in a copy.
 
     Gradient:
         see LowMemBlock; ReLU's mask is exact everywhere. There is no second derivative.
 
     Raises:
-        TypeError, ValueError: not a module, or bits or range out of range.
+        TypeError: model is no module, bits no int, or range no number.
+        ValueError: bits or range out of range; a result of torch.compile, which goes on running the original, as does a
+            module whose forward is an attribute of the object. Within a model these are left as they are.
 
     Source:
         Chakrabarti and Moseley, "Backprop with approximate activations for memory-efficient network training", NeurIPS
@@ -97,7 +100,10 @@ def convert(model: nn.Module, bits: int = 4, range: float | None = None) -> nn.M
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
-    span = check_settings("convert", bits, range)
+    reason = _uncopyable(model)
+    if reason is not None:
+        raise ValueError(f"convert: model cannot be converted: {reason}")
+    bits, span = check_settings("convert", bits, range)
     found: list[Conversion] = []
     result = _convert(model, "", bits, span, found)
     vars(result)[_REPORT] = tuple(found)
@@ -115,11 +121,23 @@ def report(model: nn.Module) -> tuple[Conversion, ...]:
         several times with different outcomes.
 
     Raises:
+        TypeError: model is no module.
         ValueError: `convert` did not make the model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
     if _REPORT not in vars(model):
         raise ValueError(f"report: {type(model).__name__} was not made by convert")
     return vars(model)[_REPORT]
+
+
+def _uncopyable(module: nn.Module) -> str | None:
+    """Why a second module with the same attributes would run the first one's layers, or None."""
+    if type(module).__module__.startswith("torch._dynamo"):
+        return "torch.compile has compiled it; convert it first and compile the result"
+    if "forward" in vars(module):
+        return "its forward is an attribute of the object, not of its class"
+    return None
 
 
 def _has_hooks(module: nn.Module | None) -> bool:
@@ -139,7 +157,7 @@ def _of_own_layer(module: nn.Module) -> tuple[bool, str]:
 
 def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
     """Second modules of the same classes, all the way down, on the same parameters and buffers."""
-    if isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, torch.jit.ScriptModule) or _uncopyable(module) is not None:
         return module
     if module not in copies:
         made = copies[module] = object.__new__(type(module))
@@ -159,6 +177,10 @@ def _convert(model: nn.Module, prefix: str, bits: int, span: float, found: list[
         entries = vars(model).get(_REPORT, (Conversion("", type(model).__name__, True, "converted before"),))
         found.extend(dataclasses.replace(entry, name=_join(prefix, entry.name)) for entry in entries)
         return _copied(model, {})
+    reason = _uncopyable(model)
+    if reason is not None:
+        found.append(Conversion(prefix, type(model).__name__, False, reason))
+        return model
     if not any(True for _ in model.children()):
         return _convert_alone(model, prefix, bits, span, found)
     copies: dict[nn.Module, nn.Module] = {}
@@ -194,7 +216,8 @@ def _convert_alone(model: nn.Module, prefix: str, bits: int, span: float, found:
 
 def _is_whole(module: nn.Module) -> bool:
     """Tracing looks into the containers without hooks; those with hooks are called as they are."""
-    return _has_hooks(module) or isinstance(module, fx.GraphModule) or _is_converted(module)
+    alone = _has_hooks(module) or isinstance(module, fx.GraphModule) or _is_converted(module)
+    return alone or _uncopyable(module) is not None
 
 
 class _Mode:

@@ -52,18 +52,24 @@ def gradient_audit(
         One LayerError for every parameter that has a gradient, in the model's order.
 
     Raises:
-        TypeError: model is no module, or bits or range no number.
-        ValueError: another method, bits or range; `range` or `stochastic` with a method that has none.
+        TypeError: model is no module, loss no function, or another argument of another type.
+        ValueError: another method, bits or range; `range` or `stochastic` with a method that has none; a model without
+            parameters to differentiate.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"gradient_audit: model must be a torch.nn.Module, got {type(model).__name__}")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"gradient_audit: method must be one of {', '.join(METHODS)}, got {method!r}")
-    codes.check_settings("gradient_audit", bits, range)
+    if not callable(loss):
+        raise TypeError(f"gradient_audit: loss must be a function, got {type(loss).__name__}")
+    bits, _ = codes.check_settings("gradient_audit", bits, range)
+    codes.check_flags("gradient_audit", stochastic=stochastic)
     if range is not None and method != "convert":
         raise ValueError(f"gradient_audit: method {method!r} has no range: its codes span minimum to maximum")
     if stochastic and method == "convert":
         raise ValueError("gradient_audit: method 'convert' rounds to the nearest code alone")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("gradient_audit: model has no parameter that requires a gradient")
     exact = _gradients(copy.deepcopy(model), loss, batch)
     # Seeds of their own: dropout draws the same numbers in both runs.
     generator = torch.Generator().manual_seed(0)
@@ -80,7 +86,10 @@ def gradient_audit(
 def _gradients(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any) -> dict[str, Tensor]:
     names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.random.fork_rng():
-        found = torch.autograd.grad(loss(model, batch), list(names.values()), allow_unused=True)
+        value = loss(model, batch)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"gradient_audit: loss must return a scalar tensor, got {type(value).__name__}")
+        found = torch.autograd.grad(value, list(names.values()), allow_unused=True)
     return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
 
 

@@ -132,9 +132,8 @@ class _BatchNorm(torch.autograd.Function):
             batch_mean, invstd = mean, (variance.float() + eps).rsqrt()
         ones = torch.ones_like(invstd) if gamma is None else gamma.detach()
         zeros = torch.zeros_like(invstd) if beta is None else beta.detach()
-        codes = ops.batch_norm_relu_quantize(
-            x, batch_mean, invstd, ones, zeros, bits, span, y if relu else None
-        )
+        arguments = (x, batch_mean, invstd, ones, zeros, bits, span)
+        codes = ops.batch_norm_relu_quantize(*arguments, y) if relu else ops.batch_norm_quantize(*arguments)
         # torch keeps the input, the batch's statistics, and the ReLU's result.
         _ledger.stands_for(codes, x, *((batch_mean, invstd) if training else ()), *((y,) if relu else ()))
         for extra in (invstd, ones, zeros):
@@ -215,6 +214,8 @@ class _BatchNormCodes(nn.modules.batchnorm._BatchNorm):
         return both[0] if self.alone else both
 
     def _forward(self, x: Tensor, relu: bool) -> tuple[Tensor, Stored | None]:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{type(self).__name__}: input must be a torch.Tensor, got {type(x).__name__}")
         needed = x.requires_grad or (self.affine and (self.weight.requires_grad or self.bias.requires_grad))
         if not (torch.is_grad_enabled() and needed):
             y = super().forward(x)
@@ -416,8 +417,7 @@ class _ConvCodes(nn.modules.conv._ConvNd):
 
     def forward(self, x: Tensor, stored: Stored | None = None) -> Tensor:
         """The exact result; codes None: the plain layer."""
-        batched = x.dim() == self.weight.dim()
-        if stored is None or not batched or not _readable(self, x, stored):
+        if stored is None or x.dim() != self.weight.dim() or not _readable(self, x, stored):
             return super().forward(x)
         geometry = (self.stride, _padding(self), self.dilation, self.groups)
         meta = stored._replace(tensors=())
@@ -468,8 +468,14 @@ READERS: dict[type[nn.Module], Any] = {
 
 
 def _shared(module: nn.Module) -> dict[str, Any]:
-    """Attributes of a module for a second one with the same parameters and buffers: its registries are copies."""
-    return {name: value.copy() if isinstance(value, dict) else value for name, value in vars(module).items()}
+    """Attributes of a module for a second one with the same parameters and buffers: its registries are copies.
+
+    What Module.compile() made of the first is not the second's.
+    """
+    return {
+        name: value.copy() if isinstance(value, dict) else value
+        for name, value in vars(module).items() if name != "_compiled_call_impl"
+    }  # fmt: skip
 
 
 def _padding(conv: nn.modules.conv._ConvNd) -> tuple[int, ...]:
@@ -527,7 +533,7 @@ class LowMemBlock(nn.Module):
         range: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        span = check_settings("LowMemBlock", bits, range)
+        bits, span = check_settings("LowMemBlock", bits, range)
         if type(norm) not in BATCH_NORMS:
             raise TypeError(f"LowMemBlock: norm must be an nn.BatchNorm1d, 2d or 3d, got {type(norm).__name__}")
         reason = unreadable(layer)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,19 +16,49 @@ from lowbit_ext.lowmem import ops
 RANGES = {2: 6.0, 4: 8.0, 8: 9.0}
 
 
-def check_settings(name: str, bits: int, range: float | None) -> float:
-    """The span for these settings, or an error."""
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(f"{name}: bits must be an int, got {type(bits).__name__}")
+def as_int(name: str, argument: str, value: Any) -> int:
+    """The plain int of an integer of any library, or TypeError."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: {argument} must be an int, got {type(value).__name__}")
+    return int(value)
+
+
+def check_settings(name: str, bits: int, range: Any) -> tuple[int, float]:
+    """(bits, span) as plain numbers, or an error."""
+    bits = as_int(name, "bits", bits)
     if bits not in ops.BITS:
         raise ValueError(f"{name}: bits must be 2, 4 or 8, got {bits}")
     if range is None:
-        return RANGES[bits]
-    if isinstance(range, bool) or not isinstance(range, int | float):
+        return bits, RANGES[bits]
+    is_number = isinstance(range, numbers.Real) and not isinstance(range, bool)
+    if not is_number:
         raise TypeError(f"{name}: range must be a number or None, got {type(range).__name__}")
-    if not 0 < range < float("inf"):
+    limits = torch.finfo(torch.float32)
+    if not limits.tiny <= range <= limits.max:  # what the kernels take
         raise ValueError(f"{name}: range must be a positive number of standard deviations, got {range}")
-    return float(range)
+    return bits, float(range)
+
+
+def check_generator(name: str, generator: torch.Generator | None) -> None:
+    """Raises TypeError for what is no generator."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{name}: generator must be a torch.Generator or None, got {type(generator).__name__}")
+
+
+def check_flags(name: str, **flags: bool) -> None:
+    """Raises TypeError for what is no bool."""
+    for argument, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: {argument} must be a bool, got {type(flag).__name__}")
+
+
+def check_tensor(name: str, argument: str, x: Tensor) -> None:
+    """Raises TypeError for what is not a dense tensor of a type that has codes."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in ops.FLOAT_TYPES or x.layout is not torch.strided:
+        kind = x.dtype if x.layout is torch.strided else x.layout
+        raise TypeError(f"{name}: {argument} must be float32, bfloat16 or float16 and dense, got {kind}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,17 +128,29 @@ def quantize(
         generator: gives the seed; None: torch's own of the CPU. One of a GPU makes the call wait for that GPU.
 
     Returns:
-        Codes. A NaN becomes its group's minimum.
+        Codes. Finite elements stay finite. A NaN becomes its group's minimum, -0 becomes 0; a group with an infinite
+        element decodes to infinity or its minimum.
 
     Gradient:
         none: the result holds integers.
 
     Raises:
-        TypeError, ValueError: another dtype or number of bits.
+        TypeError: x is no dense tensor of these dtypes, or another argument of another type.
+        ValueError: another number of bits.
 
     Source:
         groups and stochastic rounding: Chen et al., "ActNN", ICML 2021, section 3.
     """
+    return _quantize("quantize", x, bits, stochastic, positive, generator)
+
+
+def _quantize(
+    name: str, x: Tensor, bits: int, stochastic: bool, positive: bool, generator: torch.Generator | None
+) -> Codes:
+    bits, _ = check_settings(name, bits, None)
+    check_tensor(name, "x", x)
+    check_flags(name, stochastic=stochastic, positive=positive)
+    check_generator(name, generator)
     seed = None
     if stochastic:
         device = "cpu" if generator is None else generator.device
@@ -127,26 +171,31 @@ def quantize_channels(x: Tensor, bits: int = 4, *, range: float | None = None) -
         range: standard deviations from end to end; None: 8 for 4 bits, 9 for 8, 6 (the paper's) for 2.
 
     Returns:
-        ChannelCodes. A NaN in a channel makes the channel NaN, as it makes its mean.
+        ChannelCodes. Finite channels stay finite. A NaN or infinity in a channel makes the channel NaN, as it makes its
+        deviation. A channel is its mean where a cell would be narrower than the smallest normal float.
 
     Gradient:
         none: the result holds integers.
 
     Raises:
-        TypeError, ValueError: another dtype, number of dimensions or bits; a range that is no positive number.
+        TypeError: x is no dense tensor of these dtypes, bits no int, or range no number.
+        ValueError: another number of dimensions or bits, or a range that is not positive in float32.
 
     Source:
         Chakrabarti and Moseley, NeurIPS 2019, section 3.
     """
-    span = check_settings("quantize_channels", bits, range)
+    bits, span = check_settings("quantize_channels", bits, range)
+    check_tensor("quantize_channels", "x", x)
     if x.dim() < 2:
         raise ValueError(f"quantize_channels: x must be (N, C, ...), got {tuple(x.shape)}")
     x = x.detach()
+    # In double: squares of floats may be too large or too small for a float.
     dims = [dim for dim in builtins.range(x.dim()) if dim != 1]
-    variance, mean = torch.var_mean(x.float(), dims, correction=0)
-    std = variance.sqrt()
-    inverse = torch.where(std > 0, 1 / std, 0.0)  # a constant channel is its mean
-    codes = ops.batch_norm_relu_quantize(x, mean, inverse, std, mean, bits, span, None)
+    std, mean = torch.std_mean(x.double(), dims, correction=0)
+    std = torch.where(std * (span / 2**bits) < torch.finfo(torch.float32).tiny, 0.0, std).float()
+    mean = mean.float()
+    inverse = torch.where(std > 0, 1 / std, 0.0)
+    codes = ops.batch_norm_quantize(x, mean, inverse, std, mean, bits, span)
     return ChannelCodes(codes, std, mean, bits, span, tuple(x.shape), x.dtype, ops.is_channels_last(x))
 
 
@@ -162,18 +211,27 @@ def dequantize(quantized: Codes | ChannelCodes, out: Tensor | None = None) -> Te
         Tensor of the original's shape and memory order, and of its dtype or that of `out`.
 
     Raises:
-        ValueError: `out` has another shape or memory order, or requires grad while gradients are recorded.
+        TypeError: neither kind of codes, or `out` is no dense float tensor.
+        ValueError: `out` has another shape, memory order or device, or requires grad while gradients are recorded.
     """
-    q = quantized
+    if not isinstance(quantized, Codes | ChannelCodes):
+        raise TypeError(f"dequantize: quantized must be Codes or ChannelCodes, got {type(quantized).__name__}")
+    return _dequantize("dequantize", quantized, out)
+
+
+def _dequantize(name: str, q: Codes | ChannelCodes, out: Tensor | None) -> Tensor:
     if out is None:
         out = ops.empty(q.codes, q.shape, q.dtype, q.channels_last)
-    elif tuple(out.shape) != q.shape or ops.is_channels_last(out) != q.channels_last:
+    check_tensor(name, "out", out)
+    if tuple(out.shape) != q.shape or ops.is_channels_last(out) != q.channels_last:
         order = "channels_last" if q.channels_last else "contiguous"
         raise ValueError(
-            f"dequantize: out must be {order} {q.shape}, got {tuple(out.shape)} with strides {out.stride()}"
+            f"{name}: out must be {order} {q.shape}, got {tuple(out.shape)} with strides {out.stride()}"
         )
-    elif out.requires_grad and torch.is_grad_enabled():
-        raise ValueError("dequantize: out requires grad, and what is written into it carries no gradient")
+    if out.device != q.codes.device:
+        raise ValueError(f"{name}: out must be on {q.codes.device} like the codes, got {out.device}")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: out requires grad, and what is written into it carries no gradient")
     if isinstance(q, ChannelCodes):
         ops.channel_dequantize_into(q.codes, q.std, q.mean, q.channels_last, q.bits, q.span, False, out)
     else:
@@ -183,15 +241,17 @@ def dequantize(quantized: Codes | ChannelCodes, out: Tensor | None = None) -> Te
 
 def quantize4(x: Tensor, *, stochastic: bool = False, generator: torch.Generator | None = None) -> Codes:
     """`quantize` to 4 bits."""
-    return quantize(x, 4, stochastic=stochastic, generator=generator)
+    return _quantize("quantize4", x, 4, stochastic, False, generator)
 
 
 def dequantize4(quantized: Codes, out: Tensor | None = None) -> Tensor:
     """`dequantize` of 4 bits.
 
     Raises:
-        ValueError: the codes have other bits.
+        TypeError, ValueError: no Codes of 4 bits, or see dequantize.
     """
+    if not isinstance(quantized, Codes):
+        raise TypeError(f"dequantize4: quantized must be Codes, got {type(quantized).__name__}")
     if quantized.bits != 4:
         raise ValueError(f"dequantize4: expected codes of 4 bits, got {quantized.bits}")
-    return dequantize(quantized, out)
+    return _dequantize("dequantize4", quantized, out)

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lowbit_ext import _oplib
 from lowbit_ext.lowmem import _ledger, ops
-from lowbit_ext.lowmem.codes import check_settings
+from lowbit_ext.lowmem.codes import as_int, check_flags, check_generator, check_settings
 
 # Between a parameter and what an operation keeps of it: views, and the copies that autocast makes.
 _OF_LEAF = ("ToCopyBackward0", "TBackward0", "TransposeBackward0", "PermuteBackward0", "ViewBackward0")
@@ -140,7 +140,7 @@ class saved_tensors:
     derivatives are those of the rounded values.
 
     Raises:
-        TypeError: bits is no int.
+        TypeError: an argument has another type.
         ValueError: bits or min_numel out of range; `compiled` with a generator or `keep`.
         RuntimeError: opened within compiled code, or `compiled` within a ledger, which cannot see into a graph. In the
             backward pass: a tensor that was kept was modified in place.
@@ -153,10 +153,16 @@ class saved_tensors:
         self, bits: int = 4, stochastic: bool = False, min_numel: int = 1024, keep: Iterable[Tensor] = (), *,
         generator: torch.Generator | None = None, compiled: bool = False,
     ) -> None:  # fmt: skip
-        check_settings("saved_tensors", bits, None)
+        bits, _ = check_settings("saved_tensors", bits, None)
+        min_numel = as_int("saved_tensors", "min_numel", min_numel)
         if min_numel < 0:
             raise ValueError(f"saved_tensors: min_numel must not be negative, got {min_numel}")
-        keep = tuple(keep)
+        check_flags("saved_tensors", stochastic=stochastic, compiled=compiled)
+        check_generator("saved_tensors", generator)
+        keep = (keep,) if isinstance(keep, Tensor) or not isinstance(keep, Iterable) else tuple(keep)
+        for kept in keep:
+            if not isinstance(kept, Tensor):
+                raise TypeError(f"saved_tensors: keep must be tensors, got {type(kept).__name__}")
         if compiled and (generator is not None or keep):
             raise ValueError("saved_tensors: compiled hooks take neither a generator nor tensors to keep")
         self.bits, self.stochastic, self.min_numel, self.compiled = bits, stochastic, min_numel, compiled

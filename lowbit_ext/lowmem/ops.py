@@ -7,6 +7,7 @@ flat, in memory order; scale and minimum are bfloat16 (groups of 256, 2).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -126,19 +127,19 @@ class _Floats:
 
 
 def _check_quantize(
-    x: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor, beta: Tensor, bits: int, span: float, y: Tensor | None
-) -> None:
-    op = "batch_norm_relu_quantize"
+    op: str, x: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor, beta: Tensor, bits: int, span: float,
+    y: Tensor | None,
+) -> None:  # fmt: skip
     _check_channels(op, x, bits, span, mean=mean, invstd=invstd, gamma=gamma, beta=beta)
     if y is not None and (y.dtype != x.dtype or y.shape != x.shape):
         raise ValueError(f"{op}: y must be {x.dtype} {tuple(x.shape)} like the input, got {y.dtype} {tuple(y.shape)}")
 
 
 def _quantize(
-    x: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor, beta: Tensor, bits: int, span: float, y: Tensor | None
-) -> Tensor:
-    op = "batch_norm_relu_quantize"
-    _check_quantize(x, mean, invstd, gamma, beta, bits, span, y)
+    op: str, x: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor, beta: Tensor, bits: int, span: float,
+    y: Tensor | None,
+) -> Tensor:  # fmt: skip
+    _check_quantize(op, x, mean, invstd, gamma, beta, bits, span, y)
     channels_last = is_channels_last(x)
     x = as_layout(x, channels_last)
     target = None if y is None else as_layout(y, channels_last)
@@ -157,18 +158,31 @@ def _quantize(
 
 
 def _quantize_fake(
-    x: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor, beta: Tensor, bits: int, span: float, y: Tensor | None
-) -> Tensor:
-    _check_quantize(x, mean, invstd, gamma, beta, bits, span, y)
+    op: str, x: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor, beta: Tensor, bits: int, span: float,
+    y: Tensor | None,
+) -> Tensor:  # fmt: skip
+    _check_quantize(op, x, mean, invstd, gamma, beta, bits, span, y)
     return x.new_empty(_codes_shape(x.shape, is_channels_last(x), bits), dtype=torch.uint8)
 
 
-# Channel codes of a batch norm's input, and y = relu(y) of its result in place. y None: without ReLU.
+# Two operators on one kernel: of one whose only mutable argument is optional, and None, inductor loses the result.
+
+# Channel codes of a batch norm's input, and y = relu(y) of its result in place.
+_relu_quantize = functools.partial(_quantize, "batch_norm_relu_quantize")
 batch_norm_relu_quantize = _oplib.define(
     "batch_norm_relu_quantize(Tensor x, Tensor mean, Tensor invstd, Tensor gamma, Tensor beta, int bits, float span, "
-    "Tensor(a!)? y) -> Tensor",
-    outputs=_quantize_fake,
-    launcher=_quantize,
+    "Tensor(a!) y) -> Tensor",
+    outputs=functools.partial(_quantize_fake, "batch_norm_relu_quantize"),
+    launcher=_relu_quantize,
+)
+
+# Channel codes without a ReLU.
+_plain_quantize = functools.partial(_quantize, "batch_norm_quantize", y=None)
+batch_norm_quantize = _oplib.define(
+    "batch_norm_quantize(Tensor x, Tensor mean, Tensor invstd, Tensor gamma, Tensor beta, int bits, float span) "
+    "-> Tensor",
+    outputs=functools.partial(_quantize_fake, "batch_norm_quantize", y=None),
+    launcher=_plain_quantize,
 )
 
 
@@ -196,7 +210,7 @@ def _dequantize_into(
         order = "channels_last" if channels_last else "contiguous"
         raise ValueError(f"{op}: out must be {order}, got strides {output.stride()} for {tuple(output.shape)}")
     rows = _rows(output.shape, channels_last)
-    grid = codes.new_empty((3, rows.grid_width), dtype=torch.float32)
+    grid = codes.new_empty((4, rows.grid_width), dtype=torch.float32)
     codes = codes.contiguous()
     floats = _Floats(op, codes, gamma=gamma, beta=beta)
     status = _native.kernels(codes).channel_dequantize(

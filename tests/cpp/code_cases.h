@@ -45,12 +45,34 @@ struct ChannelParameters {
   }
 };
 
+// Gains and shifts at the ends of the range of floats, and some that are not finite.
+inline void add_extreme_channels(ChannelParameters& channel, Random& random) {
+  for (int64_t i = 0; i < channel.gamma.size(); ++i) {
+    if (random.between(0, 3)) continue;
+    const float end = random.pick({kGreatestFloat, 6e4f, 1e-38f, 1e-44f});
+    channel.gamma[i] = random.pick({end, -end, random.normal(), INFINITY, NAN});
+    channel.beta[i] = random.pick({end, -end, random.normal(), random.normal(), -INFINITY, NAN});
+  }
+}
+
 inline float code_case_span(Random& random) { return random.pick({6.0f, 8.0f, 9.0f, 0.3f}); }
 
 // A number, or now and then something special.
 inline float code_value(Random& random) {
   if (random.between(0, 15)) return 2 * random.normal();
-  return random.pick({0.0f, -0.0f, NAN, INFINITY, -INFINITY, 1e30f, 1e-40f});
+  return random.pick({0.0f, -0.0f, NAN, INFINITY, -INFINITY, 1e30f, -kGreatestFloat, kGreatestFloat, 1e-40f});
+}
+
+inline float greatest(FloatType type) {
+  return type == FloatType::float32 ? kGreatestFloat : type == FloatType::bfloat16 ? 0x1.fep127f : 65504.0f;
+}
+
+// A finite number near an end of a type's range, or of the range of floats.
+inline float extreme_value(Random& random, FloatType type) {
+  const float large = greatest(type) * random.pick({1.0f, 1.0f, 1 - 0x1p-7f, 0.5f, 0.1f});
+  const float small = random.pick({0.0f, 1.0f, 6e-8f, 1e-30f, 1e-37f, 3e-39f, 1e-40f, 1e-45f});
+  const float magnitude = random.pick({large, small});
+  return random.coin() ? magnitude : -magnitude;
 }
 
 // Codes of rows of `length`, each padded to whole bytes.

@@ -13,6 +13,7 @@ void check(Random& random, FloatType type) {
   const bool relu = random.coin();
   const std::string what = name_of(shape, type, bits) + (relu ? "" : " without ReLU");
   ChannelParameters channel(random, shape.channels);
+  add_extreme_channels(channel, random);
   Buffer<uint8_t> codes(channel_code_bytes(shape, bits));
   fill_codes(codes, count, row_length(shape), bits, random);
   Buffer<Value> output(count), pieced(count);
@@ -23,9 +24,14 @@ void check(Random& random, FloatType type) {
     const float gamma = channel.gamma[channel_of(shape, i)], beta = channel.beta[channel_of(shape, i)];
     const ChannelGrid g = channel_grid(gamma, beta, bits, span, relu);
     const float code = static_cast<float>(rows.get(codes.data(), i));
-    const float value = code * (gamma * code_step(g)) + (gamma * code_origin(g) + beta);
-    const float number = !relu ? value : code >= g.shift && value > 0 ? value : 0.0f;
+    const float scale = std::min(std::fabs(gamma) * g.width, kGreatestFloat);
+    float number = (code + (0.5f - g.cells / 2 - g.edge)) * scale + beta;
+    if (relu && (code < g.shift || number < 0)) number = 0;
+    number = std::min(std::max(number, -greatest(type)), greatest(type));
+    if (!std::isfinite(gamma) || !std::isfinite(beta)) number = NAN;
     expected.push_back(static_cast<Value>(float_bits(number, type)));
+    const bool finite = std::isfinite(load_float(expected.data(), type, i));
+    if (finite != !std::isnan(number)) fail(what + ": a finite channel decodes to infinity");
   }
   ChannelDequantizeArgs args{codes.data(),  shape, channel.gamma.data(), channel.beta.data(), bits, span, relu,
                              output.data(), type,  grid.data()};

@@ -15,17 +15,18 @@ void check(Random& random, FloatType type) {
   fill_codes(codes, count, length, bits, random);
   Buffer<uint16_t> scale_minimum(2 * ceil_div(count, 256));
   for (int64_t i = 0; i < scale_minimum.size(); ++i) {
-    const float number = random.normal() * random.pick({1.0f, 1e-6f, 1e4f});
+    const float number = random.normal() * random.pick({1.0f, 1e-6f, 1e4f, 1e37f, 1e-38f});
     scale_minimum[i] = float_to_bfloat16(i % 2 ? number : std::fabs(number));
+    if (random.between(0, 15) == 0) scale_minimum[i] = i % 2 ? 0xff7f : 0x7f7f;  // the greatest, of opposite signs
   }
   Buffer<Value> output(count), pieced(count);
   std::vector<Value> expected;
   const CodeRows row(length, bits);
   for (int64_t i = 0; i < count; ++i) {
-    const float scale = bfloat16_to_float(scale_minimum[i / 256 * 2]);
-    const float minimum = bfloat16_to_float(scale_minimum[i / 256 * 2 + 1]);
-    const float number = static_cast<float>(row.get(codes.data(), i)) * scale + minimum;
-    expected.push_back(static_cast<Value>(float_bits(number, type)));
+    const double scale = static_cast<double>(bfloat16_to_float(scale_minimum[i / 256 * 2]));
+    const double minimum = static_cast<double>(bfloat16_to_float(scale_minimum[i / 256 * 2 + 1]));
+    const double number = row.get(codes.data(), i) * scale + minimum;
+    expected.push_back(static_cast<Value>(float_bits(static_cast<float>(number), type)));
   }
   GroupDequantizeArgs args{codes.data(), scale_minimum.data(), count, bits, output.data(), type};
   expect_ok(what, launch::group_dequantize(args));

@@ -13,6 +13,7 @@ void check(Random& random, FloatType type) {
   const int bits = random.pick({2, 4, 8});
   const bool relu = random.coin();
   ChannelParameters channel(random, shape.channels, random_alignment(random));
+  add_extreme_channels(channel, random);
   Buffer<uint8_t> codes(channel_code_bytes(shape, bits), random_alignment(random));
   fill_codes(codes, count, row_length(shape), bits, random);
   Buffer<Value> output(count, random_alignment(random)), expected(count);

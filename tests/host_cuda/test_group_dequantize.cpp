@@ -13,7 +13,10 @@ void check(Random& random, FloatType type) {
   Buffer<uint8_t> codes(code_bytes(count, bits), random_alignment(random));
   fill_codes(codes, count, std::max<int64_t>(count, 1), bits, random);
   Buffer<uint16_t> scale_minimum(2 * ceil_div(count, kGroup), random_alignment(random));
-  for (int64_t i = 0; i < scale_minimum.size(); ++i) scale_minimum[i] = float_to_bfloat16(random.normal());
+  for (int64_t i = 0; i < scale_minimum.size(); ++i) {
+    const float number = random.normal() * random.pick({1.0f, 1e37f, 1e38f, 1e-38f});
+    scale_minimum[i] = float_to_bfloat16(i % 2 ? number : std::fabs(number));
+  }
   Buffer<Value> output(count, random_alignment(random)), expected(count);
   GroupDequantizeArgs args{codes.data(), scale_minimum.data(), count, bits, expected.data(), type};
   scalar::group_dequantize(args, 0, ceil_div(count, kGroup));

@@ -12,8 +12,10 @@ void check(Random& random, FloatType type) {
   const int bits = random.pick({2, 4, 8});
   const bool positive = random.coin(), stochastic = random.coin();
   Buffer<Value> input(count, random_alignment(random));
+  const bool extreme = random.between(0, 3) == 0;
   for (int64_t i = 0; i < count; ++i) {
-    const float number = random.between(0, 400) ? random.normal() : code_value(random);
+    const float usual = random.between(0, 400) ? random.normal() : code_value(random);
+    const float number = extreme ? extreme_value(random, type) : usual;
     input[i] = static_cast<Value>(float_bits(number, type));
   }
   Buffer<uint8_t> codes(code_bytes(count, bits), random_alignment(random)), expected(codes.size());

@@ -54,6 +54,24 @@ def channel_decode(codes, gamma, beta, bits, span):
     return torch.where(gamma < 0, -1.0, 1.0) * u, mask, relu
 
 
+def channel_values(codes, gamma, beta, bits, span, relu, dtype):
+    """What codes (N, C, ...) stand for in a type: |gamma| u + beta, negative ones 0 with ReLU, as finite numbers.
+
+    A distance from the mean beyond float32 is infinite and counts as the last number of the type on its side. A channel
+    whose gamma or beta is not finite is NaN.
+    """
+    n, edge, shift = (value if isinstance(value, int) else _per_channel(value, codes)
+                      for value in _grid(gamma, beta, bits, span))  # fmt: skip
+    gamma, beta = _per_channel(gamma, codes), _per_channel(beta, codes)
+    greatest = torch.finfo(torch.float32).max
+    distance = (codes.double() + 0.5 - n // 2 - edge) * (gamma.abs() * (span / n)).clamp(max=greatest)
+    value = torch.where(distance.abs() > greatest, distance.sign() * torch.inf, distance) + beta
+    if relu:
+        value = torch.where(codes >= shift, value.clamp(min=0), 0.0)
+    value = value.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return torch.where(gamma.isfinite() & beta.isfinite(), value, torch.nan)
+
+
 def batch_norm_relu_backward(grad, codes, gamma, beta, invstd, bits, span, training=True):
     """(grad of x, of gamma, of beta) of relu(batch_norm(x)) for the grad of its output, from the codes."""
     xhat, mask, _ = channel_decode(codes, gamma, beta, bits, span)
@@ -98,24 +116,35 @@ def _bfloat16(values, up):
     return torch.where(below < -greatest, -torch.inf, below)
 
 
-def group_codes(x, bits, positive=False, thresholds=0.5):
+def _overflows(values, dtype):
+    """Whether values are infinite in the type that they are rounded to, from float32."""
+    return values.float().to(dtype).isinf()
+
+
+def group_codes(x, bits, positive=False, thresholds=0.5, error=0.0):
     """(codes, scale, minimum) of a flat tensor in groups of 256: code = floor((x - minimum) / scale + threshold).
 
-    Scale and minimum are bfloat16, the scale rounded up and the minimum down, so that the codes cover the group; they
-    do not see a NaN, whose code is 0.
+    Scale and minimum are bfloat16, the scale rounded up and the minimum down, so that the codes cover the group, but
+    the other way where a finite minimum, or the last code of a finite maximum, would be infinite in x's type. They do
+    not see a NaN, whose code is 0.
 
     Args:
         positive: the minimum is 0, and the code 0 for x <= 0 alone.
         thresholds: 1/2, to the nearest and halves up, or one in (0, 1) an element: stochastic rounding.
+        error: what the scale is too small by, relative, before it is rounded up.
     """
     last = 2**bits - 1
     padding = (0, -x.numel() % 256)
     groups = F.pad(x.double().reshape(-1), padding, value=torch.nan).reshape(-1, 256)
     low = torch.where(groups.isnan(), torch.inf, groups).amin(1)
     high = torch.where(groups.isnan(), -torch.inf, groups).amax(1)
-    minimum = torch.where((low > high) | positive, 0.0, _bfloat16(low, up=False) + 0.0)
+    minimum = _bfloat16(low, up=False) + 0.0
+    minimum = torch.where(_overflows(minimum, x.dtype) & low.isfinite(), _bfloat16(low, up=True), minimum)
+    minimum = torch.where((low > high) | positive, 0.0, minimum)
     extent = high - minimum
-    scale = torch.where(extent > 0, _bfloat16(extent / last, up=True), 0.0)
+    scale = torch.where(extent > 0, _bfloat16(extent / last * (1 - error), up=True), 0.0)
+    too_far = _overflows(minimum + last * scale, x.dtype) & high.isfinite() & minimum.isfinite()
+    scale = torch.where(too_far, _bfloat16(scale * (1 - 2.0**-12), up=False), scale)
     if isinstance(thresholds, torch.Tensor):
         thresholds = F.pad(thresholds.double(), padding).reshape(-1, 256)
     steps = torch.where(scale > 0, 1 / scale, 0.0)[:, None] * (groups - minimum[:, None])

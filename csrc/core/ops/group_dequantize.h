@@ -1,4 +1,4 @@
-// output[i] = code i * scale + minimum of its group, rounded to type.
+// output[i] = code i * scale + minimum of its group, rounded once to float and then to type.
 #pragma once
 
 #include "core/codes.h"

@@ -1,5 +1,5 @@
 // codes, scale_minimum = the group codes of input (core/codes.h), elementwise in memory order. Stochastic rounding is a
-// function of (seed, offset, element). A NaN has code 0; a group with an infinite element decodes to NaN or infinity.
+// function of (seed, offset, element).
 #pragma once
 
 #include "core/codes.h"

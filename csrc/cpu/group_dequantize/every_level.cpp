@@ -12,10 +12,12 @@ inline void dequantize_groups(const GroupDequantizeArgs& args, int64_t begin, in
     const float scale = bfloat16_to_float(args.scale_minimum[2 * group]);
     const float minimum = bfloat16_to_float(args.scale_minimum[2 * group + 1]);
     alignas(64) uint8_t codes[kGroup];
-    alignas(64) float values[kGroup];
+    alignas(64) float buffer[kGroup];
+    auto* output = static_cast<typename Type::type*>(args.output) + group * kGroup;
+    float* __restrict values = floats_of(output, count, Whole{}, buffer, type);
     unpack_block(args.codes + group * kGroup * args.bits / 8, count, Whole{}, args.bits, codes);
-    for (int64_t i = 0; i < kGroup; ++i) values[i] = static_cast<float>(codes[i]) * scale + minimum;
-    store_block(values, count, Whole{}, static_cast<typename Type::type*>(args.output) + group * kGroup, type);
+    for (int64_t i = 0; i < kGroup; ++i) values[i] = group_value(static_cast<float>(codes[i]), scale, minimum);
+    store_block(values, count, Whole{}, output, type);
   }
 }
 

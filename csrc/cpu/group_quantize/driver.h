@@ -63,10 +63,14 @@ inline void scale_group(const GroupQuantizeArgs& args, int64_t group, ScaledGrou
   scaled.x = load_block(input, scaled.count, Whole{}, scaled.buffer, type, __builtin_nanf(""));
   const float last = static_cast<float>((1 << args.bits) - 1);
   const Extremes found = Level::extremes(scaled.x);
-  const GroupScale scale = group_scale(found.low, found.high, last, args.positive);
+  const GroupScale scale = group_scale(found.low, found.high, last, finite_limit(Type::value), args.positive);
   args.scale_minimum[2 * group] = scale.scale;
   args.scale_minimum[2 * group + 1] = scale.minimum;
-  scaled.coding = {bfloat16_to_float(scale.minimum), scale.inverse, last, args.positive};
+  scaled.coding = {bfloat16_to_float(scale.minimum) * scale.unit, scale.inverse, last, args.positive};
+  if (scale.unit != 1) {
+    for (int64_t i = 0; i < kGroup; ++i) scaled.buffer[i] = scaled.x[i] * scale.unit;
+    scaled.x = scaled.buffer;
+  }
 }
 
 // A group is encoded while the scale of the next, a chain of two divisions, is under way: 1.3 times as fast from

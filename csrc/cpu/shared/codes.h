@@ -53,8 +53,45 @@ inline void store(const float* values, int64_t count, float* output, Stored<Floa
   for (int64_t i = 0; i < count; ++i) output[i] = values[i];
 }
 
+// Sixteen floats to bfloat16 as float_to_bfloat16 does.
+#if defined(__AVX512BW__)
+inline void store_bfloat16x16(const float* values, uint16_t* output) {
+  const __m512 values_f32x16 = _mm512_loadu_ps(values);
+  const __m512i bits_u32x16 = _mm512_castps_si512(values_f32x16), upper_u32x16 = _mm512_srli_epi32(bits_u32x16, 16);
+  const __m512i half_u32x16 =
+      _mm512_add_epi32(_mm512_and_si512(upper_u32x16, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+  const __m512i rounded_u32x16 = _mm512_srli_epi32(_mm512_add_epi32(bits_u32x16, half_u32x16), 16);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(values_f32x16, values_f32x16, _CMP_UNORD_Q);
+  const __m512i halves_u32x16 = _mm512_mask_or_epi32(rounded_u32x16, is_nan, upper_u32x16, _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(output), _mm512_cvtepi32_epi16(halves_u32x16));
+}
+#elif defined(__AVX2__)
+inline __m256i round_bfloat16x8(const float* values) {
+  const __m256 values_f32x8 = _mm256_loadu_ps(values);
+  const __m256i bits_u32x8 = _mm256_castps_si256(values_f32x8), upper_u32x8 = _mm256_srli_epi32(bits_u32x8, 16);
+  const __m256i half_u32x8 =
+      _mm256_add_epi32(_mm256_and_si256(upper_u32x8, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
+  const __m256i rounded_u32x8 = _mm256_srli_epi32(_mm256_add_epi32(bits_u32x8, half_u32x8), 16);
+  const __m256 is_nan_f32x8 = _mm256_cmp_ps(values_f32x8, values_f32x8, _CMP_UNORD_Q);
+  const __m256i quiet_u32x8 = _mm256_or_si256(upper_u32x8, _mm256_set1_epi32(0x40));
+  return _mm256_blendv_epi8(rounded_u32x8, quiet_u32x8, _mm256_castps_si256(is_nan_f32x8));
+}
+
+inline void store_bfloat16x16(const float* values, uint16_t* output) {
+  // The pack works in halves of a vector.
+  const __m256i packed_u16x16 = _mm256_packus_epi32(round_bfloat16x8(values), round_bfloat16x8(values + 8));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(output), _mm256_permute4x64_epi64(packed_u16x16, 0xd8));
+}
+#else
+inline void store_bfloat16x16(const float* values, uint16_t* output) {
+  for (int64_t i = 0; i < 16; ++i) output[i] = float_to_bfloat16(values[i]);
+}
+#endif
+
 inline void store(const float* values, int64_t count, uint16_t* output, Stored<FloatType::bfloat16>) {
-  for (int64_t i = 0; i < count; ++i) output[i] = float_to_bfloat16(values[i]);
+  const int64_t whole = count / 16 * 16;
+  for (int64_t i = 0; i < whole; i += 16) store_bfloat16x16(values + i, output + i);
+  for (int64_t i = whole; i < count; ++i) output[i] = float_to_bfloat16(values[i]);
 }
 
 inline void store(const float* values, int64_t count, uint16_t* output, Stored<FloatType::float16>) {
@@ -82,8 +119,18 @@ inline const float* load_block(const typename Type::type* input, int64_t count, 
   return buffer;
 }
 
+// Where to make the floats of a block for store_block: the output itself, or `buffer`.
+template <class Size, class Type>
+inline float* floats_of(typename Type::type* output, int64_t count, Size size, float* buffer, Type) {
+  if constexpr (Type::value == FloatType::float32) return count == size ? output : buffer;
+  return buffer;
+}
+
 template <class Size, class Type>
 inline void store_block(const float* values, int64_t count, Size size, typename Type::type* output, Type type) {
+  if constexpr (Type::value == FloatType::float32) {
+    if (values == output) return;
+  }
   if (count == size) return store(values, size, output, type);
   store(values, count, output, type);
 }
