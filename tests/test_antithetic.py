@@ -1,6 +1,7 @@
 """Antithetic sampler and estimators: laws, unbiasedness by enumeration, variances, replay, integration, errors."""
 
 import dataclasses
+import itertools
 import math
 import os
 
@@ -123,6 +124,18 @@ def test_ratio_is_not_damped_for_confident_logits(coupling, n):
     if coupling != "gaussian":
         assert torch.allclose(ratio[never_two], 1 - q[never_two], rtol=1e-6)
     assert torch.allclose(ratio[logits.abs() > 13], torch.ones(1, dtype=torch.float64), rtol=2e-2)
+
+
+@pytest.mark.parametrize("n", [2, 4, 64])
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_every_finite_logit_has_a_ratio(coupling, n):
+    """exp(-745) is 0 in float64, and so was the ratio's denominator."""
+    logits = torch.tensor([100.0, 700, 743, 744, 745, 746, 1e4, torch.finfo(torch.float32).max])
+    logits = torch.cat([logits, -logits])
+    samples = sample(logits, n, coupling, **SEEDED)
+    assert torch.equal(samples.ratio, torch.ones_like(logits))
+    assert torch.equal(samples.unpack(), (logits > 0).float().expand(n, -1))
+    assert torch.isfinite(gradient(samples, torch.arange(float(n)))).all()
 
 
 @pytest.mark.parametrize("coupling", ["dirichlet", "gaussian", "systematic"])
@@ -354,6 +367,117 @@ def test_gradient_cancels_a_large_common_part():
     values = torch.randn(4, 20, dtype=torch.float64)
     shifted = gradient(samples, values + 1e9)
     assert torch.allclose(shifted, gradient(samples, values), rtol=1e-5, atol=1e-5)
+
+
+# --- values and weights that are not finite ---------------------------------------------------------------------------
+
+# Every way in which one, two or all of three values are not finite.
+NOT_FINITE = [pattern for pattern in itertools.product((1.5, math.inf, -math.inf, math.nan), repeat=3)
+              if not all(map(math.isfinite, pattern))]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["sample", "dimension"])
+@pytest.mark.parametrize("coupling", [name for name in COUPLINGS if name != "antithetic_pairs"])
+def test_a_value_that_is_not_finite_concerns_its_row_alone(backend, coupling, layout):
+    rows = len(NOT_FINITE)
+    samples = sample(torch.zeros(2 * rows, 70), 3, coupling, layout=layout, **SEEDED)
+    values = torch.randn(3, 2 * rows)
+    expected = gradient(samples, values)
+    values[:, ::2] = torch.tensor(NOT_FINITE).t()
+    estimate = gradient(samples, values)
+    assert torch.equal(estimate[1::2], expected[1::2])
+    some = samples.unpack(torch.bool).any(0)[::2]
+    assert torch.equal(estimate[::2].isnan(), some)
+    assert not estimate[::2][~some].any()
+
+
+@pytest.mark.parametrize("estimator", [name for name in antithetic.ESTIMATORS if name != "straight_through"])
+def test_expectation_of_values_that_are_not_finite(estimator):
+    """Beside finite rows, whose gradient stays; and left out by the loss."""
+    n = 2 if estimator == "disarm" else 3
+    added = torch.zeros(n, 2 * len(NOT_FINITE))
+    added[:, ::2] = torch.tensor(NOT_FINITE)[:, -n:].t()
+    bad = ~added.isfinite().all(0)
+    leaf = torch.randn(len(bad), 70, requires_grad=True)
+
+    def run(more, rows):
+        result = expectation(lambda b: quadratic(b[..., :3]) + more, leaf, n, estimator, **SEEDED)
+        (grad,) = torch.autograd.grad(torch.where(rows, result, 0).sum(), leaf)
+        return result, grad
+
+    _, expected = run(0, ~bad)
+    result, grad = run(added, torch.ones_like(bad))
+    assert torch.equal(grad[~bad], expected[~bad])
+    assert result[~bad].isfinite().all()
+    assert not result[bad].isfinite().any()
+    some = torch.ones(len(bad), 70, dtype=torch.bool)
+    if estimator not in ("reinforce", "double_cv"):
+        some = sample(leaf.detach(), n, antithetic.ESTIMATORS[estimator], **SEEDED).unpack(torch.bool).any(0)
+    assert torch.equal(grad[bad].isnan(), some[bad])
+    assert torch.equal(run(added, ~bad)[1][bad], torch.zeros_like(grad[bad]))
+
+
+WEIGHTS = (0.0, 0.3, 2.0)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_vimco_signal_is_its_definition(count):
+    """For every choice of weights, among them 0: in plain numbers."""
+    for weights in itertools.product(WEIGHTS, repeat=count):
+        signal = bounds._vimco_signal(torch.tensor(weights, dtype=torch.float64).log()).tolist()
+        for k in range(count):
+            others = weights[:k] + weights[k + 1 :]
+            baseline = sum(others) + math.prod(others) ** (1 / (count - 1))
+            if sum(weights) == 0:
+                assert math.isnan(signal[k])
+            else:
+                wanted = math.log(sum(weights) / baseline) if baseline else 0.0
+                assert signal[k] == pytest.approx(wanted, rel=1e-14, abs=1e-14)
+
+
+@pytest.mark.parametrize("estimator", bounds.BOUND_ESTIMATORS)
+def test_bound_with_weights_of_zero(estimator):
+    """All ways in which K = 3 weights and two replacements are 0 or positive, one a row."""
+    count, n = 3, 0 if estimator == "vimco" else 2
+    zero = torch.tensor(list(itertools.product((False, True), repeat=count + n))).t()
+    finite = torch.randn(zero.shape, dtype=torch.float64)
+
+    def run(log_of_zero, select=None):
+        leaf = torch.zeros(zero.shape[1], 70, requires_grad=True)
+        log_w = torch.where(zero, log_of_zero, finite).requires_grad_()
+        generator = torch.Generator().manual_seed(0)
+        bound = multi_sample_bound(lambda b: log_w, leaf, count, estimator, n=2, generator=generator)
+        (bound if select is None else torch.where(select, bound, 0)).sum().backward()
+        return bound.detach(), leaf.grad, log_w.grad
+
+    bound, grad, pathwise = run(-math.inf)
+    some = ~zero[:count].all(0)  # a weight is positive
+    assert torch.equal(bound.isfinite(), some)
+    assert grad[some].isfinite().all()
+    assert grad[~some].isnan().any(1).all()
+    shares = torch.where(zero[:count], -math.inf, finite[:count]).softmax(0).nan_to_num()
+    torch.testing.assert_close(pathwise[:count], shares, rtol=1e-14, atol=0)
+    _, limit, _ = run(-1e6)
+    two = zero[:count].sum(0) <= count - 2  # no comparison with log 0: the limit of small weights
+    torch.testing.assert_close(grad[two], limit[two], rtol=1e-6, atol=1e-6)
+    _, grad, _ = run(-math.inf, some)
+    assert grad.isfinite().all()
+    assert not grad[~some].any()
+
+
+@pytest.mark.parametrize("estimator", bounds.BOUND_ESTIMATORS)
+def test_bound_with_weights_that_are_infinite_or_nan(estimator):
+    patterns = torch.tensor(NOT_FINITE).double()
+    bad = ((patterns == math.inf) | patterns.isnan()).any(1)
+    leaf = torch.zeros(len(bad), 70, requires_grad=True)
+    more = torch.zeros(0 if estimator == "vimco" else 2, len(bad), dtype=torch.float64)
+    bound = multi_sample_bound(lambda b: torch.cat([patterns.t(), more]), leaf, 3, estimator)
+    bound.sum().backward()
+    assert not bound[bad].isfinite().any()
+    assert leaf.grad[bad].isnan().any(1).all()
+    kept = ~bad & (patterns != -math.inf).any(1)
+    assert bound[kept].isfinite().all()
+    assert leaf.grad[kept].isfinite().all()
 
 
 # --- integration ------------------------------------------------------------------------------------------------------

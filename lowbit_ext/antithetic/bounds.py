@@ -45,6 +45,10 @@ def multi_sample_bound(
 
     Gradient:
         logits: unbiased. Parameters of log_weight: pathwise.
+        A sample of weight 0, log w = -inf, contributes nothing: the gradient is finite where the bound is and no w(t_j)
+        is infinite. A k beside which all other weights are 0 is left out where its bounds would be compared with log 0;
+        its exact gradient, given the others, is infinite. In a row whose bound is infinite or NaN the estimate for the
+        logits is NaN (0 as in gradient()); a row that the loss leaves out counts for nothing.
 
     Raises:
         TypeError, ValueError: as sample(); unknown estimator; log_weight returns another shape.
@@ -72,36 +76,50 @@ def multi_sample_bound(
             f"got {tuple(log_w.shape)}"
         )
     fixed = log_w[:importance_samples]
-    bound = torch.logsumexp(fixed, 0) - math.log(importance_samples)
+    bound = _log_sum(fixed) - math.log(importance_samples)
     with torch.no_grad():
         if coupled is None:
             score = drawn.double() - torch.sigmoid(logits.detach().double())
             estimate = (_vimco_signal(fixed.double()).unsqueeze(-1) * score).sum(0).float()
         else:
-            # gradient() is linear in the values, so the sum over k is taken first.
-            replaced = _replaced_bounds(fixed.double(), log_w[importance_samples:].double())
-            estimate = gradient(coupled, replaced.sum(1))
+            estimate = gradient(coupled, _replaced_bounds(fixed.double(), log_w[importance_samples:].double()))
     # The pathwise part of the bound, and the score part with value 0.
     zero = surrogate_rows(independent, torch.zeros_like(fixed), estimate)
     return bound + zero
 
 
-def _without_each(log_w: Tensor) -> Tensor:
-    """log sum_{i != k} w_i for each k, (K, *batch): -inf where K = 1."""
+def _log_sum(log_w: Tensor) -> Tensor:
+    """log of the sum over the samples. Where all are 0 the derivative is 0; torch.logsumexp's is NaN."""
+    some = (log_w != -math.inf).any(0)
+    return torch.where(some, torch.where(some, log_w, 0).logsumexp(0), -math.inf)
+
+
+def _others(log_w: Tensor, in_place: float) -> Tensor:
+    """The weights beside each one, (K, K, *batch): entry [k, i] is log_w[i], entry [k, k] is in_place."""
     count = log_w.shape[0]
     others = log_w.unsqueeze(0).expand(count, *log_w.shape).clone()
-    others[range(count), range(count)] = -math.inf
-    return torch.logsumexp(others, 1)
+    others[range(count), range(count)] = in_place
+    return others
 
 
 def _replaced_bounds(fixed: Tensor, replacing: Tensor) -> Tensor:
-    """F_kj: the bound with sample k replaced by replacement j, (n, K, *batch)."""
-    rest = _without_each(fixed)
-    return torch.logaddexp(replacing.unsqueeze(1), rest.unsqueeze(0)) - math.log(fixed.shape[0])
+    """Sum over k of F_kj, the bound with sample k replaced by replacement j: (n, *batch).
+
+    The sum may come before the gradient, which is linear. Left out is a k with F_kj = -inf at some j.
+    """
+    rest = _others(fixed, -math.inf).logsumexp(1)
+    replaced = torch.logaddexp(replacing.unsqueeze(1), rest) - math.log(fixed.shape[0])
+    empty = (replaced == -math.inf).any(0)
+    bound = torch.logsumexp(fixed, 0)
+    return torch.where(empty, 0, replaced).sum(1) + (bound - bound)  # + 0, or NaN where the bound is infinite
 
 
 def _vimco_signal(log_w: Tensor) -> Tensor:
-    """The bound minus the bound with each weight replaced by the geometric mean of the others, (K, *batch)."""
-    count = log_w.shape[0]
-    geometric = (log_w.sum(0) - log_w) / (count - 1)
-    return torch.logsumexp(log_w, 0) - torch.logaddexp(geometric, _without_each(log_w))
+    """The bound minus the bound with each weight replaced by the geometric mean of the others, (K, *batch).
+
+    0 where the others are 0, and the geometric mean says nothing; NaN where the bound is infinite.
+    """
+    geometric = _others(log_w, 0.0).sum(1) / (log_w.shape[0] - 1)  # of the others' logarithms
+    baseline = torch.logaddexp(geometric, _others(log_w, -math.inf).logsumexp(1))
+    bound = torch.logsumexp(log_w, 0)
+    return bound - torch.where(baseline == -math.inf, bound, baseline)

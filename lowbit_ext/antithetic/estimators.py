@@ -34,10 +34,16 @@ def _check_values(op: str, samples: AntitheticSamples, values: Tensor) -> None:
         raise TypeError(f"{op}: values must be floating point, got {values.dtype}")
 
 
+def undefined_as_nan(values: Tensor) -> Tensor:
+    """Values (n, *batch), all of a row NaN where one of them is NaN or infinite: no gradient can be told from them."""
+    return values + (values - values).sum(0)
+
+
 def _centred_weights(samples: AntitheticSamples, values: Tensor) -> Tensor:
     """Weight of each sample's bits in the gradient, (rows, n) float32; they sum to 0 in each group that is coupled."""
     # In float64: a large common part of f cancels exactly.
-    values = values.detach().double().reshape(samples.n, samples.logits.shape[:-1].numel()).t()
+    values = undefined_as_nan(values.detach().double())
+    values = values.reshape(samples.n, samples.logits.shape[:-1].numel()).t()
     if samples.coupling == "antithetic_pairs":  # the mean of n / 2 estimates from two samples
         pairs = values.reshape(-1, samples.n // 2, 2)
         weights = (pairs - pairs.mean(2, keepdim=True)).reshape(values.shape) / (samples.n // 2)
@@ -56,7 +62,8 @@ def gradient(samples: AntitheticSamples, values: Tensor) -> Tensor:
         values: f at each sample, (n, *batch), any float dtype. f may contain log q(b); treat it as a constant.
 
     Returns:
-        (*batch, D) float32, without gradient.
+        (*batch, D) float32, without gradient. A row in which a value is infinite or NaN has no finite exact gradient:
+        its estimate is NaN, but 0 in dimensions in which no sample is 1. Other rows are as ever.
 
     Raises:
         TypeError, ValueError: values of another shape or an integer dtype; a single sample.
@@ -90,7 +97,9 @@ class _Surrogate(torch.autograd.Function):
         (grad,) = grads
         logits_grad = values_grad = None
         if ctx.needs_input_grad[0]:
-            logits_grad = (grad.unsqueeze(-1) * estimate).to(ctx.dtypes[0])
+            row = grad.unsqueeze(-1)
+            # A row that the loss leaves out counts for nothing, even where its estimate is NaN.
+            logits_grad = torch.where(row == 0, 0, row * estimate).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             values_grad = (grad / ctx.n).expand(ctx.n, *grad.shape).to(ctx.dtypes[1])
         return logits_grad, values_grad, None
@@ -113,7 +122,8 @@ def surrogate(samples: AntitheticSamples, values: Tensor) -> Tensor:
         Scalar: mean over samples, sum over rows.
 
     Gradient:
-        logits: gradient(samples, values). values: 1 / n, the pathwise gradient of f's own parameters.
+        logits: gradient(samples, values), infinite values included; 0 for rows that the loss leaves out. values: 1 / n,
+        the pathwise gradient of f's own parameters.
 
     Raises:
         TypeError, ValueError: as gradient().
@@ -145,7 +155,9 @@ def expectation(
         (*batch): mean over the samples.
 
     Gradient:
-        logits: the estimator's. Parameters of f: pathwise.
+        logits: the estimator's. Parameters of f: pathwise. A row in which f is infinite or NaN at a sample has no
+        finite exact gradient: its estimate is NaN (0 as in gradient()), other rows are as ever, and a row that the loss
+        leaves out counts for nothing. Straight-through looks at the derivative of f alone.
 
     Raises:
         TypeError, ValueError: as sample(); unknown estimator; f returns another shape, or has no gradient where the
@@ -173,7 +185,7 @@ def expectation(
     _check_values("expectation", samples, values)
     if estimator == "reinforce":
         score = b.float() - torch.sigmoid(logits.detach().float())
-        estimate = (values.detach().float().unsqueeze(-1) * score).mean(0)
+        estimate = (undefined_as_nan(values.detach().float()).unsqueeze(-1) * score).mean(0)
         return surrogate_rows(samples, values, estimate)
     return surrogate_rows(samples, values)
 
@@ -193,7 +205,7 @@ def _double_control_variate(f: Callable[[Tensor], Tensor], samples: AntitheticSa
             raise ValueError("expectation: double_cv needs the gradient of f, which f's result does not have")
         (slope,) = torch.autograd.grad(values.sum(), inputs, retain_graph=True)
     n, p = samples.n, torch.sigmoid(samples.logits.detach().double())
-    centred, slope, heights = b.detach().double() - p, slope.double(), values.detach().double()
+    centred, slope, heights = b.detach().double() - p, slope.double(), undefined_as_nan(values.detach().double())
     others_slope = (slope.sum(0) - slope) / (n - 1)
     reduced = heights - (slope * centred).sum(-1)
     baseline = (reduced.sum(0) - reduced) / (n - 1)

@@ -12,13 +12,22 @@ from torch import Tensor
 from lowbit_ext.antithetic import ops
 from lowbit_ext.packed import PackedTensor, unpack_op
 
-# Gauss-Legendre nodes of Owen's T: enough for 1e-12 at |h| <= 8, where the quantiles of finite float32 uniforms end.
+# Gauss-Legendre nodes of Owen's T: enough for 1e-12 at |h| <= 37.3, where the quantiles of LARGEST_LOGIT end.
 _OWEN_NODES = 64
+
+# Larger logits are taken for it, by the kernels as well (core/ops/antithetic_sample.h): exp(-745) is 0 in float64.
+LARGEST_LOGIT = 700
+
+
+def _magnitude(logits: Tensor) -> Tensor:
+    """|logits| in float64, LARGEST_LOGIT at most; NaN for infinities."""
+    magnitude = logits.double().abs()
+    return magnitude.clamp(max=LARGEST_LOGIT) + 0 * magnitude
 
 
 def normal_quantile(logits: Tensor) -> Tensor:
-    """Phi^-1(min(p, 1 - p)) with p = sigmoid(logits), in float64, (-inf, 0]."""
-    return torch.special.ndtri(torch.sigmoid(-logits.double().abs()))
+    """Phi^-1(min(p, 1 - p)) with p = sigmoid(logits), in float64, [-37.3, 0]."""
+    return torch.special.ndtri(torch.sigmoid(-_magnitude(logits)))
 
 
 def owens_t(h: Tensor, a: float) -> Tensor:
@@ -35,7 +44,7 @@ def owens_t(h: Tensor, a: float) -> Tensor:
 
 
 def _gaussian_ratio(logits: Tensor, quantile: Tensor, n: int) -> Tensor:
-    magnitude = logits.double().abs()
+    magnitude = _magnitude(logits)
     rare, likely = torch.sigmoid(-magnitude), torch.sigmoid(magnitude)
     if n == 2:
         return likely.float()
