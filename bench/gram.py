@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from harness import BinaryLimit, Config, Row, column, measure, popcount_level, require_equal
 from lowbit_ext import binary
-from lowbit_ext.helstrom.gram import gram
+from lowbit_ext.helstrom._gram import gram
 
 CAPTION = (
     "popcount(a_i & a_j) of all pairs of rows, packed to int32. numpy and torch: float32 matrix product of the "

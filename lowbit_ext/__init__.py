@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from lowbit_ext import antithetic, binary, cone, duo, federated, helstrom, models
+from lowbit_ext import antithetic, binary, cone, duo, federated, helstrom, lowmem, models
 from lowbit_ext._native import active_isa, available_isas
 from lowbit_ext.packed import PackedTensor
 
@@ -17,5 +17,6 @@ __all__ = [
     "duo",
     "federated",
     "helstrom",
+    "lowmem",
     "models",
 ]

@@ -116,11 +116,19 @@ def _block(dimensions, norm_settings=None, layer=None):
     return nn.Sequential(conv(3, 4, 3), norm, nn.ReLU(), layer or conv(4, 5, 3, padding=1))
 
 
+def _of_own_layers(stage):
+    """Two residual blocks of the ResNet of this stage, the second with a shortcut that halves the image."""
+    options = {"in_channels": 1, "num_classes": 10, "stem": "imagenet", "shortcuts": "standard", "surrogate": "clip"}
+    return models.ResNet(stage, (1, 1), (4, 5, 6), **options)
+
+
 _IMAGES = (6, 1, 12, 12)
 _SMALL = (4, 3, 8, 8)
 
 NETWORKS = {
-    "preact": (lambda: models.preact_resnet(8, in_channels=1, widths=(4, 8, 8)), _IMAGES),
+    # From 8 channels on: torch 2.13 on CPUs without AVX-512 writes past the end in the backward pass of a channels_last
+    # 1x1 convolution of stride 2 and fewer.
+    "preact": (lambda: models.preact_resnet(8, in_channels=1, widths=(8, 16, 16)), _IMAGES),
     "bottleneck": (lambda: models.PreActResNet(2, True, (2, 3, 4), 1, 10), _IMAGES),
     "post": (lambda: nn.Sequential(
         nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), PostActivation(5), PostActivation(5),
@@ -131,6 +139,8 @@ NETWORKS = {
         nn.BatchNorm2d(7), nn.ReLU(), nn.AvgPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(63, 9),
         nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 10),
     ), _IMAGES),
+    "binary": (lambda: _of_own_layers("binary"), _IMAGES),
+    "coupled": (lambda: _of_own_layers("coupled"), _IMAGES),
     "mlp": (lambda: nn.Sequential(
         nn.Flatten(), nn.Linear(144, 33), nn.ReLU(), nn.Linear(33, 9), nn.ReLU(), nn.Linear(9, 10)
     ), _IMAGES),

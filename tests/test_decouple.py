@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from flattens import SPELLINGS, Flattened
 from lowbit_ext import binary, models
 from lowbit_ext.binary import BinaryConv2d, BinaryLinear
 from lowbit_ext.binary.packed_model import PackedBinarize, PackedConv2d, PackedMaxPool2d, PackedUnpack
@@ -169,6 +170,76 @@ def test_general_structures(training):
     model.train(training).drop.eval(), decoupled.train(training).drop.eval()
     for got, expected in zip(decoupled(x), model(x), strict=True):
         assert_same(got, expected)
+
+
+def flattened(spelling, behind=True):
+    """Ternary values, and with `behind` a batch norm's for others, through a flatten to a coupled layer."""
+    norm, act = nn.BatchNorm2d(3), TernaryActivation()
+    before, front = ([norm], [act]) if behind else ([norm, act], [])
+    layers = [*front, CoupledLinear(48, 6), nn.BatchNorm1d(6), TernaryActivation(), CoupledLinear(6, 2)]
+    return shake(Flattened(nn.Sequential(nn.Conv2d(1, 3, 3), *before), spelling, 48, nn.Sequential(*layers))).double()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("example", [None, torch.randn(2, 1, 6, 6, dtype=torch.float64)])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_halves_go_through_every_flatten(spelling, example, behind):
+    model = flattened(spelling, behind)
+    decoupled = decouple(model, example)
+    layers = [module for module in decoupled.modules() if isinstance(module, nn.Linear)]
+    assert [(type(layer), layer.in_features) for layer in layers] == [(BinaryLinear, 96), (BinaryLinear, 12)]
+    for batch in (1, 4):
+        x = torch.randn(batch, 1, 6, 6, dtype=torch.float64)
+        with torch.no_grad():
+            assert_same(decoupled(x), model(x))
+    targets = [str(node.target) for node in decoupled.graph.nodes]
+    assert "mean" not in targets, "no value is put together again"
+    assert "mul" not in targets, "sizes that nobody reads are not computed"
+
+
+class Reshaped(nn.Module):
+    """A coupled layer behind a reshape of ternary values (N, 3, 4, 4)."""
+
+    def __init__(self, reshape, features):
+        super().__init__()
+        self.norm, self.act, self.reshape, self.fc = nn.BatchNorm2d(3), TernaryActivation(), reshape, None
+        self.fc = CoupledLinear(features, 2)
+
+    def forward(self, x):
+        return self.fc(self.reshape(self.act(self.norm(x))))
+
+
+@pytest.mark.parametrize(("reshape", "features", "node"), [
+    (lambda x: x.permute(0, 2, 3, 1).flatten(1), 48, "permute"), (lambda x: x[:, :, 0, 0], 3, "getitem"),
+    (lambda x: torch.cat([x, x], 1).flatten(1), 96, "cat"), (lambda x: x.view(-1, x.size(-1)), 4, "view"),
+])  # fmt: skip
+def test_what_stays_coupled_is_named(reshape, features, node):
+    model, x = Reshaped(reshape, features).eval(), torch.randn(2, 3, 4, 4)
+    message = rf"decouple: fc \(CoupledLinear\) stays coupled: {node} \(\w+\) may mix a ternary activation's channels"
+    for example in (None, x):
+        with pytest.warns(UserWarning, match=message) as record:
+            decoupled = decouple(model, example)
+        assert record[0].filename == __file__
+        assert type(decoupled.fc) is CoupledLinear
+        with torch.no_grad():
+            torch.testing.assert_close(decoupled(x), model(x))
+
+
+def test_a_coupled_layer_of_other_values_is_not_named(recwarn):
+    decouple(nn.Sequential(CoupledLinear(4, 4), nn.BatchNorm1d(4), TernaryActivation(), nn.Linear(4, 2)))
+    assert not recwarn.list
+
+
+def test_views_that_are_no_flattens_are_told_apart_by_the_example():
+    """Rows of four pixels. Without the example the spelling stands for a flatten: an error, no wrong number."""
+    model, x = Reshaped(lambda x: x.view(-1, 4), 4).eval(), torch.randn(2, 3, 4, 4)
+    with pytest.warns(UserWarning, match="fc .* stays coupled"):
+        decoupled = decouple(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(decoupled(x), model(x))
+    with pytest.raises(RuntimeError, match=r"shape '\[2, 8\]' is invalid for input of size 192"):
+        decouple(model)(x)
 
 
 def test_a_shared_module_must_play_one_part():

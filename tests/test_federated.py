@@ -3,7 +3,11 @@
 import dataclasses
 import itertools
 import math
+import os
 import random
+import resource
+import subprocess
+import sys
 import time
 
 import pytest
@@ -13,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import fuzz_wire
 from lowbit_ext import federated
-from lowbit_ext.federated import Coordinator, Participant, Settings, run_round, simulate
+from lowbit_ext.federated import Coordinator, Participant, Settings, run_round, simulate, wire
 
 
 def scalar_state(value):
@@ -212,8 +217,8 @@ def test_weak_shifts_and_flips():
 # --- wire -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("count", [64, 255, 256, 257, 1001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("count", [64, 255, 256, 257, 1001])  # around a group, and around a 64-bit word of signs
 @pytest.mark.parametrize("bits", [4, 1])
 def test_wire_round_trip(bits, count, dtype):
     values = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -221,15 +226,17 @@ def test_wire_round_trip(bits, count, dtype):
     update = federated.decompress(packed)
     assert update["w"].dtype == dtype
     assert update["n"] == 3
-    assert torch.allclose(update["w"] + residual["w"], values, atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert torch.allclose(update["w"] + residual["w"], values, atol=1e-6 if dtype.itemsize > 2 else 1e-2)
+    rounding = torch.finfo(dtype).eps * 8
     for group, sent in zip(values.double().split(256), update["w"].double().split(256), strict=True):
         if bits == 4:
-            step = group.abs().max() / 7
-            assert (group - sent).abs().max() <= step * 0.52 + 7 * step * 2**-7  # half a step, the scale's rounding
+            # Half a step; the bfloat16 minimum lies up to 2^-7 of itself below and the scale is rounded up.
+            least = float(group.abs().max())
+            step = float(group.max() - group.min() + least * 2**-7) / 15 * (1 + 2**-7)
+            assert (group - sent).abs().max() <= step * 0.5001 + rounding
         else:
             assert torch.equal(sent >= 0, group >= 0)
             assert sent.abs().mean() == pytest.approx(float(group.abs().mean()), rel=2**-7)
-    assert packed.codes["w"].numel() == -(-count * bits // 8)
     zero, _ = federated.compress({"w": torch.zeros(300)}, bits)
     assert not federated.decompress(zero)["w"].any()
 
@@ -239,6 +246,117 @@ def test_wire_bytes():
     assert federated.compress(state, 4)[0].nbytes <= 400_040 / 7.5
     assert federated.compress(state, 1)[0].nbytes <= 400_040 / 28
     assert federated.compress(state, 32)[0].nbytes == 400_040
+    for bits in wire.WIRE_BITS:
+        packed = federated.compress(state, bits)[0]
+        assert len(wire.to_bytes(packed, 0)) < packed.nbytes + 200
+
+
+@pytest.mark.parametrize("bits", [32, 4, 1])
+def test_bytes_of_a_message(bits):
+    state = fuzz_wire.STATE | {"scalar": torch.tensor(0.25), "none": torch.zeros(0, 3), "c": torch.ones(2).cfloat()}
+    state["conv.weight"] = state["conv.weight"].to(memory_format=torch.channels_last)
+    packed = federated.compress(state, bits)[0]
+    for like in (None, state):
+        read, number = wire.from_bytes(wire.to_bytes(packed, 12), like)
+        assert (read.bits, read.layout, number) == (bits, packed.layout, 12)
+        values, expected = federated.decompress(read), federated.decompress(packed)
+        assert all(torch.equal(values[key], expected[key]) for key in {**values, **expected})
+
+
+@pytest.mark.parametrize(("bits", "codes"), [
+    # -8 to 7 in steps of 1: scale 1 and minimum -8 in bfloat16. Signs, of which half are negative: mean magnitude 4.
+    (4, b"".join(bytes([16 * (k + 1) + k]) for k in range(0, 16, 2)) * 4 + b"\x80\x3f\x00\xc1"),
+    (1, b"\x00\xff" * 4 + b"\x80\x40"),
+    (32, torch.arange(-8.0, 8.0).repeat(4).numpy().tobytes()),
+])  # fmt: skip
+def test_format_of_version_2(bits, codes):
+    """Byte for byte: another format needs another version."""
+    state = {"fc.w": torch.arange(-8.0, 8.0).repeat(4).view(8, 8), "n": torch.tensor(3)}
+    coded = "false" if bits == 32 else "true"
+    header = f'{{"round":5,"bits":{bits},"tensors":[["fc.w","float32",[8,8],{coded}],["n","int64",[],false]]}}'.encode()
+    expected = b"lowbit" + b"\2\0" + len(header).to_bytes(4, "little") + header + codes + b"\3" + bytes(7)
+    assert wire.to_bytes(federated.compress(state, bits)[0], 5) == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(bits=st.sampled_from([4, 1]), seed=st.integers(0, 999))
+def test_statistics_and_counters_are_exact(bits, seed):
+    """Variances of 1e-3 to 1e1: a difference of few bits would take many below 0."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def state():
+        return {
+            "bn.running_var": 10 ** (torch.rand(64, generator=rng) * 4 - 3),
+            "bn.running_mean": torch.randn(64, generator=rng),
+            "bn.num_batches_tracked": torch.randint(2**60, (), generator=rng),
+            "ema": torch.rand(80, generator=rng),
+            "bias": torch.randn(63, generator=rng) * 1e6,
+        }
+
+    new, old = state(), state()
+    update = wire.difference(new, old, exact={"ema"})
+    arrived = wire.apply(wire.decompress(wire.compress(update, bits, exact={"ema"})[0]), old, exact={"ema"})
+    assert all(torch.equal(arrived[key], new[key]) for key in new)
+
+
+def test_mutated_messages():
+    outcomes = [fuzz_wire.check_one(data) for data in fuzz_wire.mutated_messages(seed=1, count=2000)]
+    assert set(outcomes) == {"unreadable", "of another model", "lost", "dropped", "used"}
+
+
+def with_header(**fields):
+    header = {"round": 0, "bits": 32, "tensors": [["w", "float32", [100], False]]} | fields
+    return fuzz_wire._with_header(fuzz_wire.json.dumps(header).encode(), bytes(400))
+
+
+def described(*entry):
+    return with_header(tensors=[list(entry)])
+
+
+DESCRIBES = "the header describes a tensor by name, type, shape and whether it is coded, got ['w', "
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    (b"", "a message has at least 12 bytes, got 0"),
+    (fuzz_wire._zip(), r"a message begins with b'lowbit', got b'PK\x03\x04\x14\x00'"),
+    (b"lowbit\1\0" + bytes(4), "the message is of version 1, this end reads 2"),
+    (with_header()[:50], "the header must have at most 38 bytes, got 69"),
+    (fuzz_wire._with_header(b"[" * 100_000, b""), "the header must have at most 1146 bytes, got 100000"),
+    (fuzz_wire._with_header(b"[" * 1000, b""), "the header is no JSON: "),
+    (fuzz_wire._with_header(b"\xff", b""), "the header is no JSON: 'utf-8' codec can't decode byte 0xff"),
+    (fuzz_wire._with_header(b"3", b""), "the header must have round, bits and tensors, got 3"),
+    (with_header(bits=math.inf), "the header must have round, bits and tensors, got {'bits': inf, "),
+    (with_header(bits=8), "bits must be one of 1, 4, 32, got 8"),
+    (with_header(round=-1), "round must be 0 to 2^63 - 1, got -1"),
+    (described("w", "load", [100], False), DESCRIBES + "'load', [100], False]"),
+    (described("w", "float32", [-100], False), DESCRIBES + "'float32', [-100], False]"),
+    (described("w", "float32", [math.nan], False), DESCRIBES + "'float32', [nan], False]"),
+    (described("w", "float32", [2**34], False),
+     "the message: w must be torch.float32 (100,), got torch.float32 (17179869184,)"),
+    (described("w", "float64", [50], False), "the message: w must be torch.float32 (100,), got torch.float64 (50,)"),
+    (described("v", "float32", [100], False), "the message has other tensors than the server's model: v, w"),
+    (with_header(tensors=[["w", "float32", [100], False]] * 2), "the header names a tensor twice"),
+    (with_header() + b"0", "the tensors take 400 bytes, got 401"),
+], ids=range(19))  # fmt: skip
+def test_wrong_messages(data, message):
+    with pytest.raises(ValueError, match=r"^from_bytes: ") as caught:
+        wire.from_bytes(data, {"w": torch.zeros(100)})
+    assert str(caught.value).startswith(f"from_bytes: {message}")
+
+
+def test_messages_that_claim_much_take_no_memory():
+    """64 GiB of whole tensors, and of codes, of which a receiver that knows no model has only the header."""
+    for entry in (["w", "float32", [2**34], False], ["w", "float32", [2**34], True], ["w", "bool", [2**36], False]):
+        with (
+            fuzz_wire._Allocations() as allocations,
+            pytest.raises(ValueError, match=r"^from_bytes: the tensors take \d+ bytes, got 400"),
+        ):
+            wire.from_bytes(with_header(bits=4, tensors=[entry]))
+        assert allocations.nbytes == 0
+    with pytest.raises(ValueError, match=r"^from_bytes: 'w' is bool and has other bytes than 0 and 1"):
+        wire.from_bytes(described("w", "bool", [400], False).replace(bytes(400), bytes(399) + b"\2"))
+    with pytest.raises(TypeError, match=r"^from_bytes: data must be bytes, got str"):
+        wire.from_bytes("lowbit")
 
 
 def test_error_feedback_sends_everything_in_the_end():
@@ -278,12 +396,12 @@ def plain_loop(rounds):
     return server
 
 
-def drive(rounds, users=None, groups=GROUPS, **options):
+def drive(rounds, users=None, groups=GROUPS, deadline=None, **options):
     coordinator = Coordinator(scalar_state(0), range(4), groups=2, **options)
     participants = {k: Participant() for k in range(4)}
     trainings = {k: towards(k) for k in range(4)} | (users or {})
     reports = [
-        run_round(coordinator, participants, towards(10), trainings, groups=groups, deadline=0.5)
+        run_round(coordinator, participants, towards(10), trainings, groups=groups, deadline=deadline)
         for _ in range(rounds)
     ]
     return coordinator, reports
@@ -300,25 +418,35 @@ def test_driver_equals_a_plain_loop():
     assert reports[0].normalised_diversity == pytest.approx(3 * sum(for_group) / 2)
 
 
-def slow(state, number):
-    time.sleep(0.6)
-    return state
-
-
 def broken(state, number):
     raise OSError("battery empty")
 
 
 FAULTS = {
     "never answers": (lambda state, number: None, "no answer"),
-    "late": (slow, "later than 0.5 s"),
     "NaN": (lambda state, number: {"w": state["w"] * math.nan}, "user 1: w has a NaN or an infinity"),
     "shape": (lambda state, number: {"w": torch.zeros(2, dtype=torch.float64)},
               "user 1: w must be torch.float64 (1,), got torch.float64 (2,)"),
     "names": (lambda state, number: {"v": state["w"]},
               "user 1 has other tensors than the server's model: v, w"),
     "exception": (broken, "OSError: battery empty"),
+    "huge": (lambda state, number: {"w": state["w"] + 3e38},
+             "its change has the norm 3e+38, where 5 is usual in the round"),
+    "overflow": (lambda state, number: {"w": state["w"] - 1.7e308},
+                 "its change has the norm 1.7e+308, where 5 is usual in the round"),
+    "not a state": (lambda state, number: 3, "AttributeError: 'int' object has no attribute 'items'"),
 }  # fmt: skip
+
+
+class Clock:
+    """Stands still but for what `passes`."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+    def passes(self, seconds):
+        self.now += seconds
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -332,6 +460,121 @@ def test_a_lost_user_does_not_harm_the_round(fault):
     run_round(coordinator, {k: Participant() for k in range(4)}, towards(10), {k: towards(k) for k in range(4)})
 
 
+@pytest.mark.parametrize(("seconds", "lost"), [(0.5, {}), (0.6, {1: "later than 0.5 s"})])
+def test_a_late_user_is_lost(seconds, lost, monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def slow(state, number):
+        clock.passes(seconds)
+        return state
+
+    assert drive(1, {1: slow}, deadline=0.5)[1][0].lost == lost
+
+
+@pytest.mark.parametrize("bits", [4, 1])
+@pytest.mark.parametrize("fault", [*FAULTS, "count"])
+def test_a_lost_user_of_packed_messages(fault, bits):
+    """The same as if it had not been drawn, and the user is taken up again in the next round."""
+
+    def state(value):
+        return {"w": torch.full((128,), value), "n": torch.tensor(0)}
+
+    def training(target):
+        return lambda state, number: {**state, "w": state["w"] + 0.5 * (target - state["w"])}
+
+    wrong = FAULTS[fault][0] if fault in FAULTS else lambda state, number: {**state, "n": torch.tensor(math.nan)}
+    states = {}
+    for users in (range(3), range(2)):
+        coordinator = Coordinator(state(0.0), users, groups=1, bits=bits)
+        participants = {k: Participant(bits) for k in users}
+        trainings = {0: training(1), 1: training(2), 2: wrong}
+        report = run_round(coordinator, participants, training(3), trainings, groups=[[*users]])
+        assert list(report.lost) == [2] * (len(users) == 3)
+        states[len(users)] = coordinator.state["w"]
+        if len(users) == 3:
+            assert not run_round(coordinator, participants, training(3), {k: training(k) for k in users}).lost
+    assert torch.equal(states[2], states[3])
+
+
+@pytest.mark.parametrize(("server", "users", "why"), [
+    ({"w"}, (), "w must be torch.float32 (128,), got torch.float32 (128,) in codes"),
+    ((), {"w"}, "w must be torch.float32 (128,) in codes, got torch.float32 (128,)"),
+])  # fmt: skip
+def test_both_ends_must_agree_on_what_is_coded(server, users, why):
+    """Otherwise a value would be taken for a difference. Round 0 sends states, round 1 differences."""
+    first = {"w": torch.zeros(128)}
+    coordinator = Coordinator(first, range(2), groups=1, bits=4, exact=server)
+    participants = {0: Participant(4, exact=server), 1: Participant(4, exact=users)}
+    trainings = {k: lambda s, n: {"w": s["w"] + 1} for k in range(2)}
+    report = run_round(coordinator, participants, lambda s, n: {"w": s["w"] + 1}, trainings)
+    assert report.lost == {1: f"user 1: {why}"}
+    with pytest.raises(ValueError, match=r"^Participant: the message: w must be torch.float32 \(128,\)"):
+        participants[1].receive(coordinator.send(0))
+
+
+@pytest.mark.parametrize("reply", [-1.0, 1e30], ids=["negative", "huge"])
+@pytest.mark.parametrize("statistics", ["average", "local"])
+def test_statistics_that_would_poison(statistics, reply):
+    def state(value):
+        return {"w": torch.ones(3) * value, "bn.running_var": torch.ones(64) * value}
+
+    coordinator = Coordinator(state(1.0), range(3), groups=1, statistics=statistics)
+    trainings = {k: lambda s, n: state(1.1) for k in range(2)}
+    trainings[2] = lambda s, n: {"w": torch.ones(3), "bn.running_var": torch.full((64,), reply)}
+    participants = {k: Participant() for k in range(3)}
+    report = run_round(coordinator, participants, lambda s, n: state(1.2), trainings)
+    if reply < 0:
+        assert report.lost == {2: "user 2: bn.running_var has a variance below 0"}
+    elif statistics == "average":
+        why = "its change of the running statistics has the norm 8e+30, where 1.6 is usual in the round"
+        assert report.lost == {2: why}
+    else:  # its own affair
+        assert report.lost == {}
+    assert float(coordinator.state["bn.running_var"].max()) < 1.3
+
+
+def test_norm_bound():
+    """The server's norm is 5: up to ten times as much is used. If it does not move, the users' median counts."""
+    assert drive(1, {1: lambda s, n: {"w": s["w"] + 50.0}})[1][0].lost == {}
+    assert list(drive(1, {1: lambda s, n: {"w": s["w"] + 51.0}})[1][0].lost) == [1]
+    assert list(drive(1, {1: lambda s, n: {"w": s["w"] + 11.0}}, max_norm_ratio=2.0)[1][0].lost) == [1]
+    assert drive(1, {1: lambda s, n: {"w": s["w"] + 1e30}}, max_norm_ratio=None)[1][0].lost == {}
+    coordinator = Coordinator(scalar_state(0), range(4), groups=1)
+    participants = {k: Participant() for k in range(4)}
+    trainings = {k: towards(target) for k, target in enumerate((0, 1, 2, 1e4))}  # the first does not move either
+    report = run_round(coordinator, participants, lambda s, n: s, trainings)
+    assert report.lost == {3: "its change has the norm 5e+03, where 1 is usual in the round"}
+
+
+def test_messages_of_no_use_are_named_and_dropped():
+    coordinator = Coordinator(scalar_state(0), range(4), groups=1, participants=2, seed=1)
+    first, second = coordinator.begin()
+    stranger = next(k for k in range(4) if k not in (first, second))
+    for user in (first, second):
+        coordinator.send(user)
+    reply = wire.compress(scalar_state(1), 32)[0]
+    poison = wire.compress(scalar_state(40), 32)[0]
+    coordinator.receive(first, reply, 0)
+    coordinator.receive(first, poison, 0)
+    coordinator.receive(stranger, poison, 0)
+    coordinator.receive(99, poison)
+    coordinator.receive(second, poison, 7)
+    report = coordinator.finish(scalar_state(5))
+    assert report.dropped == {
+        first: "answered before", stranger: "was not drawn", 99: "was not drawn", second: "answers round 7 instead of 0"
+    }  # fmt: skip
+    assert report.lost == {second: "no answer"}
+    assert float(coordinator.state["w"]) == 3
+    coordinator.begin([[first, second]])
+    coordinator.receive(first, poison, 0)  # late
+    assert coordinator.report.dropped == {first: "answers round 0 instead of 1"}
+    coordinator.lose(first, "a" + "x" * 10_000 + "battery empty")
+    (why,) = coordinator.report.lost.values()
+    assert len(why) < 510
+    assert why.startswith("ax")
+    assert why.endswith("xbattery empty")
+
+
 def test_a_group_of_which_nobody_arrives():
     silent = FAULTS["never answers"][0]
     coordinator, (report,) = drive(1, {0: silent, 1: silent})
@@ -340,12 +583,39 @@ def test_a_group_of_which_nobody_arrives():
     assert torch.equal(coordinator.starts[0]["w"], coordinator.state["w"])
 
 
-def test_no_reply_at_all_raises_and_keeps_the_state():
-    coordinator = Coordinator(scalar_state(0), range(2), groups=1)
+@pytest.mark.parametrize("bits", [32, 4])
+def test_rounds_without_any_reply(bits):
+    """The model stays and the run goes on, until there are too many of them in a row."""
+    first = {"w": torch.zeros(100)}
+    coordinator = Coordinator(first, range(2), groups=1, bits=bits, max_failed_rounds=3)
+    participants = {k: Participant(bits) for k in range(2)}
     silent = dict.fromkeys(range(2), FAULTS["never answers"][0])
-    with pytest.raises(RuntimeError, match=r"round 0: no user's update could be used \(0: no answer; 1: no answer\)"):
-        run_round(coordinator, {k: Participant() for k in range(2)}, towards(10), silent)
-    assert float(coordinator.state["w"]) == 0
+
+    def play(users):
+        return run_round(coordinator, participants, towards(10), users, groups=[[0, 1]])
+
+    for _ in range(2):
+        report = play(silent)
+        assert report.failed
+        assert report.lost == {0: "no answer", 1: "no answer"}
+        assert torch.equal(coordinator.state["w"], first["w"])
+    assert not play({k: towards(k) for k in range(2)}).failed
+    state = coordinator.state["w"]
+    assert float(state.mean()) == pytest.approx((5 + 0 + 0.5) / 3, abs=1e-2)
+    play(silent)
+    play(silent)
+    why = r"round 5: no user's update could be used, 3 rounds in a row \(0: no answer; 1: no answer\)"
+    with pytest.raises(RuntimeError, match=why):
+        play(silent)
+    assert coordinator.state["w"] is state
+
+
+def test_a_round_without_users():
+    coordinator = Coordinator(scalar_state(1), range(2), groups=2)
+    coordinator.meet([])
+    assert coordinator.begin() == []
+    assert coordinator.finish(scalar_state(2)).failed
+    assert float(coordinator.state["w"]) == 1
 
 
 @pytest.mark.parametrize("bits", [4, 1])
@@ -420,6 +690,127 @@ def test_simulation_is_deterministic_and_resumes(changes, tmp_path):
         simulate(model, server, users, dataclasses.replace(chosen, seed=9), checkpoint=path)
 
 
+CHECKPOINTED = Settings(rounds=2, steps=1, groups=1, batch=8, flip=False, threshold=0.5, bits=4, warm_up=1)
+
+
+def checkpointed(path, users=4, model=None, data=0.0, **changes):
+    """A short run with a checkpoint, of so many users, with `data` added to the last one's images."""
+    given, server, images, _ = small_problem()
+    images = [*images[: users - 1], images[users - 1] + data]
+    return simulate(model or given, server, images, dataclasses.replace(CHECKPOINTED, **changes), checkpoint=path)
+
+
+def test_a_finished_run_is_extended(tmp_path):
+    path = tmp_path / "run.pt"
+    finished = checkpointed(path)
+    again = checkpointed(path)
+    assert again.history == finished.history
+    assert all(torch.equal(again.state[key], finished.state[key]) for key in finished.state)
+    extended = checkpointed(path, rounds=3)
+    assert extended.history[:2] == finished.history
+    assert len(extended.history) == 3
+    assert not all(torch.equal(extended.state[key], finished.state[key]) for key in finished.state)
+    with pytest.raises(ValueError, match=r"^simulate: .*run.pt holds 3 rounds, more than 2 of the settings$"):
+        checkpointed(path)
+
+
+def test_failed_rounds_count_over_interruptions(tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(0.0))  # every user's reply is lost
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    result = checkpointed(path, model=model, drop=0.5, rounds=2, alternate=1)
+    assert all(report.failed for report in result.history)
+    with pytest.raises(RuntimeError, match=r"^round 2: no user's update could be used, 3 rounds in a row"):
+        checkpointed(path, model=model, drop=0.5, rounds=3, alternate=1)
+
+
+@pytest.mark.parametrize(("changes", "what"), [
+    ({"seed": 9}, "settings.*settings: seed is 0 there and 9 here"),
+    ({"users": 3}, "users, data.*users: number is 4 there and 3 here; data: images of user 3 is torch.float32 .* there "
+                   "and nothing here"),
+    ({"data": 0.1}, "data.*data: images of user 3 is torch.float32 .* there and torch.float32 .* here"),
+    ({"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 10))}, r"model.*model: 1.weight is .* there and .* here"),
+    ({"data": 0.1, "bits": 1}, "settings, data; .*settings: bits is 4 there and 1 here; data: "),
+], ids=["settings", "users", "data", "model", "two"])  # fmt: skip
+def test_another_runs_checkpoint_is_refused(changes, what, tmp_path):
+    path = tmp_path / "run.pt"
+    checkpointed(path, rounds=1)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"^simulate: .*run.pt holds a run of other {what}"):
+        checkpointed(path, **changes)
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    checkpointed(path, rounds=1)
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    for place in (30, 61, 62, len(whole) - 1, *(rng.randrange(30, len(whole)) for _ in range(20))):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"^simulate: .*run.pt is damaged, its checksum is wrong"):
+            checkpointed(path)
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"^simulate: .*run.pt is damaged"):
+        checkpointed(path)
+    for other in (b"", b"PK", whole[1:]):
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match=r"^simulate: .*run.pt is no checkpoint of this version"):
+            checkpointed(path)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
+    path = tmp_path / "run.pt"
+    checkpointed(path, rounds=1)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"simulate: the checkpoint cannot be written: File too large: '.*run.pt'"):
+            checkpointed(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run.pt", "run.pt.lock"]
+    assert len(checkpointed(path).history) == 2
+
+
+HOLDER = """
+import sys
+from lowbit_ext.federated.checkpoint import Checkpoint
+with Checkpoint(sys.argv[1], {}):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "finished"])
+def test_one_process_a_checkpoint(end, tmp_path):
+    path = tmp_path / "run.pt"
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        why = rf"^simulate: .*run.pt is the checkpoint of a run that goes on in process {holder.pid}; wait for it"
+        with pytest.raises(RuntimeError, match=why):
+            checkpointed(path)
+        assert not path.exists()
+        if end == "killed":
+            holder.kill()
+        else:
+            holder.stdin.close()
+        holder.wait()
+    assert len(checkpointed(path).history) == 2
+
+
+def test_a_checkpoint_is_as_readable_as_other_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        checkpointed(tmp_path / "run.pt", rounds=1)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "run.pt").stat().st_mode & 0o777 == 0o640
+
+
 def test_training_learns_digits():
     model, server, users, labels = small_problem(norm=False)
     test = (torch.cat(users), torch.cat(labels))
@@ -470,16 +861,29 @@ LABELS = torch.arange(4).repeat(10)
      "strong: magnitude must be 0 to 30, got 31"),
     (lambda: federated.compress({}, 2), ValueError, "compress: bits must be one of 1, 4, 32, got 2"),
     (lambda: federated.compress({"w": torch.full((70,), math.nan)}), ValueError,
-     "compress: w has a NaN or an infinity"),
+     "compress: w has a NaN, an infinity or a magnitude above 1e+30"),
+    (lambda: federated.compress({"w": torch.full((70,), -3e38)}), ValueError,
+     "compress: w has a NaN, an infinity or a magnitude above 1e+30"),
+    (lambda: federated.compress({"w": torch.ones(70)}, residual={}), ValueError,
+     "compress: residual must have w of shape (70,)"),
     (lambda: federated.decompress(dataclasses.replace(
-        federated.compress({"w": torch.ones(70)})[0], shapes={"w": (80,)})), ValueError,
-     "decompress: w of 80 elements has 35 bytes and 1 scales"),
+        federated.compress({"w": torch.ones(70)})[0], layout={"w": wire.Form(torch.float32, (80,), True)})), ValueError,
+     "decompress: w of torch.float32 (80,) in codes must have torch.uint8 (40,), got torch.uint8 (35,)"),
+    (lambda: wire.difference({"w": torch.ones(70)}, {"v": torch.ones(70)}), ValueError,
+     "difference: the new state has other tensors than the server's model: v, w"),
+    (lambda: wire.to_bytes(federated.compress({"w": torch.ones(3).to(torch.float8_e5m2)}, 32)[0], 0), TypeError,
+     "to_bytes: w must be one of float64, float32, float16, bfloat16, int64, int32, int16, int8, uint64, uint32, "
+     "uint16, uint8, bool, complex64, complex128, got torch.float8_e5m2"),
     (lambda: Coordinator(scalar_state(0), [1, 2], participants=3), ValueError,
      "Coordinator: participants must be 1 to 2, the number of users, got 3"),
     (lambda: Coordinator(scalar_state(0), [1, 2], groups=3), ValueError,
      "Coordinator: groups must be 1 to 2 participants, got 3"),
     (lambda: Coordinator(scalar_state(0), [1], statistics="recompute"), ValueError,
      'Coordinator: recompute must be given for statistics "recompute" and for no other'),
+    (lambda: Coordinator(scalar_state(0), [1], max_norm_ratio=0), ValueError,
+     "Coordinator: max_norm_ratio must be above 0 or None, got 0"),
+    (lambda: Coordinator(scalar_state(0), [1], max_failed_rounds=0), ValueError,
+     "Coordinator: max_failed_rounds must be at least 1, got 0"),
     (lambda: Settings(rounds=1, objective="mixup"), ValueError,
      "Settings: objective must be one of consistency, self_training, got 'mixup'"),
     (lambda: Settings(rounds=-1), ValueError, "Settings: rounds must not be negative, got -1"),

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit_ext import PackedTensor, binary
-from lowbit_ext.helstrom.gram import gram, transpose
+from lowbit_ext.helstrom._gram import gram, transpose
 
 FEATURES = (1, 63, 64, 65, 127, 128, 129, 512, 513, 4096)
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lowbit_ext import lowmem
+from flattens import SPELLINGS, Flattened
+from lowbit_ext import lowmem, models
+from lowbit_ext.binary import BinaryActivation, BinaryConv1d, BinaryLinear
+from lowbit_ext.duo import CoupledConv2d, TernaryActivation
 from lowbit_ext.lowmem import LowMemBlock, convert, report
 from lowmem_networks import NETWORKS, Branching, Functional, joined, make, relative, step
 
@@ -249,6 +253,103 @@ def test_what_torch_fx_does_not_see_is_found_at_run_time():
     assert torch.equal(got[2]["conv.weight"], expected[2]["conv.weight"])
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_codes_go_through_every_flatten(spelling):
+    """Also through pooling in front; the linear layer's gradients are those of its plain twin on what the codes say."""
+    before = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.MaxPool2d(2))
+    plain = Flattened(before, spelling, 45, nn.Sequential(nn.Linear(45, 7), nn.ReLU(), nn.Linear(7, 2)))
+    model = convert(copy.deepcopy(plain), 8, 12.0)
+    assert left(model) == {"before.0": "its input has no codes"}
+    got, expected = step(model, (4, 3, 8, 8)), step(plain, (4, 3, 8, 8))
+    assert torch.equal(got[0], expected[0])
+    assert relative(joined(got), joined(expected)) < 0.1
+    with lowmem.ledger(model) as book:
+        model(torch.ones(4, 3, 8, 8))
+    assert {entry.module for entry in book.full_precision} == {"before.0"}, "of the image alone"
+
+
+@pytest.mark.parametrize("reshape", [
+    lambda x: x.view(-1, 6), lambda x: x.flatten(0, 2), lambda x: x.reshape(2, -1, 6), lambda x: x.view_as(x),
+    lambda x: x.clone(),
+])  # fmt: skip
+def test_linear_layers_read_codes_through_any_reshape(reshape):
+    """Rows of six pixels, in channels-last memory too: only the order of elements counts."""
+    plain = Flattened(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)), "x.flatten(1)", 1, nn.Linear(6, 2))
+    plain.flatten = reshape
+    model = convert(copy.deepcopy(plain), 8, 12.0)
+    assert left(model) == {"before.0": "its input has no codes"}
+    got, expected = step(model, (4, 3, 8, 8)), step(plain, (4, 3, 8, 8))
+    assert torch.equal(got[0], expected[0])
+    assert relative(joined(got), joined(expected)) < 0.1
+
+
+def test_hooks_that_change_what_only_passes():
+    """The convolution or linear layer reads the hook's result, for which no codes stand."""
+    for layers in ((nn.Identity(), nn.Conv2d(3, 2, 1)), (nn.Flatten(), nn.Linear(48, 2))):
+        plain = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), *layers)
+        plain[2].register_forward_hook(lambda module, args, out: out * 2)
+        model = convert(copy.deepcopy(plain))
+        got, expected = step(model, (4, 3, 4, 4)), step(plain, (4, 3, 4, 4))
+        assert torch.equal(got[2]["3.weight"], expected[2]["3.weight"])
+        assert left(model) == {"2": "hooks watch its result", "3": "its input has no codes"}
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AvgPool2d(3, 1, 1)])
+def test_pooling_keeps_little_of_any_value(pool):
+    plain = nn.Sequential(nn.Conv2d(3, 5, 3), pool, nn.Conv2d(5, 2, 1))
+    model = convert(copy.deepcopy(plain))
+    got, expected = step(model, (4, 3, 8, 8)), step(plain, (4, 3, 8, 8))
+    assert all(map(torch.equal, (got[0], joined(got)), (expected[0], joined(expected)))), "and is exact"
+    books = []
+    for network in (model, plain):
+        with lowmem.ledger(network) as book:
+            network(torch.ones(4, 3, 8, 8))
+        books.append(book)
+    assert {entry.module for entry in books[0].full_precision} == {"0", "2"}
+    assert books[0].equivalent == books[1].stored
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_binary_resnet(stem):
+    """What keeps full precision is left: convolutions and the classifier that read values without codes."""
+    plain = models.resnet18("binary", num_classes=10, widths=(8,) * 4 + (9,), stem=stem)
+    model = convert(copy.deepcopy(plain), 8, 12.0)
+    shape = (4, 3, 64, 64) if stem == "imagenet" else (4, 3, 16, 16)
+    got, expected = step(model, shape), step(plain, shape)
+    assert torch.equal(got[0], expected[0])
+    assert relative(joined(got), joined(expected)) < 0.1
+    halved = [f"blocks.{block}.shortcut.conv" for block in (2, 4, 6)]
+    widened = ["blocks.7.shortcut.conv"]
+    readers = dict.fromkeys(["stem.conv", *halved, *widened, "fc"], "its input has no codes")
+    assert left(model) == {**readers, "pool": "no rule for it"}
+    kept = [name for name, how in converted(model).items() if how == "keeps bits by itself"]
+    assert len(kept) == 32, "16 activations and 16 binary convolutions"
+    norms = [name for name, module in plain.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    assert set(norms) <= converted(model).keys()
+    with lowmem.ledger(model) as book:
+        model(torch.ones(shape))
+    assert {entry.module for entry in book.full_precision if math.prod(entry.shape) > 1} == set(readers)
+
+
+@pytest.mark.parametrize(("layer", "shape", "converted"), [
+    (BinaryActivation(surrogate="steep"), (3, 4), True), (BinaryActivation(surrogate="approx_sign"), (3, 4), False),
+    (BinaryLinear(4, 2), (3, 4), True), (BinaryLinear(4, 2, surrogate="steep"), (3, 4), False),
+    (BinaryConv1d(4, 2, 1, surrogate="identity"), (3, 4, 5), True), (TernaryActivation(), (3, 4), True),
+    (TernaryActivation("polynomial"), (3, 4), False),
+    (CoupledConv2d(4, 2, 1), (3, 4, 5, 5), True), (CoupledConv2d(4, 2, 1, save_codes=False), (3, 4, 5, 5), False),
+])  # fmt: skip
+def test_own_layers_say_what_they_keep(layer, shape, converted):
+    """As the ledger sees it, of ternary values; alone and in a model."""
+    alone, within = convert(layer), convert(nn.Sequential(nn.Identity(), layer))
+    how = "keeps bits by itself" if converted else f"{type(layer).__name__} keeps its input"
+    assert report(alone) == (lowmem.Conversion("", type(layer).__name__, converted, how),)
+    assert report(within) == (lowmem.Conversion("1", type(layer).__name__, converted, how),)
+    x = (torch.randint(0, 3, shape) / 2).requires_grad_()
+    with lowmem.ledger(layer) as book:
+        layer(x)
+    assert converted == all(math.prod(entry.shape) != x.numel() for entry in book.full_precision)
+
+
 def test_relu_in_place_on_a_value_that_others_read():
     class Reused(nn.Module):
         def __init__(self):
@@ -291,7 +392,7 @@ def test_models_that_cannot_be_traced():
     assert type(model) is Branching
     assert model.body is model.same
     assert {"body.1", "body.3", "bn"} <= converted(model).keys()
-    assert left(model)[""].startswith("children one by one, torch.fx cannot trace it: symbolically traced variables")
+    assert left(model)[""].startswith("children one by one, torch.fx cannot trace it: TraceError: symbolically")
     assert left(model)["fc"] == "alone: its neighbours are unknown"
 
     class Stochastic(nn.Module):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flattens import SPELLINGS, Flattened
 from lowbit_ext import _native, binary
 from lowbit_ext.binary import BinaryActivation, BinaryConv1d, BinaryConv2d, BinaryLinear
 from lowbit_ext.binary.packed_model import (
@@ -234,6 +235,45 @@ def test_shared_value_is_packed_once_and_sums_are_fused():
     assert len(additions) == 1, "only the sum behind a batch norm stays an addition"
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_values_stay_bits_through_every_flatten(spelling):
+    """Behind a float convolution, whose result, unlike a binary one's, lies as x.view() wants it."""
+    before = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), BinaryActivation(), nn.MaxPool2d(4))
+    model = shake(Flattened(before, spelling, 5 * 4 * 4, nn.Sequential(BinaryLinear(80, 7), nn.BatchNorm1d(7))))
+    packed = binary.pack(model, torch.randn(2, *IMAGE))
+    x = torch.randn(5, *IMAGE)
+    with torch.no_grad():
+        assert torch.equal(packed(x), model(x))
+    kinds = [type(layer) for layer in packed.packed_layers().values()]
+    assert kinds == [PackedBinarize, PackedMaxPool2d, PackedConv2d], "no floats between"
+
+
+class Scaled(BinaryLinear):
+    def forward(self, input):
+        return super().forward(input) * 2
+
+
+@pytest.mark.parametrize(("layer", "shape", "message"), [
+    (BinaryLinear(20, 6), (3, 20), r"1 \(BinaryLinear\) stays as it is: its result is \(2, 3, 6\)"),
+    (Scaled(20, 6), (20,), r"1 \(Scaled\) stays as it is: its class is derived from a packable one"),
+])  # fmt: skip
+def test_what_is_not_packed_is_named(layer, shape, message):
+    model = nn.Sequential(nn.LayerNorm(20), layer, nn.Flatten(), BinaryLinear(layer(torch.ones(1, *shape)).numel(), 4))
+    x = torch.randn(2, *shape)
+    with pytest.warns(UserWarning, match=f"pack: {message}") as record:
+        packed = binary.pack(model, x)
+    assert record[0].filename == __file__
+    assert torch.equal(packed(x), model(x))
+    assert [type(layer) for layer in packed.packed_layers().values()] == [PackedBinarize, PackedConv2d]
+
+
+@pytest.mark.parametrize("activation", [BinaryActivation(), nn.ReLU()])
+def test_volumes_in_front_of_a_flatten(activation):
+    model = shake(nn.Sequential(nn.Conv3d(2, 3, 3), activation, nn.MaxPool3d(2), nn.Flatten(), BinaryLinear(3, 4)))
+    x = torch.randn(2, 2, 4, 4, 4)
+    assert torch.equal(binary.pack(model, x)(x), model(x))
+
+
 def test_one_accumulator_meets_two_thresholds():
     packed = binary.pack(shake(Doubled()), torch.randn(2, *IMAGE)).packed_layers()
     assert packed["body.conv1"].threshold.shape == (2, 45)
@@ -331,15 +371,15 @@ def test_pack_refuses(build, example, message):
 
 def test_pack_names_the_layer_that_differs(monkeypatch):
     # The package's attribute of this name is the function.
-    module = importlib.import_module("lowbit_ext.binary.pack")
-    fold = module._fold_integers
+    module = importlib.import_module("lowbit_ext.binary._pack")
+    fold = module.fold_integers
 
     def wrong(*arguments):
         result = fold(*arguments)
         result.threshold += 3
         return result
 
-    monkeypatch.setattr(module, "_fold_integers", wrong)
+    monkeypatch.setattr(module, "fold_integers", wrong)
     with pytest.raises(ValueError, match=r"packed bits of 1 \(.*\) differ"):
         binary.pack(nn.Sequential(BinaryLinear(32, 32), nn.BatchNorm1d(32), BinaryLinear(32, 4)), torch.randn(9, 32))
 

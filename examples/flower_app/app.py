@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lowbit_ext import federated
-from lowbit_ext.federated.simulate import Trainer, copy_of
+from lowbit_ext.federated._simulate import Trainer, copy_of
 
 BITS = 4
 SETTINGS = federated.Settings(rounds=5, steps=8, groups=2, batch=32, learning_rate=0.2, threshold=0.8, flip=False)

@@ -16,7 +16,7 @@ from torch.nn.common_types import _size_1_t, _size_2_t
 
 from lowbit_ext import _arguments
 from lowbit_ext.binary import activation, convolution
-from lowbit_ext.binary.surrogates import SURROGATES
+from lowbit_ext.binary.surrogates import SURROGATES, keeps_bits
 from lowbit_ext.packed import ENCODING_VALUES, PackedTensor
 
 WEIGHT_SCALES = ("channel", "layer", None)
@@ -128,8 +128,13 @@ class _BinaryLayer(nn.Module):
         """Factor of the accumulator without gradient, (O,) or (1,), or None."""
         return weight_scale_of(self.weight, self.weight_scale)
 
+    @property
+    def keeps_bits(self) -> bool:
+        """Whether the layer keeps bits for its backward pass; otherwise its surrogate needs the input."""
+        return self.surrogate in ("clip", "identity")
+
     def _options(self, input: Tensor | PackedTensor) -> dict[str, Any]:
-        """Arguments that functional's conv2d, conv1d and linear share."""
+        """Arguments that conv2d, conv1d and linear share."""
         out_dtype = None
         if isinstance(input, PackedTensor):
             if input.encoding != self.encoding:
@@ -354,6 +359,11 @@ class BinaryActivation(nn.Module):
         _arguments.choice("BinaryActivation", "encoding", encoding, tuple(ENCODING_VALUES))
         _arguments.choice("BinaryActivation", "surrogate", surrogate, SURROGATES)
         self.encoding, self.surrogate = encoding, surrogate
+
+    @property
+    def keeps_bits(self) -> bool:
+        """Whether the activation keeps bits for its backward pass; otherwise its surrogate needs the input."""
+        return keeps_bits(self.surrogate, self.encoding)
 
     def forward(self, input: Tensor) -> Tensor:
         """See the class."""

@@ -43,6 +43,11 @@ INTERVALS = {
 }
 
 
+def keeps_bits(surrogate: str, levels: str) -> bool:
+    """Whether an activation keeps one bit an element for this derivative, or nothing, in place of its input."""
+    return surrogate == "identity" or (surrogate, levels) in INTERVALS
+
+
 def derivative(x: Tensor, surrogate: str, levels: str) -> Tensor:
     """Surrogate derivative at x, elementwise, in x's dtype.
 

@@ -4,9 +4,9 @@ Source: Kim, Kim, Kim and Kim, "BinaryDuo: reducing gradient mismatch in binary 
 activations", ICLR 2020.
 """
 
-from lowbit_ext.duo.decouple import decouple
+from lowbit_ext.duo._decouple import decouple
+from lowbit_ext.duo._gradient_mismatch import GradientMismatch, LayerMismatch, gradient_mismatch
 from lowbit_ext.duo.functional import step_activation, ternary_activation
-from lowbit_ext.duo.gradient_mismatch import GradientMismatch, LayerMismatch, gradient_mismatch
 from lowbit_ext.duo.layers import CoupledConv2d, CoupledLinear, StepActivation, TernaryActivation
 
 __all__ = [

@@ -11,7 +11,7 @@ from torch.nn.common_types import _size_2_t
 from lowbit_ext import _arguments
 from lowbit_ext.binary import BinaryActivation
 from lowbit_ext.binary.layers import WEIGHT_SCALES, check_conv, check_linear, weight_scale_of
-from lowbit_ext.binary.surrogates import SURROGATES
+from lowbit_ext.binary.surrogates import SURROGATES, keeps_bits
 from lowbit_ext.binary.weights import straight_through_weight
 from lowbit_ext.duo import functional
 
@@ -30,6 +30,11 @@ class TernaryActivation(nn.Module):
         super().__init__()
         _arguments.choice("TernaryActivation", "surrogate", surrogate, SURROGATES)
         self.surrogate = surrogate
+
+    @property
+    def keeps_bits(self) -> bool:
+        """Whether the activation keeps bits for its backward pass; otherwise its surrogate needs the input."""
+        return keeps_bits(self.surrogate, "ternary")
 
     def forward(self, input: Tensor) -> Tensor:
         """See the class."""
@@ -56,6 +61,11 @@ class _CoupledLayer(nn.Module):
         layer = type(self).__name__
         self.weight_scale = _arguments.choice(layer, "weight_scale", weight_scale, WEIGHT_SCALES)
         self.save_codes = _arguments.flag(layer, "save_codes", save_codes)
+
+    @property
+    def keeps_bits(self) -> bool:
+        """Whether the layer keeps bits for its backward pass, of an input of 0, 1/2 and 1."""
+        return self.save_codes
 
     def scale(self) -> Tensor | None:
         """Factor of the weight's signs without gradient, (O,) or (1,), or None."""

@@ -9,6 +9,7 @@ Gradient Diversity of Models", IEEE BigData 2021.
 
 from typing import TYPE_CHECKING, Any
 
+from lowbit_ext.federated._simulate import Settings, Simulation, run_round, simulate
 from lowbit_ext.federated.augment import strong, weak
 from lowbit_ext.federated.core import (
     Partition,
@@ -24,7 +25,6 @@ from lowbit_ext.federated.core import (
     replace_batchnorm,
 )
 from lowbit_ext.federated.rounds import Coordinator, Participant, RoundReport
-from lowbit_ext.federated.simulate import Settings, Simulation, run_round, simulate
 from lowbit_ext.federated.wire import CompressedUpdate, compress, decompress
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -12,78 +12,47 @@ from typing import Any
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
+from lowbit_ext.federated import wire
+from lowbit_ext.federated._simulate import LocalTraining
 from lowbit_ext.federated.core import State
 from lowbit_ext.federated.rounds import Coordinator, Participant, RoundReport
-from lowbit_ext.federated.simulate import LocalTraining
 from lowbit_ext.federated.wire import CompressedUpdate
 
-_PARTS = ("codes", "scales", "plain")
-# numpy has no bfloat16: its bits travel as int16.
-_AS_INTEGER = {torch.bfloat16: torch.int16}
+_NAME = "message"
 
 
-def _to_arrays(state: State) -> ArrayRecord:
-    return ArrayRecord(
-        torch_state_dict={key: value.view(_AS_INTEGER.get(value.dtype, value.dtype)) for key, value in state.items()}
-    )
+def _to_record(packed: CompressedUpdate, number: int) -> ArrayRecord:
+    # An array and not a configuration's bytes: Flower sends arrays in chunks. Its shape would be in 32 bits.
+    array = Array(dtype="uint8", shape=(), stype="lowbit_ext.federated.wire", data=wire.to_bytes(packed, number))
+    return ArrayRecord({_NAME: array})
 
 
-def _from_arrays(record: ArrayRecord, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
-    return {key: tensor.view(dtypes[key]) for key, tensor in record.to_torch_state_dict().items()}
+def _from_record(record: Any, like: State | None, exact: Collection[str]) -> tuple[CompressedUpdate, int]:
+    if not isinstance(record, ArrayRecord) or _NAME not in record:
+        raise ValueError(f"from_content: the content must be an ArrayRecord with {_NAME!r}")
+    return wire.from_bytes(record[_NAME].data, like, exact)
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def to_content(packed: CompressedUpdate, number: int) -> RecordDict:
+    """A message of a round as the content of one of Flower's."""
+    return RecordDict({_NAME: _to_record(packed, number)})
 
 
-def to_records(packed: CompressedUpdate, number: int) -> RecordDict:
-    """A packed update as the content of a Flower message of a round."""
-    content = RecordDict({part: _to_arrays(getattr(packed, part)) for part in _PARTS})
-    content["about"] = ConfigRecord(
-        {
-            "round": number,
-            "bits": packed.bits,
-            "names": list(packed.shapes),
-            "shapes": [",".join(map(str, shape)) for shape in packed.shapes.values()],
-            "dtypes": [_dtype_name(dtype) for dtype in packed.dtypes.values()],
-            "plain_names": list(packed.plain),
-            "plain_dtypes": [_dtype_name(tensor.dtype) for tensor in packed.plain.values()],
-        }
-    )
-    return content
-
-
-def from_records(content: RecordDict) -> tuple[CompressedUpdate, int]:
-    """Inverse of to_records.
+def from_content(
+    content: RecordDict, like: State | None = None, exact: Collection[str] = ()
+) -> tuple[CompressedUpdate, int]:
+    """Inverse of to_content. like, exact: see wire.from_bytes.
 
     Raises:
-        KeyError, ValueError: the content is not that of to_records.
+        TypeError, ValueError: the content is not that of to_content.
     """
-    about: Any = content["about"]
-    names = about["names"]
-    shapes = {
-        name: tuple(int(size) for size in shape.split(",") if size)
-        for name, shape in zip(names, about["shapes"], strict=True)
-    }
-    dtypes = {name: getattr(torch, dtype) for name, dtype in zip(names, about["dtypes"], strict=True)}
-    plain = {n: getattr(torch, dtype) for n, dtype in zip(about["plain_names"], about["plain_dtypes"], strict=True)}
-    records: Any = {part: content[part] for part in _PARTS}
-    packed = CompressedUpdate(
-        int(about["bits"]),
-        _from_arrays(records["codes"], dict.fromkeys(names, torch.uint8)),
-        _from_arrays(records["scales"], dict.fromkeys(names, torch.bfloat16)),
-        _from_arrays(records["plain"], plain),
-        shapes,
-        dtypes,
-    )
-    return packed, int(about["round"])
+    return _from_record(content.get(_NAME), like, exact)
 
 
 class GroupedAveraging(FedAvg):
@@ -92,10 +61,11 @@ class GroupedAveraging(FedAvg):
     Args:
         state: the first state of everyone.
         server: the server's own training in each round.
-        minimum: nodes to wait for before the first round.
+        minimum: nodes to wait for before the first round. Later ones go on with those that are left.
         timeout: seconds for the replies of a round; later ones are lost.
         on_round: called with each round's report.
-        options: groups, participants, seed, bits, statistics, skip, recompute: see Coordinator.
+        options: groups, participants, seed, bits, statistics, skip, recompute, exact, max_norm_ratio,
+            max_failed_rounds: see Coordinator.
 
     Attributes:
         coordinator: holds the averaged state and what each node holds.
@@ -119,7 +89,7 @@ class GroupedAveraging(FedAvg):
 
     def run(self, grid: Grid, rounds: int) -> dict[str, Tensor]:
         """All rounds; returns the averaged state."""
-        self.start(grid, _to_arrays(self.coordinator.state), rounds, self.timeout)
+        self.start(grid, _to_record(wire.compress(self.coordinator.state, 32)[0], 0), rounds, self.timeout)
         self._worker.shutdown()
         return self.coordinator.state
 
@@ -127,12 +97,11 @@ class GroupedAveraging(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The round's messages. The server's training begins beside them."""
-        nodes = _wait_for_nodes(grid, self.minimum, self.timeout)
-        self.coordinator.meet(nodes)
+        self.coordinator.meet(self._wait_for_nodes(grid))
         drawn = self.coordinator.begin()
         number = self.coordinator.report.round
         messages = [
-            Message(to_records(self.coordinator.send(node), number), dst_node_id=node, message_type=MessageType.TRAIN)
+            Message(to_content(self.coordinator.send(node), number), dst_node_id=node, message_type=MessageType.TRAIN)
             for node in drawn
         ]
         self._training = self._worker.submit(self.server, dict(self.coordinator.state), number)
@@ -141,20 +110,10 @@ class GroupedAveraging(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Averages what came. Raises RuntimeError where nothing did."""
+        """Averages what came."""
         assert self._training is not None
         for message in replies:
-            node = message.metadata.src_node_id
-            if message.has_error():
-                self.coordinator.lose(node, message.error.reason or "the client failed")
-                continue
-            try:
-                packed, number = from_records(message.content)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                self.coordinator.lose(node, f"unreadable message: {error}")
-                continue
-            if number == self.coordinator.report.round:
-                self.coordinator.receive(node, packed)
+            self._take(message)
         trained = self._training.result()
         if trained is None:
             raise RuntimeError(f"round {self.coordinator.report.round}: the server's training returned nothing")
@@ -164,42 +123,59 @@ class GroupedAveraging(FedAvg):
             self.on_round(report)
         measures = {"diversity": report.diversity, "normalised_diversity": report.normalised_diversity}
         counts = {"lost": len(report.lost), "bytes_up": report.bytes_up, "bytes_down": report.bytes_down}
-        return _to_arrays(self.coordinator.state), MetricRecord({**measures, **counts})
+        return None, MetricRecord({**measures, **counts})
 
+    def _take(self, message: Message) -> None:
+        """Hands a reply to the coordinator; whatever is wrong with it loses its user alone."""
+        node = message.metadata.src_node_id
+        try:
+            if message.has_error():
+                raise ValueError(message.error.reason or "the client failed")
+            packed, number = from_content(message.content, self.coordinator.state, self.coordinator.exact)
+        except Exception as error:
+            self.coordinator.lose(node, str(error) or type(error).__name__)
+        else:
+            self.coordinator.receive(node, packed, number)
 
-def _wait_for_nodes(grid: Grid, minimum: int, timeout: float) -> list[int]:
-    deadline = time.monotonic() + timeout
-    while True:
-        nodes = sorted(grid.get_node_ids())
-        if len(nodes) >= minimum:
-            return nodes
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"GroupedAveraging: {len(nodes)} of at least {minimum} nodes came within {timeout:g} s")
-        time.sleep(0.2)
+    def _wait_for_nodes(self, grid: Grid) -> list[int]:
+        """The nodes of a round; none where all have gone and nobody comes in time."""
+        minimum = 1 if self.reports else self.minimum
+        deadline = time.monotonic() + self.timeout
+        while True:
+            nodes = sorted(grid.get_node_ids())
+            if len(nodes) >= minimum:
+                return nodes
+            if time.monotonic() > deadline:
+                if self.reports:
+                    return nodes
+                raise RuntimeError(
+                    f"GroupedAveraging: {len(nodes)} of at least {minimum} nodes came within {self.timeout:g} s"
+                )
+            time.sleep(0.2)
 
 
 def client_app(
     training: Callable[[Context], LocalTraining], *, bits: int = 32, error_feedback: bool = True,
-    statistics: str = "average",
+    statistics: str = "average", exact: Collection[str] = (),
 ) -> ClientApp:  # fmt: skip
     """Flower app of a user. What it holds between rounds is in the node's context.
 
     Args:
         training: makes the local training of a node; context.node_config has what the node was started with, in a
             simulation "partition-id" and "num-partitions".
-        bits, error_feedback, statistics: see Participant; bits must be the server's.
+        bits, error_feedback, statistics, exact: see Participant; bits and exact must be the server's.
     """
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        participant = Participant(bits, error_feedback, statistics)
+        participant = Participant(bits, error_feedback, statistics, exact)
         _restore(participant, context)
-        packed, number = from_records(message.content)
+        packed, number = from_content(message.content)
         state = training(context)(participant.receive(packed), number)
         if state is None:
             raise RuntimeError("no answer")
-        reply = to_records(participant.reply(state), number)
+        reply = to_content(participant.reply(state), number)
         _store(participant, context)
         return Message(reply, reply_to=message)
 
@@ -213,16 +189,14 @@ def _store(participant: Participant, context: Context) -> None:
     for name in _HELD:
         state = getattr(participant, name)
         if state is not None and not (name == "own" and participant.statistics != "local"):
-            context.state[name] = _to_arrays(state)
-            context.state[name + " dtypes"] = ConfigRecord({key: _dtype_name(x.dtype) for key, x in state.items()})
+            context.state[name] = _to_record(wire.compress(state, 32)[0], 0)
 
 
 def _restore(participant: Participant, context: Context) -> None:
     for name in _HELD:
         if name in context.state:
-            names: Any = context.state[name + " dtypes"]
-            record: Any = context.state[name]
-            setattr(participant, name, _from_arrays(record, {k: getattr(torch, v) for k, v in names.items()}))
+            packed, _ = _from_record(context.state[name], None, ())
+            setattr(participant, name, wire.decompress(packed))
 
 
 def server_app(

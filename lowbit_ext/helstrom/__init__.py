@@ -5,7 +5,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lowbit_ext.helstrom.gram import gram, transpose
+from lowbit_ext.helstrom._gram import gram, transpose
 
 if TYPE_CHECKING:
     from lowbit_ext.helstrom.classifier import HelstromClassifier

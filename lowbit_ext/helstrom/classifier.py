@@ -361,8 +361,8 @@ class HelstromClassifier(ClassifierMixin, BaseEstimator):
                 frame, otherwise x0, x1, ...
 
         Returns:
-            For every label (name, weight) from the largest weight to the smallest: s1 - s0, or for the pretty good
-            measurement of more than two classes the outcome's probability.
+            For every label (name, weight) from the largest weight to the smallest. The weight is s1 - s0, or for the
+            pretty good measurement of more than two classes the outcome's probability.
         """
         check_is_fitted(self)
         names = _check_feature_names_in(self, feature_names)

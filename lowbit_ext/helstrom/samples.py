@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from lowbit_ext.helstrom.gram import gram
+from lowbit_ext.helstrom._gram import gram
 from lowbit_ext.helstrom.states import Array, encode, encoded_product
 from lowbit_ext.packed import WORD_BITS, PackedTensor, words_for
 

@@ -7,6 +7,8 @@ Source: Chakrabarti and Moseley, "Backprop with approximate activations for memo
 2019.
 """
 
+from lowbit_ext.lowmem._convert import Conversion, convert, report
+from lowbit_ext.lowmem._ledger import Ledger, ledger
 from lowbit_ext.lowmem.audit import LayerError, gradient_audit
 from lowbit_ext.lowmem.blocks import LowMemBlock
 from lowbit_ext.lowmem.codes import (
@@ -18,9 +20,7 @@ from lowbit_ext.lowmem.codes import (
     quantize4,
     quantize_channels,
 )  # fmt: skip
-from lowbit_ext.lowmem.convert import Conversion, convert, report
 from lowbit_ext.lowmem.hooks import saved_tensors
-from lowbit_ext.lowmem.ledger import Ledger, ledger
 
 __all__ = [
     "ChannelCodes", "Codes", "Conversion", "LayerError", "Ledger", "LowMemBlock", "convert", "dequantize",

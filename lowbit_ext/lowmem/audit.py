@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_ext.lowmem import codes, ops
-from lowbit_ext.lowmem.convert import convert
+from lowbit_ext.lowmem._convert import convert
 from lowbit_ext.lowmem.hooks import saved_tensors
 
 METHODS = ("convert", "hooks", "naive")

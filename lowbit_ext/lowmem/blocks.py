@@ -19,20 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit_ext.lowmem import ledger, ops
+from lowbit_ext._graph import Pool, pool_of
+from lowbit_ext.lowmem import _ledger, ops
 from lowbit_ext.lowmem.codes import check_settings
-
-
-class Pool(NamedTuple):
-    """Arguments of a two-dimensional pooling. `divisor` None and `count_pad` matter to averages only."""
-
-    kind: str  # "max" or "average"
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    ceil_mode: bool = False
-    count_pad: bool = True
-    divisor: int | None = None
 
 
 class Stored(NamedTuple):
@@ -147,9 +136,9 @@ class _BatchNorm(torch.autograd.Function):
             x, batch_mean, invstd, ones, zeros, bits, span, y if relu else None
         )
         # torch keeps the input, the batch's statistics, and the ReLU's result.
-        ledger.stands_for(codes, x, *((batch_mean, invstd) if training else ()), *((y,) if relu else ()))
+        _ledger.stands_for(codes, x, *((batch_mean, invstd) if training else ()), *((y,) if relu else ()))
         for extra in (invstd, ones, zeros):
-            ledger.stands_for(extra)
+            _ledger.stands_for(extra)
         ctx.save_for_backward(codes, invstd.view(torch.uint8), ones, zeros)  # as bytes: saved_tensors() codes floats
         ctx.settings, ctx.statistics = (bits, span, relu, training), invstd.dtype
         ctx.mark_non_differentiable(codes, ones, zeros)
@@ -179,8 +168,8 @@ class _ReLU(torch.autograd.Function):
         out = x.relu()
         codes, scale_minimum = ops.group_quantize(out, bits, True, None, 0)
         scale_minimum = scale_minimum.view(torch.uint8)  # as bytes: saved_tensors() codes floats
-        ledger.stands_for(codes, out)
-        ledger.stands_for(scale_minimum)
+        _ledger.stands_for(codes, out)
+        _ledger.stands_for(scale_minimum)
         ctx.save_for_backward(codes, scale_minimum)
         ctx.settings = tuple(x.shape), ops.is_channels_last(out), bits
         ctx.mark_non_differentiable(codes, scale_minimum)
@@ -277,7 +266,7 @@ class _MaxPool(torch.autograd.Function):
         ctx.pool, ctx.shape, ctx.channels_last = pool, tuple(x.shape), ops.is_channels_last(x)
         step = indices - _corners(pool, x.shape[-1], out)
         place = _in_lines(step, x.shape[-1], pool.kernel[1], pool).to(torch.uint8)
-        ledger.stands_for(place, x, indices)
+        _ledger.stands_for(place, x, indices)
         ctx.save_for_backward(place)
         return out
 
@@ -317,6 +306,7 @@ class _AvgPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pool: Pool) -> Tensor:
         ctx.pool, ctx.shape, ctx.channels_last = pool, tuple(x.shape), ops.is_channels_last(x)
+        _ledger.stands_for(None, x)
         return _apply_pool(pool, x)
 
     @staticmethod
@@ -331,11 +321,11 @@ class _AvgPool(torch.autograd.Function):
 
 
 def pool(x: Tensor, stored: Stored | None, spec: Pool) -> tuple[Tensor, Stored | None]:
-    """Pooling of an activation and of its codes: a reader of the codes pools what they say."""
-    if stored is None or not (torch.is_grad_enabled() and x.requires_grad):
+    """Pooling of an activation and, where it has some, of its codes: a reader of the codes pools what they say."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
         return _apply_pool(spec, x), None
     out = (_MaxPool if spec.kind == "max" else _AvgPool).apply(x, spec)
-    if _version(x) != stored.version:
+    if stored is None or _version(x) != stored.version:
         return out, None
     return out, stored._replace(version=_version(out), pools=(*stored.pools, spec))
 
@@ -351,7 +341,7 @@ class _Conv(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Callable[..., Tensor],
         geometry: tuple[Any, ...], meta: Stored, *tensors: Tensor,
     ) -> Tensor:  # fmt: skip
-        ledger.stands_for(tensors[0], x)
+        _ledger.stands_for(tensors[0], x)
         stride, padding, dilation, groups = geometry
         out = call(x, weight, bias, stride, padding, dilation, groups)
         ctx.save_for_backward(weight, *tensors)
@@ -384,7 +374,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, meta: Stored, *tensors: Tensor
     ) -> Tensor:
-        ledger.stands_for(tensors[0], x)
+        _ledger.stands_for(tensors[0], x)
         ctx.save_for_backward(weight, *tensors)
         ctx.meta, ctx.dtype, ctx.bias_dtype = meta, x.dtype, None if bias is None else bias.dtype
         ctx.features = x.shape[-1]
@@ -545,8 +535,8 @@ class LowMemBlock(nn.Module):
             raise TypeError(f"LowMemBlock: layer must be an nn.Conv1d, 2d, 3d or nn.Linear: {reason}")
         self.norm = BATCH_NORMS[type(norm)].like(norm, bits, span)
         self.layer = READERS[type(layer)].like(layer)
-        self.pool = None if pool is None else pool_spec(pool)
-        if pool is not None and self.pool is None:
+        self.pool = None if pool is None else pool_of(type(pool), vars(pool))
+        if pool is not None and not is_poolable(self.pool):
             raise TypeError(f"LowMemBlock: pool must be an nn.MaxPool2d or nn.AvgPool2d, got {pool!r}")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -559,22 +549,8 @@ class LowMemBlock(nn.Module):
         return self.layer(out, stored)
 
 
-def pool_spec(module: nn.Module) -> Pool | None:
-    """A pooling module's arguments, or None where its derivative needs more than codes."""
-
-    def pair(value: Any) -> tuple[int, int]:
-        return (value, value) if isinstance(value, int) else tuple(value)
-
-    if type(module) is nn.MaxPool2d:
-        if pair(module.dilation) != (1, 1) or module.return_indices:
-            return None
-        kernel = pair(module.kernel_size)
-        if kernel[0] * kernel[1] > 256:
-            return None
-        return Pool("max", kernel, pair(module.stride), pair(module.padding), bool(module.ceil_mode))
-    if type(module) is nn.AvgPool2d:
-        return Pool(
-            "average", pair(module.kernel_size), pair(module.stride), pair(module.padding), bool(module.ceil_mode),
-            bool(module.count_include_pad), module.divisor_override,
-        )  # fmt: skip
-    return None
+def is_poolable(pool: Pool | None) -> bool:
+    """Whether it is a two-dimensional pooling of known windows whose derivative needs no more than codes."""
+    if pool is None or not pool.is_known or len(pool.kernel) != 2:
+        return False
+    return pool.kind == "average" or (pool.dilation == (1, 1) and math.prod(pool.kernel) <= 256)

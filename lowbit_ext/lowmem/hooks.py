@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lowbit_ext import _oplib
-from lowbit_ext.lowmem import ledger, ops
+from lowbit_ext.lowmem import _ledger, ops
 from lowbit_ext.lowmem.codes import check_settings
 
 # Between a parameter and what an operation keeps of it: views, and the copies that autocast makes.
@@ -161,13 +161,13 @@ class saved_tensors:
             raise ValueError("saved_tensors: compiled hooks take neither a generator nor tensors to keep")
         self.bits, self.stochastic, self.min_numel, self.compiled = bits, stochastic, min_numel, compiled
         self._generator = generator
-        self._held = ledger.Held(keep)
+        self._held = _ledger.Held(keep)
         self._coded: weakref.WeakValueDictionary[tuple[Any, ...], _Coded] = weakref.WeakValueDictionary()
         self._entered: list[torch.autograd.graph.saved_tensors_hooks] = []
 
     def _is_held(self, x: Tensor) -> bool:
         """Whether x is memory that is there anyway, or a cast of a parameter, which exact gradients rest on."""
-        modules = ledger.running_modules()
+        modules = _ledger.running_modules()
         if modules:
             self._held.add_model(modules[-1])
         if x in self._held or isinstance(x, nn.Parameter):
@@ -191,29 +191,29 @@ class saved_tensors:
             tensors = _quantize_saved(flat, self.bits, _seed(self.stochastic, self._generator))
         return _Coded(tensors, self.bits, flat.dtype, flat.numel(), StorageWeakRef(flat.untyped_storage()))
 
-    def _pack(self, x: Tensor) -> ledger.Kept | _Packed:
+    def _pack(self, x: Tensor) -> _ledger.Kept | _Packed:
         if not _is_suited(x, self.min_numel, (*ops.FLOAT_TYPES, torch.bool, torch.int64)) or self._is_held(x):
-            ledger.record(x)
-            return ledger.Kept.of(x)
+            _ledger.record(x)
+            return _ledger.Kept.of(x)
         flat, order, shape = _flat(x.detach())
         key = (flat.untyped_storage()._cdata, flat.storage_offset(), flat.numel(), flat.dtype, x._version)
         coded = self._coded.get(key)
         if coded is None:
             coded = self._coded[key] = self._encode(flat)
         for kept in coded.tensors:
-            ledger.record(kept, x)
+            _ledger.record(kept, x)
         return _Packed(coded, order, shape)
 
     @staticmethod
-    def _unpack(packed: ledger.Kept | _Packed) -> Tensor:
-        if isinstance(packed, ledger.Kept):
+    def _unpack(packed: _ledger.Kept | _Packed) -> Tensor:
+        if isinstance(packed, _ledger.Kept):
             return packed.read("saved_tensors")
         return _unflat(packed.coded.read(), packed.order, packed.shape)
 
     def __enter__(self) -> saved_tensors:
         if torch.compiler.is_compiling():
             raise RuntimeError("saved_tensors: open it round the call of a compiled function, not within")
-        if self.compiled and ledger.is_open():
+        if self.compiled and _ledger.is_open():
             raise RuntimeError("saved_tensors: a ledger cannot see into compiled graphs: open it within this context")
         hooks: Any = (self._pack, self._unpack)
         if self.compiled:

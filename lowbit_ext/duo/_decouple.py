@@ -17,13 +17,14 @@ from __future__ import annotations
 import collections
 import copy
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from lowbit_ext._graph import Traced, first_line, reads_batch_size, trace
 from lowbit_ext.binary import BinaryConv2d, BinaryLinear
 from lowbit_ext.duo.layers import CoupledConv2d, CoupledLinear, StepActivation, TernaryActivation
 
@@ -35,130 +36,87 @@ _SHIFT = 0.25
 # Of values on the example, in float64, relative to the largest of them (or 1).
 _TOLERANCE = 1e-9
 
-_OURS = (BinaryConv2d, BinaryLinear, CoupledConv2d, CoupledLinear, StepActivation, TernaryActivation)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_READERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, CoupledConv2d, CoupledLinear)
-_MAX_POOLS = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, F.max_pool1d, F.max_pool2d,
-    torch.max_pool1d, torch.max_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
-)  # fmt: skip
-_AVG_POOLS = (
-    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, F.avg_pool1d, F.avg_pool2d,
-    torch.avg_pool1d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
-)  # fmt: skip
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
+_COUPLED = (CoupledConv2d, CoupledLinear)
+_READERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *_COUPLED)
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, _OURS) or super().is_leaf_module(module, qualified_name)
+def _trace(model: nn.Module) -> fx.Graph:
+    try:
+        return trace(model)
+    except Exception as error:
+        raise ValueError(
+            "decouple: torch.fx cannot trace the model, which needs static control flow and TernaryActivation as "
+            f"modules: {first_line(error)}"
+        ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+class _Decoupler(Traced):
+    """Finds the form of every value, then writes the decoupled graph and the modules that change.
 
+    Args:
+        model: coupled.
+        shapes: of values on an example, by the names of their nodes.
+    """
 
-class _Decoupler:
-    """Finds the form of every value, then writes the decoupled graph and the modules that change."""
-
-    def __init__(self, model: nn.Module) -> None:
-        try:
-            self.coupled = _Tracer().trace(model)
-        except Exception as error:
-            raise ValueError(
-                "decouple: torch.fx cannot trace the model, which needs static control flow and TernaryActivation as "
-                f"modules: {_first_line(error)}"
-            ) from error
-        self.modules = dict(model.named_modules())
+    def __init__(self, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__(model, _trace(model))
+        self.shapes = {node: shapes[node.name] for node in self.graph.nodes if node.name in shapes}
         # Nodes with a ternary activation's value, and how it arrives; nodes whose value a batch norm can shift.
         self.halves: dict[fx.Node, str] = {}
         self.shiftable: set[fx.Node] = set()
-        for node in self.coupled.nodes:
+        for node in self.graph.nodes:
             self._classify(node)
         self.demands: dict[fx.Node, set[str]] = collections.defaultdict(set)
-        for node in reversed(self.coupled.nodes):
-            self._demand(node)
-        self.graph = fx.Graph()
+        for node in reversed(self.graph.nodes):
+            if self.is_needed(node):
+                self._demand(node)
+        self.decoupled = fx.Graph()
         self.values: dict[tuple[fx.Node, str], fx.Node] = {}
         self.roles: dict[str, str] = {}
         self.changed: dict[str, nn.Module] = {}
-        for node in self.coupled.nodes:
-            self.values[node, self.form(node)] = self._emit(node)
+        for node in self.graph.nodes:
+            if self.is_needed(node):
+                self.values[node, self.form(node)] = self._emit(node)
 
     # --- what a node is -----------------------------------------------------------------------------------------------
 
-    def _is(self, node: fx.Node, kinds: tuple[Any, ...]) -> bool:
-        """Whether a node calls a module, function or method of these."""
-        kind = type(self.modules[str(node.target)]) if node.op == "call_module" else node.target
-        return kind in kinds
+    def _is_activation(self, node: fx.Node) -> bool:
+        return self.kind(node) is TernaryActivation
 
-    def name(self, node: fx.Node) -> str:
-        """How messages name a node."""
-        if node.op == "call_module":
-            return f"{node.target} ({type(self.modules[str(node.target)]).__name__})"
-        return f"{node.name} ({getattr(node.target, '__name__', node.target)})"
-
-    def _is_flatten(self, node: fx.Node) -> bool:
-        """(N, C, *spatial) -> (N, features)."""
-        if node.op == "call_module":
-            module = self.modules[str(node.target)]
-            return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
-        arguments = (*node.args[1:], *node.kwargs.values())
-        if node.target in (torch.flatten, "flatten"):
-            return arguments in ((1,), (1, -1))
-        if node.target in ("view", "reshape", torch.reshape):
-            sizes = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], tuple | list) else arguments
-            return bool(len(sizes) == 2 and sizes[1] == -1)
-        return False
-
-    def _averages_padding(self, node: fx.Node) -> bool:
-        """Whether an average pooling adds up fewer pixels than it divides by."""
-        if node.op != "call_module":
-            named = {"padding", "divisor_override"} & set(node.kwargs)
-            return node.target in _AVG_POOLS and (len(node.args) > 3 or bool(named))
-        module: Any = self.modules[str(node.target)]
-        if type(module) not in (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d):
-            return False
-        padded = module.padding not in (0, (0,), (0, 0), (0, 0, 0)) and module.count_include_pad
-        return bool(padded or getattr(module, "divisor_override", None) is not None)
+    def _is_addition(self, node: fx.Node) -> bool:
+        return self.kind(node) in _ADDITIONS
 
     def _keeps_form(self, node: fx.Node) -> bool:
         """Does the same to every channel and commutes with adding a number."""
-        if self._is_flatten(node) or self._is(node, (nn.Identity, "contiguous")):
+        if self.is_flatten(node) or self.is_identity(node):
             return True
-        return self._is(node, _MAX_POOLS + _AVG_POOLS) and not self._averages_padding(node)
+        pool = self.pool(node)
+        return pool is not None and (pool.kind == "max" or pool.is_mean)
 
     def _classify(self, node: fx.Node) -> None:
         inputs = node.all_input_nodes
-        if self._is(node, (TernaryActivation,)):
+        if self._is_activation(node):
             self.halves[node] = _BITS
-        elif self._is(node, _BATCH_NORMS):
+        elif self.is_batch_norm(node):
             self.shiftable.add(node)
-        elif self._is(node, _ADDITIONS):
+        elif self._is_addition(node):
             both = len(inputs) == 2 and not node.kwargs and all(operand.op != "get_attr" for operand in inputs)
             if both and not self.shiftable.isdisjoint(inputs):
                 self.shiftable.add(node)
         elif inputs and inputs[0] in self.halves:
-            form = self.halves[inputs[0]]
-            if self._is(node, _AVG_POOLS + _DROPOUTS):
+            form, pool = self.halves[inputs[0]], self.pool(node)
+            if self.is_dropout(node) or (pool is not None and pool.kind == "average"):
                 self.halves[node] = _MEANS
             # The larger of two ternary values has the larger bits; of means that is not so.
-            elif self._keeps_form(node) and (form == _BITS or not self._is(node, _MAX_POOLS)):
+            elif self._keeps_form(node) and (form == _BITS or pool is None):
                 self.halves[node] = form
         elif inputs and inputs[0] in self.shiftable and self._keeps_form(node):
             self.shiftable.add(node)
 
     def _reads_halves(self, node: fx.Node) -> bool:
         """Whether a convolution or linear layer reads bits or means."""
-        return self._is(node, _READERS) and node.all_input_nodes[0] in self.halves
-
-    def _reads_batch_size(self, node: fx.Node) -> bool:
-        if node.op == "call_method" and node.target == "size":
-            return node.args[1:] == (0,)
-        shape = node.target is getattr and node.args[1] == "shape"
-        return shape and all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+        return self.kind(node) in _READERS and node.all_input_nodes[0] in self.halves
 
     # --- which forms are needed ---------------------------------------------------------------------------------------
 
@@ -170,27 +128,36 @@ class _Decoupler:
             return next((form for form in (_SHIFTED, _COPIES) if form in self.demands[node]), _PLAIN)
         return _PLAIN
 
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        """What a node reads. Sizes that a flatten names are the coupled value's: of two halves it takes none."""
+        one = self.is_flatten(node) and self.form(node) != _PLAIN
+        return node.all_input_nodes[:1] if one else node.all_input_nodes
+
     def _operand_form(self, node: fx.Node, operand: fx.Node) -> str:
         """The form in which a node reads an operand."""
         form = self.form(node)
-        if self._is(node, _ADDITIONS) and form != _PLAIN:
+        if self._is_addition(node) and form != _PLAIN:
             return form if operand is self._carrier(node) else _COPIES
         if operand is not node.all_input_nodes[0]:
             return _PLAIN
-        if self._is(node, (TernaryActivation,)):
+        if self._is_activation(node):
             return _SHIFTED
-        if node in self.halves or self._reads_halves(node) or self._reads_batch_size(node):
+        if node in self.halves or self._reads_halves(node) or reads_batch_size(node):
             return self.form(operand)
-        return _PLAIN if self._is(node, _BATCH_NORMS) else form
+        return _PLAIN if self.is_batch_norm(node) else form
+
+    def is_needed(self, node: fx.Node) -> bool:
+        """Whether a node that others read in the coupled network is read by any in the decoupled one."""
+        return not node.users or node.op == "placeholder" or bool(self.demands[node])
 
     def _demand(self, node: fx.Node) -> None:
         """Asks a node's operands for what its own readers need of it."""
-        if self._is(node, (TernaryActivation,)) and node.all_input_nodes[0] not in self.shiftable:
+        if self._is_activation(node) and node.all_input_nodes[0] not in self.shiftable:
             raise ValueError(
-                f"decouple: {self.name(node)} must read a batch norm, whose bias can be shifted by 1/4, directly or "
-                f"through additions and pooling; it reads {self.name(node.all_input_nodes[0])}"
+                f"decouple: {self.label(node)} must read a batch norm, whose bias can be shifted by 1/4, directly or "
+                f"through additions and pooling; it reads {self.label(node.all_input_nodes[0])}"
             )
-        for operand in node.all_input_nodes:
+        for operand in self._operands(node):
             self.demands[operand].add(self._operand_form(node, operand))
 
     def _carrier(self, node: fx.Node) -> fx.Node:
@@ -206,9 +173,24 @@ class _Decoupler:
 
     def _feeds_activation(self, node: fx.Node) -> bool:
         return any(
-            self._is(user, (TernaryActivation,)) or (self._keeps_form(user) and self._feeds_activation(user))
+            self._is_activation(user) or (self._keeps_form(user) and self._feeds_activation(user))
             for user in node.users
         )
+
+    def left(self) -> list[str]:
+        """Layers that stay coupled though they read a ternary activation, each with the reason."""
+        found = []
+        for node in self.graph.nodes:
+            if self.kind(node) not in _COUPLED or self._reads_halves(node):
+                continue
+            at = node.all_input_nodes[0]
+            while at.all_input_nodes and self.kind(at) not in _READERS and not self.is_batch_norm(at):
+                if not self.halves.keys().isdisjoint(at.all_input_nodes):
+                    reason = f"{self.label(at)} may mix a ternary activation's channels"
+                    found.append(f"{self.label(node)} stays coupled: {reason}")
+                    break
+                at = at.all_input_nodes[0]
+        return found
 
     # --- writing the graph --------------------------------------------------------------------------------------------
 
@@ -217,54 +199,68 @@ class _Decoupler:
         key = (node, form)
         if key not in self.values:
             if form == _PLAIN:
-                halves = self.graph.call_method("unflatten", (self.values[node, self.form(node)], 1, (2, -1)))
-                self.values[key] = self.graph.call_method("mean", (halves, 1))
+                halves = self.decoupled.call_method("unflatten", (self.values[node, self.form(node)], 1, (2, -1)))
+                self.values[key] = self.decoupled.call_method("mean", (halves, 1))
             else:
                 self.values[key] = self._twice(self.value(node, _PLAIN))
         return self.values[key]
 
     def _twice(self, node: fx.Node) -> fx.Node:
-        return self.graph.call_function(torch.cat, ([node, node], 1))
+        return self.decoupled.call_function(torch.cat, ([node, node], 1))
 
     def _emit(self, node: fx.Node) -> fx.Node:
-        if self._is(node, _DROPOUT_CALLS):
+        if self.is_dropout(node) and node.op != "call_module":
             raise ValueError(
-                f"decouple: {self.name(node)} would keep the mode it is traced in; use a torch.nn dropout module"
+                f"decouple: {self.label(node)} would keep the mode it is traced in; use a torch.nn dropout module"
             )
+        if self.sizes(node) and self.is_flatten(node) and self.form(node) != _PLAIN:
+            return self._emit_flatten(node)
         target = str(node.target)
         role, change = self._role(node)
         if node.op == "call_module" and self.roles.setdefault(target, role) != role:
-            raise ValueError(f"decouple: {self.name(node)} is called twice, in places that need different parameters")
+            raise ValueError(f"decouple: {self.label(node)} is called twice, in places that need different parameters")
         if change is not None and target not in self.changed:
             self.changed[target] = change(self.modules[target]).train(self.modules[target].training)
-        doubles = self._is(node, _BATCH_NORMS) and role != _PLAIN
+        doubles = self.is_batch_norm(node) and role != _PLAIN
 
         def operand(old: fx.Node) -> fx.Node:
             new = self.value(old, self._operand_form(node, old))
             return self._twice(new) if doubles else new
 
-        new = self.graph.node_copy(node, operand)
+        new = self.decoupled.node_copy(node, operand)
         new.type = None  # an annotation that is a string cannot be saved
-        if self._is(node, _ADDITIONS) and self.form(node) != _PLAIN:
+        if self._is_addition(node) and self.form(node) != _PLAIN:
             new.target, new.op = operator.add, "call_function"  # not in place: an operand may be read in another form
         return new
 
+    def _emit_flatten(self, node: fx.Node) -> fx.Node:
+        """A view or reshape of two halves, to twice the features where it names their number."""
+        operand, (_, features) = node.all_input_nodes[0], self.sizes(node)
+        value = self.value(operand, self.form(node))
+        if isinstance(features, int) and features > 0:
+            batch = self.decoupled.call_method("size", (value, 0))
+            return self.decoupled.call_method("reshape", (value, batch, 2 * features))
+        return self.decoupled.call_function(torch.flatten, (value, 1))
+
     def _role(self, node: fx.Node) -> tuple[str, Callable[[Any], nn.Module] | None]:
         """What a node's module becomes; calls of one module must agree in the first of the two."""
-        if self._is(node, (TernaryActivation,)):
+        if self._is_activation(node):
             return _PLAIN, _step_activation
-        if self._is(node, _BATCH_NORMS):
+        if self.is_batch_norm(node):
             form = self.form(node)
             shift = _SHIFT if form == _SHIFTED else 0.0
             return form, None if form == _PLAIN else lambda norm: _twofold_batch_norm(norm, shift)
         if not self._reads_halves(node):
             return _PLAIN, None
         form = self.halves[node.all_input_nodes[0]]
-        if getattr(self.modules[str(node.target)], "weight_scale", "") is None:
-            raise ValueError(f"decouple: {self.name(node)} has weight_scale=None, and a weight of +-1 cannot be halved")
-        if getattr(self.modules[str(node.target)], "groups", 1) != 1:
+        layer = self.module(node)
+        if getattr(layer, "weight_scale", "") is None:
             raise ValueError(
-                f"decouple: {self.name(node)} reads a ternary activation in groups of channels, whose two halves "
+                f"decouple: {self.label(node)} has weight_scale=None, and a weight of +-1 cannot be halved"
+            )
+        if getattr(layer, "groups", 1) != 1:
+            raise ValueError(
+                f"decouple: {self.label(node)} reads a ternary activation in groups of channels, whose two halves "
                 "cannot be set side by side"
             )
         return form, lambda layer: _twofold_reader(layer, bits=form == _BITS)
@@ -347,11 +343,16 @@ def decouple(model: nn.Module, example_input: Any = None) -> fx.GraphModule:
         model: that torch.fx can trace, with TernaryActivation, convolutions, linear layers, batch norms and dropout as
             modules. Not modified.
         example_input: a tensor, or a tuple of the model's inputs, to compare the two networks on, value by value in
-            float64 and evaluation mode. None: no comparison.
+            float64 and evaluation mode. None: no comparison, and what is a flatten is told by its spelling: a view or
+            reshape to two sizes of which the first is the batch's or the second a constant.
 
     Returns:
         torch.fx.GraphModule with the model's module names, mode and dtype; trains, packs, copies and saves like any
         other module.
+
+    Warns:
+        UserWarning: names a coupled layer that stays, because what is between it and a ternary activation may mix the
+            activation's channels.
 
     Raises:
         TypeError: not a module.
@@ -366,44 +367,55 @@ def decouple(model: nn.Module, example_input: Any = None) -> fx.GraphModule:
         raise TypeError(f"decouple: model must be a torch.nn.Module, got {type(model).__name__}")
     if not any(isinstance(module, TernaryActivation) for module in model.modules()):
         raise ValueError("decouple: the model has no TernaryActivation")
+    shapes: dict[str, tuple[int, ...]] = {}
     if example_input is not None:
         # Rounding beta -+ 1/4 to float32 can flip a bit, so the map itself is compared in float64.
-        _check(*_decoupled(copy.deepcopy(model).double()), example_input)
-    return _decoupled(model)[2]
+        precise, inputs = copy.deepcopy(model).double(), _in_float64(example_input)
+        traced = copy.deepcopy(precise)  # tracing adds constants to it
+        expected = _values("model", traced, _trace(traced), inputs)
+        shapes = {name: tuple(value.shape) for name, value in expected.items() if isinstance(value, Tensor)}
+        decoupler, decoupled = _decoupled(precise, shapes)
+        _check(decoupler, expected, _values("decoupled model", decoupled, decoupler.decoupled, inputs))
+    decoupler, decoupled = _decoupled(model, shapes)
+    for reason in decoupler.left():
+        warnings.warn(f"decouple: {reason}", stacklevel=2)
+    return decoupled
 
 
-def _decoupled(model: nn.Module) -> tuple[_Decoupler, fx.GraphModule, fx.GraphModule]:
-    """How a model is decoupled, a copy of it, and the decoupled one."""
+def _decoupled(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> tuple[_Decoupler, fx.GraphModule]:
+    """How a model is decoupled, and a copy of it that is."""
     root = copy.deepcopy(model)
-    decoupler = _Decoupler(root)
-    coupled = fx.GraphModule(root, decoupler.coupled)  # keeps the modules that root loses
+    decoupler = _Decoupler(root, shapes)
     for target, module in decoupler.changed.items():
         parent, _, name = target.rpartition(".")
         setattr(root.get_submodule(parent), name, module)
-    return decoupler, coupled, fx.GraphModule(root, decoupler.graph, class_name=f"Decoupled{type(model).__name__}")
+    return decoupler, fx.GraphModule(root, decoupler.decoupled, class_name=f"Decoupled{type(model).__name__}")
 
 
-def _check(decoupler: _Decoupler, coupled: nn.Module, decoupled: nn.Module, example_input: Any) -> None:
-    """Compares all values on the example; raises ValueError at the first that differs."""
+def _in_float64(example_input: Any) -> tuple[Any, ...]:
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    inputs = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs)
-    values = []
-    for which, model, graph in (("", coupled, decoupler.coupled), ("decoupled ", decoupled, decoupler.graph)):
-        interpreter = fx.Interpreter(copy.deepcopy(model).eval(), garbage_collect_values=False, graph=graph)
-        try:
-            with torch.no_grad():
-                interpreter.run(*copy.deepcopy(inputs))
-        except Exception as error:
-            shapes = ", ".join(str(tuple(value.shape)) for value in inputs if isinstance(value, Tensor))
-            raise ValueError(
-                f"decouple: the {which}model does not run on the example {shapes}: {_first_line(error)}"
-            ) from error
-        values.append(interpreter.env)
-    for node in decoupler.coupled.nodes:
-        expected, form = values[0][node], decoupler.form(node)
-        if not isinstance(expected, Tensor) or not expected.is_floating_point():
+    return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs)
+
+
+def _values(which: str, model: nn.Module, graph: fx.Graph, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Every node's value on the example, by name."""
+    interpreter = fx.Interpreter(copy.deepcopy(model).eval(), garbage_collect_values=False, graph=graph)
+    try:
+        with torch.no_grad():
+            interpreter.run(*copy.deepcopy(inputs))
+    except Exception as error:
+        shapes = ", ".join(str(tuple(value.shape)) for value in inputs if isinstance(value, Tensor))
+        raise ValueError(f"decouple: the {which} does not run on the example {shapes}: {first_line(error)}") from error
+    return {node.name: value for node, value in interpreter.env.items()}
+
+
+def _check(decoupler: _Decoupler, coupled: dict[str, Any], decoupled: dict[str, Any]) -> None:
+    """Compares all values on the example; raises ValueError at the first that differs."""
+    for node in decoupler.graph.nodes:
+        expected, form = coupled[node.name], decoupler.form(node)
+        if not decoupler.is_needed(node) or not isinstance(expected, Tensor) or not expected.is_floating_point():
             continue
-        value = values[1][decoupler.values[node, form]]
+        value = decoupled[decoupler.values[node, form].name]
         if form in (_BITS, _MEANS):
             value = value.unflatten(1, (2, -1)).mean(1)
         elif form != _PLAIN:
@@ -412,5 +424,5 @@ def _check(decoupler: _Decoupler, coupled: nn.Module, decoupled: nn.Module, exam
         size = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
         if value.shape != expected.shape or not torch.allclose(value, expected, rtol=0.0, atol=_TOLERANCE * size):
             raise ValueError(
-                f"decouple: the decoupled {decoupler.name(node)} differs from the coupled one on the example"
+                f"decouple: the decoupled {decoupler.label(node)} differs from the coupled one on the example"
             )

@@ -117,8 +117,8 @@ def is_open() -> bool:
     return bool(_open.ledgers)
 
 
-def stands_for(kept: Tensor, *replaced: Tensor) -> None:
-    """Tells the open ledgers that a tensor that is kept, or about to be, saves torch from keeping others."""
+def stands_for(kept: Tensor | None, *replaced: Tensor) -> None:
+    """Tells the open ledgers what is kept, or about to be, in place of tensors that torch keeps: None is nothing."""
     if not torch.compiler.is_compiling():
         for book in _open.ledgers:
             book._stands_for(kept, replaced)
@@ -146,6 +146,7 @@ class Ledger:
         self._known: dict[int, Entry] = {}
         self._replacing: dict[int, int] = {}  # storages to be entries -> bytes that they stand for
         self._counted: dict[int, StorageWeakRef] = {}  # storages that `equivalent` has in it
+        self._spared = 0  # bytes of those that nothing stands for
 
     @property
     def stored(self) -> int:
@@ -155,7 +156,7 @@ class Ledger:
     @property
     def equivalent(self) -> int:
         """Bytes that plain torch would keep."""
-        return sum(entry.equivalent for entry in self.entries)
+        return sum(entry.equivalent for entry in self.entries) + self._spared
 
     @property
     def full_precision(self) -> list[Entry]:
@@ -170,8 +171,12 @@ class Ledger:
         self._counted[storage._cdata] = StorageWeakRef(storage)
         return storage.nbytes()
 
-    def _stands_for(self, kept: Tensor, replaced: Iterable[Tensor]) -> None:
-        key, bytes = kept.untyped_storage()._cdata, sum(map(self._count, replaced))
+    def _stands_for(self, kept: Tensor | None, replaced: Iterable[Tensor]) -> None:
+        bytes = sum(map(self._count, replaced))
+        if kept is None:
+            self._spared += bytes
+            return
+        key = kept.untyped_storage()._cdata
         if key in self._known:
             self._known[key].equivalent += bytes
         else:

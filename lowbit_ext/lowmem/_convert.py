@@ -11,29 +11,28 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from lowbit_ext._graph import Pool, Traced, first_line, trace
 from lowbit_ext.lowmem import blocks
 from lowbit_ext.lowmem.codes import check_settings
 
 __all__ = ["Conversion", "convert", "report"]
 
 _RELU_CALLS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
-_POOLS = (nn.MaxPool2d, nn.AvgPool2d)
-_POOL_CALLS = (F.max_pool2d, torch.max_pool2d, F.avg_pool2d)
 _IN_PLACE_CALLS = (
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, F.relu_, torch.relu_,
 )  # fmt: skip
 # Results in memory of their own; those of other calls may be views of an argument.
 _FRESH_CALLS = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.cat, "add", "mul", "sub")
 _FRESH_LAYERS = (
-    nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, *_POOLS,
+    nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.MaxPool2d,
+    nn.AvgPool2d,
 )  # fmt: skip
-# Results that may be views of the first argument.
-_VIEW_CALLS = frozenset((
-    "view", "view_as", "reshape", "flatten", "unflatten", "t", "transpose", "permute", "movedim", "squeeze",
-    "unsqueeze", "expand", "expand_as", "narrow", "select", "chunk", "split", "unbind", "getitem", "detach", "to",
-    "float", "contiguous", "dropout",
+# Results that may be views of the first argument, beside those of dropout.
+_VIEWS = frozenset((
+    "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "t", "transpose", "permute", "movedim",
+    "squeeze", "unsqueeze", "expand", "expand_as", "narrow", "select", "chunk", "split", "unbind", "getitem", "detach",
+    "to", "float", "contiguous", nn.Identity, nn.Flatten, nn.Unflatten,
 ))  # fmt: skip
-_VIEW_LAYERS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 _CURVED = "its derivative needs the value of its input: rounded, errors would build up with depth"
 _LEFT = {
     nn.SyncBatchNorm: "its statistics are those of all processes",
@@ -52,7 +51,8 @@ class Conversion:
     Attributes:
         name: within the model; of a function, that of its node in the graph.
         kind: name of the original class, or of the function.
-        converted: whether it keeps codes, or reads codes and keeps nothing.
+        converted: whether it keeps codes, or reads codes and keeps nothing; of the layers of lowbit_ext.binary and
+            lowbit_ext.duo, which stay as they are, whether they keep bits.
         how: what it keeps now, or why it was left.
     """
 
@@ -67,7 +67,8 @@ def convert(model: nn.Module, bits: int = 4, range: float | None = None) -> nn.M
 
     Batch norms keep codes of their result, with the ReLU behind them where there is one; ReLUs elsewhere keep codes in
     groups of 256; convolutions and linear layers that read one of these, also through pooling or flattening, read its
-    codes and keep nothing. Everything else, and what torch.fx cannot trace, stays as it is. `report` lists both.
+    codes and keep nothing. Layers of lowbit_ext.binary and lowbit_ext.duo keep bits already. Everything else, and what
+    torch.fx cannot trace, stays as it is. `report` lists both.
 
     Args:
         model: any module: ResNets of both orders, VGG, perceptrons. It is not modified, but the result shares its
@@ -120,8 +121,19 @@ def report(model: nn.Module) -> tuple[Conversion, ...]:
     return vars(model)[_REPORT]
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def _has_hooks(module: nn.Module | None) -> bool:
     return any(getattr(module, name, None) for name in _HOOKS)
+
+
+def _keeps_bits(module: nn.Module | None) -> bool | None:
+    """Whether a quantised layer of this library reads bits alone in its backward pass; None of other modules."""
+    return getattr(module, "keeps_bits", None)
+
+
+def _of_own_layer(module: nn.Module) -> tuple[bool, str]:
+    """What a report says of a quantised layer of this library."""
+    bits = bool(_keeps_bits(module))
+    return bits, "keeps bits by itself" if bits else f"{type(module).__name__} keeps its input"
 
 
 def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -152,8 +164,9 @@ def _convert(model: nn.Module, prefix: str, bits: int, span: float, found: list[
     made = _copied(model, copies)
     try:
         graph = _trace(made)
+        reason = "its graph is another one in evaluation"
     except Exception as error:  # tracing runs the user's forward, which may raise anything
-        graph, reason = None, (str(error).splitlines() or [type(error).__name__])[0]
+        graph, reason = None, first_line(error)
     for original, copied in copies.items():
         copied.training = original.training
     if graph is not None:
@@ -170,20 +183,17 @@ def _convert_alone(model: nn.Module, prefix: str, bits: int, span: float, found:
     if type(model) in blocks.BATCH_NORMS and not _has_hooks(model):
         found.append(Conversion(prefix, type(model).__name__, True, "codes of its result, which nobody else reads"))
         return blocks.BATCH_NORMS[type(model)].like(model, bits, span, alone=True)
-    found.append(Conversion(prefix, type(model).__name__, False, "alone: its neighbours are unknown"))
+    outcome = (False, "alone: its neighbours are unknown") if _keeps_bits(model) is None else _of_own_layer(model)
+    found.append(Conversion(prefix, type(model).__name__, *outcome))
     return _copied(model, {})
 
 
 # --- tracing ----------------------------------------------------------------------------------------------------------
 
 
-class _Tracer(fx.Tracer):
-    """Traces into the containers without hooks; those with hooks are called as they are."""
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if super().is_leaf_module(module, qualified_name) and not isinstance(module, nn.Sequential):
-            return True
-        return _has_hooks(module) or isinstance(module, fx.GraphModule) or _is_converted(module)
+def _is_whole(module: nn.Module) -> bool:
+    """Tracing looks into the containers without hooks; those with hooks are called as they are."""
+    return _has_hooks(module) or isinstance(module, fx.GraphModule) or _is_converted(module)
 
 
 class _Mode:
@@ -198,12 +208,12 @@ def _signature(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return node.op, node.target, str(args), str(kwargs)
 
 
-def _trace(model: nn.Module) -> fx.Graph:
+def _trace(model: nn.Module) -> fx.Graph | None:
     """The graph, if it is the same in training and evaluation but for flags that follow the mode.
 
     Such flags, as a dropout's `training=self.training`, are _Mode in it, to be read from the module at every call.
     """
-    graph, evaluation = _Tracer().trace(model.train()), _Tracer().trace(model.eval())
+    graph, evaluation = trace(model.train(), _is_whole), trace(model.eval(), _is_whole)
     same = len(graph.nodes) == len(evaluation.nodes)
     for node, other in zip(graph.nodes, evaluation.nodes, strict=False):
         same = same and len(node.args) == len(other.args) and node.kwargs.keys() == other.kwargs.keys()
@@ -215,22 +225,20 @@ def _trace(model: nn.Module) -> fx.Graph:
         other_kwargs = {key: _Mode if kwargs[key] is _Mode else value for key, value in other.kwargs.items()}
         same = _signature(node, args, kwargs) == _signature(other, other_args, other_kwargs)
         node.args, node.kwargs = args, kwargs
-    if not same:
-        raise ValueError("its graph is another one in evaluation")
-    return graph
+    return graph if same else None
 
 
 # --- rewriting --------------------------------------------------------------------------------------------------------
 
 
-class _Converter:
+class _Converter(Traced):
     """Rewrites a traced graph: every coded value gets a second node, its codes, which readers take."""
 
     def __init__(
         self, model: nn.Module, graph: fx.Graph, prefix: str, bits: int, span: float, found: list[Conversion]
     ) -> None:  # fmt: skip
-        self.model, self.graph, self.prefix, self.bits, self.span, self.found = model, graph, prefix, bits, span, found
-        self.modules = dict(model.named_modules())
+        super().__init__(model, graph)
+        self.prefix, self.bits, self.span, self.found = prefix, bits, span, found
         self.changed: dict[nn.Module, nn.Module] = {}
         self.fresh: set[fx.Node] = set()  # values that the rules below make
         self.codes: dict[fx.Node, fx.Node] = {}  # value -> its codes
@@ -247,43 +255,21 @@ class _Converter:
 
     # --- nodes --------------------------------------------------------------------------------------------------------
 
-    def _module(self, node: fx.Node) -> nn.Module | None:
-        return self.modules[str(node.target)] if node.op == "call_module" else None
-
     def _note(self, node: fx.Node, converted: bool, how: str) -> None:
-        module = self._module(node)
-        kind = getattr(node.target, "__name__", str(node.target)) if module is None else type(module).__name__
-        name = node.name if module is None else str(node.target)
-        entry = Conversion(_join(self.prefix, name), kind, converted, how)
+        entry = Conversion(_join(self.prefix, self.name(node)), self.kind_name(node), converted, how)
         if entry not in self.found:
             self.found.append(entry)
 
     def _is_relu(self, node: fx.Node) -> bool:
-        module = self._module(node)
+        module = self.module(node)
         if module is not None:
             return type(module) is nn.ReLU and not _has_hooks(module)
         return node.op in ("call_function", "call_method") and node.target in _RELU_CALLS
 
-    def _is_pool(self, node: fx.Node) -> bool:
-        return type(self._module(node)) in _POOLS or (node.op == "call_function" and node.target in _POOL_CALLS)
-
-    def _is_flatten(self, node: fx.Node) -> bool:
-        """(N, C, *spatial) -> (N, features)."""
-        module = self._module(node)
-        if module is not None:
-            return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
-        arguments = (*node.args[1:], *node.kwargs.values())
-        if node.target in (torch.flatten, "flatten"):
-            return arguments in ((1,), (1, -1))
-        if node.target in ("view", "reshape", torch.reshape):
-            sizes = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], tuple | list) else arguments
-            return bool(len(sizes) == 2 and sizes[1] == -1)
-        return False
-
     def _writes(self, node: fx.Node) -> bool:
         """Whether a node changes its first argument in place."""
         if node.op == "call_module":
-            return bool(getattr(self._module(node), "inplace", False))
+            return bool(getattr(self.module(node), "inplace", False))
         named = isinstance(node.target, str) and node.target.endswith("_") and not node.target.endswith("__")
         by_position = node.target is F.relu and len(node.args) > 1 and bool(node.args[1])
         return named or by_position or node.target in _IN_PLACE_CALLS or bool(node.kwargs.get("inplace"))
@@ -292,7 +278,7 @@ class _Converter:
         """Whether its only user alone reads the memory of a value."""
         if len(value.users) > 1 or value.op in ("placeholder", "get_attr"):
             return False
-        fresh = value in self.fresh or value.target in _FRESH_CALLS or isinstance(self._module(value), _FRESH_LAYERS)
+        fresh = value in self.fresh or value.target in _FRESH_CALLS or isinstance(self.module(value), _FRESH_LAYERS)
         return fresh or all(map(self._is_private, value.all_input_nodes))
 
     def _is_written(self, value: fx.Node) -> bool:
@@ -303,9 +289,8 @@ class _Converter:
         )  # fmt: skip
 
     def _is_view(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return isinstance(self._module(node), _VIEW_LAYERS)
-        return getattr(node.target, "__name__", node.target) in _VIEW_CALLS
+        kind = self.kind(node)
+        return self.is_dropout(node) or kind in _VIEWS or getattr(kind, "__name__", "") in _VIEWS
 
     def _replace(self, node: fx.Node, made: fx.Node) -> fx.Node:
         """Puts the value of `made`, which gives a value and its codes, in the place of a node; returns the value."""
@@ -321,29 +306,37 @@ class _Converter:
     # --- rules --------------------------------------------------------------------------------------------------------
 
     def _visit(self, node: fx.Node) -> None:
-        module = self._module(node)
-        layer = node.op == "call_function" or type(module).__module__.startswith("torch.nn")
-        if layer and not node.args and "input" in node.kwargs:
-            node.args, node.kwargs = (node.kwargs["input"],), {k: v for k, v in node.kwargs.items() if k != "input"}
+        module, pool = self.module(node), self.pool(node)
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        if type(module) in blocks.BATCH_NORMS:
+        if self.is_batch_norm(node):
             self._batch_norm(node)
         elif source is not None and self._is_relu(node):
             self._relu(node, source)
+        elif _keeps_bits(module) is not None:
+            self._note(node, *_of_own_layer(module))
         elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
             self._reader(node, source)
-        elif self._is_pool(node):
-            self._pool(node, source)
-        elif source in self.codes and (type(module) is nn.Identity or self._is_flatten(node)):
-            self.codes[node] = self.codes[source]
-            if type(module) is not nn.Identity or source in self.flat:
-                self.flat.add(node)
-        elif module is not None and not isinstance(module, nn.Identity | nn.Flatten):
-            if (not layer or isinstance(module, nn.Sequential)) and any(True for _ in module.children()):
-                name = _join(self.prefix, str(node.target))
+        elif pool is not None and len(pool.padding) == 2 and not pool.output:
+            self._pool(node, source, pool)
+        elif self.is_identity(node) or self.is_reshape(node):
+            self._pass_on(node, source)
+        elif module is not None:
+            whole = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
+            if not whole and any(True for _ in module.children()):
+                name = _join(self.prefix, self.name(node))
                 self.changed[module] = _convert(module, name, self.bits, self.span, self.found)
             else:
                 self._note(node, False, _LEFT.get(type(module), "no rule for it"))
+
+    def _pass_on(self, node: fx.Node, source: fx.Node | None) -> None:
+        """A value with the elements of its source in the same order: the source's codes stand for it."""
+        if _has_hooks(self.module(node)):
+            return self._note(node, False, "hooks watch its result")
+        if source in self.codes:
+            self.codes[node] = self.codes[source]
+            if source in self.flat or self.is_reshape(node):
+                self.flat.add(node)
+        return None
 
     def _batch_norm(self, node: fx.Node) -> None:
         module = self.modules[str(node.target)]
@@ -388,21 +381,19 @@ class _Converter:
         self._note(node, True, "reads the codes of its input")
         return None
 
-    def _pool(self, node: fx.Node, source: fx.Node | None) -> None:
-        module = self._module(node)
-        if module is not None and _has_hooks(module):
+    def _pool(self, node: fx.Node, source: fx.Node | None, pool: Pool) -> None:
+        if _has_hooks(self.module(node)):
             return self._note(node, False, "hooks watch its result")
-        if module is None:
-            kind: Any = nn.AvgPool2d if node.target is F.avg_pool2d else nn.MaxPool2d
-            module = kind(*node.args[1:], **node.kwargs)
-        spec = blocks.pool_spec(module)
-        if source not in self.codes or source in self.flat or spec is None:
-            return self._note(node, False, "no rule for these arguments" if spec is None else "its input has no codes")
-        self._note(node, True, "keeps a byte a window" if spec.kind == "max" else "keeps nothing")
+        if source is None or not blocks.is_poolable(pool):
+            return self._note(node, False, "no rule for these arguments")
+        self._note(node, True, "keeps a byte a window" if pool.kind == "max" else "keeps nothing")
+        codes = None if source in self.flat else self.codes.get(source)
         with self.graph.inserting_before(node):
-            both = self.graph.call_function(blocks.pool, (source, self.codes[source], spec))
-        self._replace(node, both)
+            both = self.graph.call_function(blocks.pool, (source, codes, pool))
+        value = self._replace(node, both)
         self.graph.erase_node(node)
+        if codes is None:
+            self.codes.pop(value, None)
         return None
 
     def _read_mode(self, node: fx.Node) -> None:

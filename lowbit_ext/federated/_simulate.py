@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit_ext.federated import augment
+from lowbit_ext.federated.checkpoint import Checkpoint, fingerprint
 from lowbit_ext.federated.core import State, consistency_loss, norm_parameters, recompute_statistics
 from lowbit_ext.federated.rounds import Coordinator, Participant, RoundReport
 
@@ -33,17 +33,18 @@ def run_round(
     """One round in this process: users one after another, then the server, then the average.
 
     A user that returns None, raises an exception, takes longer than `deadline` seconds or returns a state that must not
-    be averaged (other tensors, NaN) is put down as lost, and the round goes on.
+    be averaged (see Coordinator) is put down as lost, and the round goes on; without any user the model stays.
 
     Raises:
-        RuntimeError: no user's update could be used.
+        RuntimeError: no user's update could be used in as many rounds in a row as the coordinator allows; or the
+            server's training returned nothing.
     """
     number = coordinator.report.round + 1
     for user in coordinator.begin(groups):
-        start = participants[user].receive(coordinator.send(user))
+        message = coordinator.send(user)
         began = time.monotonic()
         try:
-            state = users[user](start, number)
+            state = users[user](participants[user].receive(message), number)
             reply = None if state is None else participants[user].reply(state)
         except Exception as error:  # whatever a user's code does must not end the round
             coordinator.lose(user, f"{type(error).__name__}: {error}")
@@ -53,7 +54,7 @@ def run_round(
         elif deadline is not None and time.monotonic() - began > deadline:
             coordinator.lose(user, f"later than {deadline:g} s")
         else:
-            coordinator.receive(user, reply)
+            coordinator.receive(user, reply, number)
     trained = server(dict(coordinator.state), number)
     if trained is None:
         raise RuntimeError(f"round {number}: the server's training returned nothing")
@@ -80,6 +81,8 @@ class Settings:
         flip: whether augmentation may mirror images.
         drop: part of the users' replies that are lost, for rehearsing.
         deadline: seconds for a user's reply, or None.
+        max_norm_ratio: how many times the usual norm of a change a user's may be and still be used; see Coordinator.
+        max_failed_rounds: rounds in a row without any user's update that end the run.
         seed: of everything that is drawn.
     """
 
@@ -101,6 +104,8 @@ class Settings:
     flip: bool = True
     drop: float = 0.0
     deadline: float | None = None
+    max_norm_ratio: float | None = 10.0
+    max_failed_rounds: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -243,15 +248,19 @@ def simulate(
         test: images and labels; every test_every rounds and at the end the averaged model's accuracy on them is added
             to the report as "accuracy".
         checkpoint: file that is written after every round, and read at the start: a run that was interrupted goes on
-            from there.
+            from there, and one that was finished is extended to `rounds` if these are more. The rate of the rounds
+            still to come falls as that of all `rounds`. The file holds the run of this model's tensors, these users
+            and images, and these settings, and is refused for any other.
         on_round: called with each new report, for a progress bar.
 
     Returns:
         Simulation. Measures of a report: "accuracy"; "label_accuracy" and "labels_kept", of the users' labels.
 
     Raises:
-        ValueError: settings out of range, no users, a checkpoint of other settings.
-        RuntimeError: a round in which no user's update could be used.
+        ValueError: settings out of range, no users; a checkpoint that is damaged, another run's, or of more rounds.
+        RuntimeError: max_failed_rounds in a row in which no user's update could be used; a checkpoint that another run
+            writes.
+        OSError: the checkpoint cannot be written; the one before is left as it was.
     """
     if not users or any(len(images) == 0 for images in users):
         raise ValueError("simulate: there must be users, and each must have images")
@@ -259,6 +268,7 @@ def simulate(
         raise ValueError("simulate: user_labels must have one label an image of each user")
     trainer = Trainer(copy.deepcopy(model), settings)
     first = copy_of(model.state_dict())
+    exact = {name for name, _ in model.named_buffers()}
 
     def recompute(state: dict[str, Tensor]) -> dict[str, Tensor]:
         trainer.model.load_state_dict(state)
@@ -268,103 +278,79 @@ def simulate(
     coordinator = Coordinator(
         first, range(len(users)), groups=settings.groups, participants=settings.participants, seed=settings.seed,
         bits=settings.bits, statistics=settings.statistics, skip=norm_parameters(model),
-        recompute=recompute if settings.statistics == "recompute" else None,
+        recompute=recompute if settings.statistics == "recompute" else None, exact=exact,
+        max_norm_ratio=settings.max_norm_ratio, max_failed_rounds=settings.max_failed_rounds,
     )  # fmt: skip
     participants = {
-        user: Participant(settings.bits, settings.error_feedback, settings.statistics) for user in range(len(users))
+        user: Participant(settings.bits, settings.error_feedback, settings.statistics, exact)
+        for user in range(len(users))
     }
 
-    def supervise(state: State, rate: float, steps: int, *names: object) -> dict[str, Tensor]:
-        return trainer.supervised(state, *server, rate, steps, trainer.generator(*names))
-
     def train_server(state: dict[str, Tensor], number: int) -> State:
-        return supervise(state, trainer.rate(number), settings.steps, "server", number)
+        generator = trainer.generator("server", number)
+        return trainer.supervised(state, *server, trainer.rate(number), settings.steps, generator)
 
-    def train_user(user: int) -> LocalTraining:
-        def run(state: dict[str, Tensor], number: int) -> State | None:
-            generator = trainer.generator("user", user, number)
-            if settings.drop and float(torch.rand((), generator=generator)) < settings.drop:
-                return None
-            labels = None if user_labels is None else user_labels[user]
-            return trainer.unsupervised(
-                state, users[user], labels, trainer.rate(number), settings.steps, generator
-            )
-
-        return run
-
-    trainings = {user: train_user(user) for user in range(len(users))}
+    trainings = {
+        user: _training(trainer, user, images, None if user_labels is None else user_labels[user])
+        for user, images in enumerate(users)
+    }
     history: list[RoundReport[int]] = []
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.exists():
-        _load(path, settings, coordinator, participants, history)
-    elif settings.warm_up:
-        warm = supervise(first, settings.learning_rate, settings.warm_up, "warm-up")
-        coordinator.state = warm
-        coordinator.starts = dict.fromkeys(coordinator.users, warm)
-    for number in range(len(history), settings.rounds):
-        trainer.labels_kept = trainer.labels_right = trainer.labels_seen = 0
-        report = run_round(coordinator, participants, train_server, trainings, deadline=settings.deadline)
-        if settings.alternate:
-            rate = trainer.rate(number)
-            tuned = [
-                supervise(state, rate, settings.alternate, "alternate", number, i)
-                for i, state in enumerate(averaged_states(coordinator))
-            ]
-            replace_averaged(coordinator, tuned)
-        if trainer.labels_seen:
-            report.measures["labels_kept"] = trainer.labels_kept / trainer.labels_seen
-            report.measures["label_accuracy"] = trainer.labels_right / max(trainer.labels_kept, 1)
-        if test is not None and ((number + 1) % test_every == 0 or number + 1 == settings.rounds):
-            report.measures["accuracy"] = trainer.accuracy(coordinator.state, *test)
-        history.append(report)
-        if path is not None:
-            _save(path, settings, coordinator, participants, history)
-        if on_round is not None:
-            on_round(report)
+    with contextlib.ExitStack() as stack:
+        file = None
+        if checkpoint is not None:
+            identity = fingerprint(first, server, users, dataclasses.asdict(settings))
+            file = stack.enter_context(Checkpoint(checkpoint, identity))
+        if file is not None and file.load(coordinator, participants, history):
+            if len(history) > settings.rounds:
+                raise ValueError(
+                    f"simulate: {checkpoint} holds {len(history)} rounds, more than {settings.rounds} of the settings"
+                )
+        elif settings.warm_up:
+            generator = trainer.generator("warm-up")
+            warm = trainer.supervised(first, *server, settings.learning_rate, settings.warm_up, generator)
+            coordinator.state = warm
+            coordinator.starts = dict.fromkeys(coordinator.users, warm)
+        for number in range(len(history), settings.rounds):
+            trainer.labels_kept = trainer.labels_right = trainer.labels_seen = 0
+            report = run_round(coordinator, participants, train_server, trainings, deadline=settings.deadline)
+            if settings.alternate and not report.failed:
+                _alternate(coordinator, trainer, server)
+            if trainer.labels_seen:
+                report.measures["labels_kept"] = trainer.labels_kept / trainer.labels_seen
+                report.measures["label_accuracy"] = trainer.labels_right / max(trainer.labels_kept, 1)
+            if test is not None and ((number + 1) % test_every == 0 or number + 1 == settings.rounds):
+                report.measures["accuracy"] = trainer.accuracy(coordinator.state, *test)
+            history.append(report)
+            if file is not None:
+                file.save(coordinator, participants, history)
+            if on_round is not None:
+                on_round(report)
     return Simulation(coordinator.state, history)
 
 
-def averaged_states(coordinator: Coordinator[int]) -> list[State]:
-    """What the last round gave: the average of all and, of several groups, each group's."""
-    groups = coordinator.report.groups
-    return [coordinator.state, *([coordinator.starts[group[0]] for group in groups] if len(groups) > 1 else [])]
+def _training(trainer: Trainer, user: int, images: Tensor, labels: Tensor | None) -> LocalTraining:
+    """Of one user."""
+
+    def run(state: dict[str, Tensor], number: int) -> State | None:
+        settings, generator = trainer.settings, trainer.generator("user", user, number)
+        if settings.drop and float(torch.rand((), generator=generator)) < settings.drop:
+            return None
+        return trainer.unsupervised(state, images, labels, trainer.rate(number), settings.steps, generator)
+
+    return run
 
 
-def replace_averaged(coordinator: Coordinator[int], states: Sequence[dict[str, Tensor]]) -> None:
-    """Puts others in the place of averaged_states."""
-    coordinator.state = states[0]
-    for group, state in zip(coordinator.report.groups, states[1:] or states, strict=True):
+def _alternate(coordinator: Coordinator[int], trainer: Trainer, server: tuple[Tensor, Tensor]) -> None:
+    """Trains what a round gave on the server: the average of all and, of several groups, each group's."""
+    number, groups = coordinator.report.round, coordinator.report.groups
+    averages = [coordinator.state, *([coordinator.starts[group[0]] for group in groups] if len(groups) > 1 else [])]
+    tuned = [
+        trainer.supervised(
+            state, *server, trainer.rate(number), trainer.settings.alternate,
+            trainer.generator("alternate", number, i),
+        )
+        for i, state in enumerate(averages)
+    ]  # fmt: skip
+    coordinator.state = tuned[0]
+    for group, state in zip(groups, tuned[1:] or tuned, strict=True):
         coordinator.starts.update(dict.fromkeys(group, state))
-
-
-def _save(
-    path: Path, settings: Settings, coordinator: Coordinator[int], participants: Mapping[int, Participant],
-    history: list[RoundReport[int]],
-) -> None:  # fmt: skip
-    """Replaces the file as a whole, so that an interruption leaves the older one."""
-    document: dict[str, Any] = {
-        "settings": dataclasses.asdict(settings),
-        "state": coordinator.state,
-        "starts": coordinator.starts,
-        "held": coordinator.held,
-        "participants": {user: (p.received, p.residual, p.own) for user, p in participants.items()},
-        "history": [dataclasses.asdict(report) for report in history],
-    }
-    unfinished = path.with_name(path.name + ".part")
-    torch.save(document, unfinished)
-    os.replace(unfinished, path)
-
-
-def _load(
-    path: Path, settings: Settings, coordinator: Coordinator[int], participants: Mapping[int, Participant],
-    history: list[RoundReport[int]],
-) -> None:  # fmt: skip
-    document = torch.load(path, weights_only=True)
-    if document["settings"] != dataclasses.asdict(settings):
-        raise ValueError(f"simulate: {path} holds a run of other settings; remove it or name another checkpoint")
-    coordinator.state, coordinator.starts, coordinator.held = document["state"], document["starts"], document["held"]
-    for user, (received, residual, own) in document["participants"].items():
-        participants[user].received, participants[user].residual, participants[user].own = received, residual, own
-    history += [RoundReport(**report) for report in document["history"]]
-    if history:
-        coordinator.report = history[-1]

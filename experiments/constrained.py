@@ -1,6 +1,6 @@
 """Networks whose outputs satisfy A x <= b by construction: a projection, a variational autoencoder, a regression.
 
-`python examples/constrained.py` takes under three minutes on two cores. Tables on the terminal; JSON, plots in --out.
+`python experiments/constrained.py` takes under three minutes on two cores. Records and plots go to --out.
 
 projection: the experiment of Frerix et al. (2020): a layer learns the projection of MNIST digits onto a checkerboard,
 tiles that are by turns dark and bright on average. Its time against solvers.
@@ -11,12 +11,9 @@ regression: progression of diabetes, predicted so that it never falls where only
 from __future__ import annotations
 
 import argparse
-import copy
-import json
+import dataclasses
 import math
-import os
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,42 +25,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import common
 import data
+from common import console, plt
 from lowbit_ext import cone
 
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from rich import box
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
+with common.optional_packages():
     from sklearn.datasets import load_diabetes
     from sklearn.ensemble import HistGradientBoostingRegressor
     from sklearn.isotonic import IsotonicRegression
     from sklearn.model_selection import KFold
-except ImportError as error:
-    sys.exit(f'examples/constrained.py needs {error.name}: pip install "lowbit-ext[examples]"')
 
 PIXELS = 784
 BATCH = 256
 OURS, GREY, RED, LIGHT = "#1f5fa8", "#7f8c9a", "#c8553d", "#8fbbe0"
 
 
-def images_in_range(name: str, root: Path | None) -> tuple[Tensor, Tensor]:
-    """Training and test images as rows of pixels between -1 and 1."""
-    (train, _), (test, _) = data.load(name, root)
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Training and test images of a data set as rows of pixels between -1 and 1."""
+
+    name: str
+    train: Tensor
+    test: Tensor
+
+
+def images_in_range(name: str, sets: tuple[data.Set, data.Set]) -> Images:
+    """The images of a data set, scaled by its training set's least and largest value."""
+    (train, _), (test, _) = sets
     low, high = train.min(), train.max()
-    return 2 * (train.flatten(1) - low) / (high - low) - 1, 2 * (test.flatten(1) - low) / (high - low) - 1
+    return Images(name, *(2 * (part.flatten(1) - low) / (high - low) - 1 for part in (train, test)))
 
 
-def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], ours: Sequence[int]) -> Table:
+def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], ours: Sequence[int]) -> common.Table:
     """A table; the rows numbered in `ours` are bold."""
-    result = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
-    for index, heading in enumerate(headings):
-        result.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    result = common.table(title, *headings)
     for index, row in enumerate(rows):
         result.add_row(*row, style="bold" if index in ours else "")
     return result
@@ -152,67 +148,97 @@ def solvers(matrix: np.ndarray, points: np.ndarray) -> dict[str, tuple[Callable[
     return calls
 
 
-def projection(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """Trains layers to project onto the checkerboard; times them and solvers."""
-    train, test = images_in_range("mnist5k", None)
-    constraints = cone.checkerboard()
-    exact = constraints.project(test)
-    models: dict[str, nn.Module] = {}
+def projection_layers(constraints: cone.Cone, seed: int) -> dict[str, nn.Module]:
+    """The layers that learn."""
+    layers: dict[str, nn.Module] = {}
     for name, build in {
         "paper: |.|, doubled lines": lambda: PaperLayer(constraints),
         "ConeLinear, |.|": lambda: cone.ConeLinear(PIXELS, constraints, "abs"),
         "ConeLinear, relu": lambda: cone.ConeLinear(PIXELS, constraints, "relu"),
     }.items():
-        torch.manual_seed(options.seed)
-        models[name] = build()
+        torch.manual_seed(seed)
+        layers[name] = build()
+    return layers
+
+
+@torch.no_grad()
+def projection_times(layers: dict[str, nn.Module], constraints: cone.Cone, test: Tensor) -> dict[str, dict[str, float]]:
+    """Seconds a sample of layers and solvers, and the solvers' largest violation."""
     batch = test[:BATCH]
-    rows: dict[str, Any] = {}
     calls: dict[str, tuple[Callable[[], Any], int]] = {
-        name: (lambda model=model: model(batch), BATCH) for name, model in models.items()
+        name: (lambda layer=layer: layer(batch), BATCH) for name, layer in layers.items()
     }
     calls["Cone.project, exact"] = lambda: constraints.project(batch), BATCH
     calls |= solvers(constraints._a, batch.double().numpy())
-    task = progress.add_task("projection: times", total=len(calls))
-    with torch.no_grad():
-        for name, (call, samples) in calls.items():
-            rows[name] = {"seconds": seconds_per_sample(call, samples)}
-            if name not in models:
-                rows[name]["violation"] = float(constraints.violation(torch.as_tensor(call())).max())
-            progress.advance(task)
+    rows: dict[str, dict[str, float]] = {}
+    for name, (call, samples) in calls.items():
+        rows[name] = {"seconds": seconds_per_sample(call, samples)}
+        if name not in layers:
+            rows[name]["violation"] = float(constraints.violation(torch.as_tensor(call())).max())
+    return rows
 
-    epochs = 60 if options.quick else 400
-    curves: dict[str, list[float]] = {}
-    for name, model in models.items():
-        optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-        steps = epochs * math.ceil(len(train) / BATCH)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        order = torch.Generator().manual_seed(options.seed)
-        task = progress.add_task(f"projection: {name}", total=epochs)
-        start = time.perf_counter()
-        curve = []
-        for _ in range(epochs):
-            for chosen in torch.randperm(len(train), generator=order).split(BATCH):
-                optimizer.zero_grad()
-                F.mse_loss(model(train[chosen]), train[chosen]).backward()
-                optimizer.step()
-                schedule.step()
-            with torch.no_grad():
-                x = model(test)
-            curve.append(float((x - test).square().mean()))
-            progress.advance(task)
-        curves[name] = curve
-        rows[name] |= {"mse": curve[-1], "violation": float(constraints.violation(x).max()),
-                       "training_s": time.perf_counter() - start}  # fmt: skip
-    rows["Cone.project, exact"]["mse"] = optimum = float((exact - test).square().mean())
-    chosen = torch.arange(8) * (len(test) // 8)
+
+def learn_projection(
+    layer: nn.Module, constraints: cone.Cone, images: Images, epochs: int, seed: int, bar: common.Bar
+) -> dict[str, Any]:  # fmt: skip
+    """Trains a layer; its test error by epoch, largest violation, time, and pictures."""
+    train, test = images.train, images.test
+    optimizer = torch.optim.Adam(layer.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(len(train) / BATCH))
+    order = torch.Generator().manual_seed(seed)
+    start = time.perf_counter()
+    curve = []
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(train), generator=order).split(BATCH):
+            optimizer.zero_grad()
+            F.mse_loss(layer(train[chosen]), train[chosen]).backward()
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            x = layer(test)
+        curve.append(float((x - test).square().mean()))
+        bar.advance()
     with torch.no_grad():
-        learned = models["ConeLinear, relu"](test[chosen])
-    pictures = {"input": test[chosen], "exact projection": exact[chosen], "ConeLinear, relu": learned}
+        pictures = layer(test[shown(test)]).tolist()
+    return {"curve": curve, "violation": float(constraints.violation(x).max()),
+            "training_s": time.perf_counter() - start, "pictures": pictures}  # fmt: skip
+
+
+def shown(test: Tensor) -> Tensor:
+    """Numbers of the test images in the plot."""
+    return torch.arange(8) * (len(test) // 8)
+
+
+def projection(options: argparse.Namespace, images: Images, record: common.Record) -> dict[str, Any]:
+    """Layers that learn to project onto the checkerboard, and their times beside solvers'."""
+    constraints = cone.checkerboard()
+    epochs = options.epochs or (60 if options.quick else 400)
+    layers = projection_layers(constraints, options.seed)
+    test, exact = images.test, constraints.project(images.test)
+    learned: dict[str, Any] = {}
+    with common.progress(len(layers) * epochs) as bar:
+        bar.label("projection: times")
+        rows = record.run({"what": "times", "data": images.name},
+                          lambda: projection_times(layers, constraints, test))  # fmt: skip
+        for name, layer in layers.items():
+            bar.label(f"projection: {name}")
+            key = {"what": "learning", "layer": name, "data": images.name, "epochs": epochs, "seed": options.seed}
+            learned[name] = record.run(
+                key, lambda layer=layer: learn_projection(layer, constraints, images, epochs, options.seed, bar),
+                on_found=lambda: bar.advance(epochs),
+            )  # fmt: skip
+    curves = {name: found["curve"] for name, found in learned.items()}
+    for name, found in learned.items():
+        rows[name] |= {"mse": found["curve"][-1], "violation": found["violation"], "training_s": found["training_s"]}
+    rows["Cone.project, exact"]["mse"] = optimum = float((exact - test).square().mean())
+    chosen = shown(test)
+    pictures = {"input": test[chosen], "exact projection": exact[chosen]}
     pictures = {name: images.tolist() for name, images in pictures.items()}
+    pictures["ConeLinear, relu"] = learned["ConeLinear, relu"]["pictures"]
     return {"optimum_mse": optimum, "rows": rows, "curves": curves, "pictures": pictures}
 
 
-def projection_table(result: dict[str, Any]) -> Table:
+def projection_table(result: dict[str, Any]) -> common.Table:
     """Accuracy, violation and time."""
     ours_s = result["rows"]["ConeLinear, |.|"]["seconds"]
     lines = [
@@ -249,8 +275,7 @@ def projection_plot(path: Path, result: dict[str, Any]) -> None:
     grid = bottom.subplots(len(result["pictures"]), 8)
     for row, (name, images) in zip(grid, result["pictures"].items(), strict=True):
         show(row, name, images)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    common.save(figure, path)
 
 
 # --- variational autoencoder ------------------------------------------------------------------------------------------
@@ -281,14 +306,61 @@ class Vae(nn.Module):
         return -0.5 * (error / self.log_variance.exp() + PIXELS * (self.log_variance + math.log(2 * math.pi)))
 
 
-def vae(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """Trains autoencoders with and without the constraint."""
-    train, test = images_in_range("fashion", options.root)
-    if options.quick:
-        train, test = train[:20000], test[:2000]
-    constraints = cone.checkerboard()
+def train_vae(
+    head: Callable[[], nn.Module], weight: float, constraints: cone.Cone, images: Images, epochs: int, seed: int,
+    bar: common.Bar,
+) -> tuple[Vae, float]:  # fmt: skip
+    """An autoencoder, trained with a penalty of this weight on violations; and the seconds that took."""
     rows = torch.from_numpy(constraints._a).float()
-    epochs = 8 if options.quick else 40
+    torch.manual_seed(seed)
+    model = Vae(head())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    start = time.perf_counter()
+    for _ in range(epochs):
+        for part in images.train[torch.randperm(len(images.train))].split(128):
+            optimizer.zero_grad()
+            reconstruction, bound, _ = model(part)
+            penalty = F.relu(reconstruction @ rows.T).square().sum(1)
+            (weight * penalty - bound).mean().backward()
+            optimizer.step()
+        bar.advance()
+    return model, time.perf_counter() - start
+
+
+@torch.no_grad()
+def vae_report(
+    model: Vae, constraints: cone.Cone, test: Tensor, seed: int, seconds: float, *, projects: bool
+) -> dict[str, Any]:
+    """Bound, error, violations and pictures of a trained model as it is and, if asked, with its outputs projected."""
+
+    def measures(x: Tensor, generated: Tensor, bound: Tensor) -> dict[str, float]:
+        return {
+            "bound_nats": float(bound.mean()), "mse": float((x - test).square().mean()),
+            "violation": float(constraints.violation(x).max()),
+            "sample_violation": float(constraints.violation(generated).max()),
+            "valid_percent": 100 * float(constraints.contains(generated).double().mean()), "training_s": seconds,
+        }  # fmt: skip
+
+    torch.manual_seed(seed)
+    reconstruction, bound, divergence = model(test)
+    sampled = model.decoder(torch.randn(SAMPLES, LATENT))
+    result = {"as it is": measures(reconstruction, sampled, bound), "reconstructions": reconstruction[:8].tolist(),
+              "samples": sampled[:8].tolist()}  # fmt: skip
+    if projects:
+        projected = constraints.project(reconstruction)
+        # The variance that suits the projected reconstructions, which are farther from the images.
+        model.log_variance.fill_(float((projected - test).square().mean().log()))
+        bound = model.likelihood(test, projected) - divergence
+        result["projected"] = measures(projected, constraints.project(sampled), bound)
+    return result
+
+
+def vae(options: argparse.Namespace, images: Images, record: common.Record) -> dict[str, Any]:
+    """Autoencoders with and without the constraint."""
+    if options.quick:
+        images = dataclasses.replace(images, train=images.train[:20000], test=images.test[:2000])
+    constraints = cone.checkerboard()
+    epochs = options.epochs or (8 if options.quick else 40)
     heads: dict[str, tuple[Callable[[], nn.Module], float]] = {
         "unconstrained": (lambda: nn.Linear(256, PIXELS), 0.0),
         "penalty, weight 1": (lambda: nn.Linear(256, PIXELS), 1.0),
@@ -296,50 +368,32 @@ def vae(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         "ConeLinear": (lambda: cone.ConeLinear(256, constraints), 0.0),
     }
     results: dict[str, Any] = {}
-    pictures: dict[str, Any] = {"test image": test[:8].tolist()}
+    pictures: dict[str, Any] = {"test image": images.test[:8].tolist()}
     samples: dict[str, Any] = {}
-    for name, (head, weight) in heads.items():
-        torch.manual_seed(options.seed)
-        model = Vae(head())
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        task = progress.add_task(f"vae: {name}", total=epochs)
-        start = time.perf_counter()
-        for _ in range(epochs):
-            for part in train[torch.randperm(len(train))].split(128):
-                optimizer.zero_grad()
-                reconstruction, bound, _ = model(part)
-                penalty = F.relu(reconstruction @ rows.T).square().sum(1)
-                (weight * penalty - bound).mean().backward()
-                optimizer.step()
-            progress.advance(task)
-        seconds = time.perf_counter() - start
+    with common.progress(len(heads) * epochs) as bar:
+        for name, (head, weight) in heads.items():
+            bar.label(f"vae: {name}")
 
-        def report(x: Tensor, generated: Tensor, bound: Tensor, seconds: float = seconds) -> dict[str, float]:
-            return {
-                "bound_nats": float(bound.mean()), "mse": float((x - test).square().mean()),
-                "violation": float(constraints.violation(x).max()),
-                "sample_violation": float(constraints.violation(generated).max()),
-                "valid_percent": 100 * float(constraints.contains(generated).double().mean()), "training_s": seconds,
-            }  # fmt: skip
+            def make(
+                name: str = name, head: Callable[[], nn.Module] = head, weight: float = weight
+            ) -> dict[str, Any]:  # fmt: skip
+                model, seconds = train_vae(head, weight, constraints, images, epochs, options.seed, bar)
+                return vae_report(
+                    model, constraints, images.test, options.seed, seconds, projects=name == "unconstrained"
+                )
 
-        with torch.no_grad():
-            torch.manual_seed(options.seed)
-            reconstruction, bound, divergence = model(test)
-            sampled = model.decoder(torch.randn(SAMPLES, LATENT))
-            results[name] = report(reconstruction, sampled, bound)
+            key = {"what": "vae", "head": name, "data": images.name, "images": len(images.train), "epochs": epochs,
+                   "seed": options.seed}  # fmt: skip
+            found = record.run(key, make, on_found=lambda: bar.advance(epochs))
+            results[name] = found["as it is"]
             if name == "unconstrained":
-                projected = constraints.project(reconstruction)
-                after = copy.deepcopy(model)
-                # The variance that suits the projected reconstructions, which are farther from the images.
-                after.log_variance.fill_(float((projected - test).square().mean().log()))
-                bound = after.likelihood(test, projected) - divergence
-                results["..., projected afterwards"] = report(projected, constraints.project(sampled), bound)
-        if name in ("unconstrained", "penalty, weight 1", "ConeLinear"):
-            pictures[name], samples[name] = reconstruction[:8].tolist(), sampled[:8].tolist()
-    return {"results": results, "reconstructions": pictures, "samples": samples}
+                results["..., projected afterwards"] = found["projected"]
+            if name != "penalty, weight 100":
+                pictures[name], samples[name] = found["reconstructions"], found["samples"]
+    return {"data": images.name, "results": results, "reconstructions": pictures, "samples": samples}
 
 
-def vae_table(result: dict[str, Any]) -> Table:
+def vae_table(result: dict[str, Any]) -> common.Table:
     """Bound and violations."""
     rows = [
         [name, f"{run['bound_nats']:.1f}", f"{run['mse']:.4f}", f"{run['violation']:.1e}",
@@ -347,7 +401,7 @@ def vae_table(result: dict[str, Any]) -> Table:
         for name, run in result["results"].items()
     ]  # fmt: skip
     headings = ("", "bound (nats)", "MSE", "largest A x", "... of samples", "valid samples", "training s")
-    title = f"Variational autoencoder of Fashion-MNIST with a checkerboard: test set and {SAMPLES} samples"
+    title = f"Variational autoencoder of {result['data']} with a checkerboard: test set and {SAMPLES} samples"
     return table(title, headings, rows, [len(rows) - 1])
 
 
@@ -363,8 +417,7 @@ def vae_plot(path: Path, result: dict[str, Any]) -> None:
     grid = right.subplots(len(result["samples"]), 8)
     for row, (name, images) in zip(grid, result["samples"].items(), strict=True):
         show(row, name, images)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    common.save(figure, path)
 
 
 # --- regression -------------------------------------------------------------------------------------------------------
@@ -448,30 +501,39 @@ METHODS: dict[str, Callable[[np.ndarray, np.ndarray, int], Predict]] = {
 }
 
 
-def regression(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+def regression(options: argparse.Namespace, images: None, record: common.Record) -> dict[str, Any]:
     """Cross-validated error, and the largest fall of a prediction where only the body mass index rises."""
     bunch = load_diabetes()
     x, y = bunch.data / bunch.data.std(0), bunch.target
     repeats = 1 if options.quick else 10
     grid = np.linspace(x[:, BODY_MASS].min(), x[:, BODY_MASS].max(), 80)
+
+    def fold(name: str, repeat: int, train: np.ndarray, test: np.ndarray) -> dict[str, Any]:
+        predict = METHODS[name](x[train], y[train], options.seed + repeat)
+        patients = np.repeat(x[test], len(grid), axis=0)
+        patients[:, BODY_MASS] = np.tile(grid, len(test))
+        predicted = predict(patients).reshape(len(test), -1)
+        return {"mse": float(np.mean((predict(x[test]) - y[test]) ** 2)),
+                "fall": float(-np.diff(predicted, axis=1).min()), "curves": predicted[:PATIENTS].tolist()}  # fmt: skip
+
     results: dict[str, Any] = {name: {"mse": [], "fall": 0.0} for name in METHODS}
     curves: dict[str, Any] = {}
-    task = progress.add_task("regression", total=5 * repeats * len(METHODS))
-    for repeat in range(repeats):
-        for train, test in KFold(5, shuffle=True, random_state=repeat).split(x):
-            for name, fit in METHODS.items():
-                predict = fit(x[train], y[train], options.seed + repeat)
-                results[name]["mse"].append(float(np.mean((predict(x[test]) - y[test]) ** 2)))
-                patients = np.repeat(x[test], len(grid), axis=0)
-                patients[:, BODY_MASS] = np.tile(grid, len(test))
-                predicted = predict(patients).reshape(len(test), -1)
-                results[name]["fall"] = max(results[name]["fall"], float(-np.diff(predicted, axis=1).min()))
-                curves.setdefault(name, predicted[:PATIENTS].tolist())
-                progress.advance(task)
+    with common.progress(5 * repeats * len(METHODS)) as bar:
+        for repeat in range(repeats):
+            for number, parts in enumerate(KFold(5, shuffle=True, random_state=repeat).split(x)):
+                for name in METHODS:
+                    bar.label(f"regression: {name}")
+                    key = {"what": "regression", "method": name, "repeat": repeat, "fold": number, "seed": options.seed}
+                    arguments = name, repeat, *parts
+                    found = record.run(key, lambda arguments=arguments: fold(*arguments))
+                    results[name]["mse"].append(found["mse"])
+                    results[name]["fall"] = max(results[name]["fall"], found["fall"])
+                    curves.setdefault(name, found["curves"])
+                    bar.advance()
     return {"results": results, "variance": float(y.var()), "curves": curves, "grid": grid.tolist()}
 
 
-def regression_table(result: dict[str, Any]) -> Table:
+def regression_table(result: dict[str, Any]) -> common.Table:
     """Errors and falls."""
     rows = []
     for name, run in result["results"].items():
@@ -495,59 +557,50 @@ def regression_plot(path: Path, result: dict[str, Any]) -> None:
         axes.set_xlabel("body mass index (standardised)")
     grid[0].set_ylabel("predicted progression")
     figure.suptitle(f"The same {PATIENTS} test patients, were their body mass index another (red: falls somewhere)")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    common.save(figure, path)
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
-PARTS: dict[str, tuple[Callable[..., Any], Callable[..., Table], Callable[..., None]]] = {
+PARTS: dict[str, tuple[Callable[..., Any], Callable[..., common.Table], Callable[..., None]]] = {
     "projection": (projection, projection_table, projection_plot),
     "vae": (vae, vae_table, vae_plot),
     "regression": (regression, regression_table, regression_plot),
 }
+IMAGES = {"projection": "mnist5k", "vae": "fashion"}
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = common.arguments(__doc__)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", default=True, help="under three minutes")
     size.add_argument("--full", dest="quick", action="store_false", help="all images, more epochs and folds")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run")
-    parser.add_argument("--root", type=Path, help="folder of the Fashion-MNIST files")
+    parser.add_argument("--epochs", type=common.positive, help="of projection and vae, in place of their own")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the data")
-    parser.add_argument("--out", type=Path, default=Path("examples_out"), help="folder for results")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of torch")
-    return parser.parse_args(arguments)
+    return common.parse(parser)
 
 
 def main() -> None:
     """Command line entry."""
     options = parse_arguments()
-    torch.set_num_threads(max(1, options.threads))
     warnings.filterwarnings("ignore", module="cvxpy.*|diffcp.*")
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    console = Console() if sys.stdout.isatty() else Console(width=120)
     start = time.perf_counter()
-    columns = (TextColumn("{task.description:38}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        for name in options.only:
-            run, make_table, make_plot = PARTS[name]
-            with Progress(*columns, console=console, transient=True, refresh_per_second=4) as progress:
-                result = run(options, progress)
-            stem = options.out / f"constrained_{name}"
-            stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-            make_plot(stem.with_suffix(".png"), result)
-            console.print(make_table(result))
-            console.print(f"written: {stem}.json, .png\n", style="dim", highlight=False)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(str(error))
-    console.print(f"{time.perf_counter() - start:.0f} s on {options.threads} threads", highlight=False)
+    images = {}
+    for part in IMAGES.keys() & options.only:
+        ((name, sets),) = common.load([IMAGES[part]], options.root, asked=False).items()
+        images[part] = images_in_range(name, sets)
+    for part in options.only:
+        make, make_table, make_plot = PARTS[part]
+        record = common.Record(options.out / f"constrained_{part}.json")
+        result = make(options, images.get(part), record)
+        picture = options.out / f"constrained_{part}.png"
+        make_plot(picture, result)
+        console.print(make_table(result))
+        console.print(f"written: {record.path}, {picture}\n", style="dim")
+    console.print(f"{time.perf_counter() - start:.0f} s on {options.threads} threads")
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

@@ -1,0 +1,390 @@
+"""Compares the quantum-inspired classifier with others: does it recall more of every category, and at what price?
+
+Every classifier tells each category from all others on the same bits: pixels above half of white, or words in a text.
+`python experiments/helstrom.py` takes under four minutes on two cores, `--quick` under one. A record and a plot go to
+--out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pickle
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import common
+import data
+from common import console, plt
+
+with common.optional_packages():
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import precision_recall_fscore_support, recall_score
+    from sklearn.model_selection import train_test_split
+    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.naive_bayes import BernoulliNB
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.svm import LinearSVC
+    from sklearn.tree import DecisionTreeClassifier
+    from threadpoolctl import threadpool_limits
+
+    from lowbit_ext.helstrom import HelstromClassifier
+
+try:
+    from bornrule import BornClassifier
+except ImportError:
+    BornClassifier = None
+
+IMAGES = ("digits", "mnist5k", "fashion")
+GREY_THRESHOLD = {"digits": 7.5 / 16, "mnist5k": 0.5, "fashion": 0.5}  # 8 of 16 and more; 128 of 255 and more
+HEADINGS = {"precision": "prec.", "recall": "recall", "F1": "F1", "balanced accuracy": "b.acc."}
+METRICS = tuple(HEADINGS)
+OURS = "Helstrom"  # mixed states, equal priors
+PAPERS_PEERS = ("kNN", "decision tree", "naive Bayes", "linear SVM")  # what the paper's table has
+WEIGHTED = "logistic, balanced"  # it weighs the categories as equal priors do
+SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Bits and labels of a training and a test set."""
+
+    name: str
+    train: Any  # (N, d) float32 of 0 and 1: an array, or a scipy matrix for texts
+    labels: np.ndarray
+    test: Any
+    test_labels: np.ndarray
+    features: Sequence[str] | None = None  # words
+
+    @property
+    def categories(self) -> np.ndarray:
+        """Names of the categories."""
+        return np.unique(self.labels)
+
+    def part(self, count: int) -> Problem:
+        """The same with at most `count` training samples, the categories in proportion."""
+        if count >= len(self.labels):
+            return self
+        chosen, _ = train_test_split(
+            np.arange(len(self.labels)), train_size=count, stratify=self.labels, random_state=SEED
+        )
+        return dataclasses.replace(self, train=self.train[chosen], labels=self.labels[chosen])
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A classifier, and the most training samples it is given."""
+
+    name: str
+    build: Callable[[], Any]
+    samples: int
+
+
+def image_problem(name: str, sets: tuple[data.Set, data.Set]) -> Problem:
+    """Binarized images."""
+    (images, labels), (test, test_labels) = sets
+    threshold = GREY_THRESHOLD[name]
+    bits, test_bits = ((part.flatten(1) > threshold).float().numpy() for part in (images, test))
+    return Problem(name, bits, labels.numpy(), test_bits, test_labels.numpy())
+
+
+def text_problem(path: Path | None, words: int) -> Problem:
+    """Which of the most frequent words a text has."""
+    try:
+        texts, labels = data.load_texts(path)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    train, test, labels, test_labels = train_test_split(
+        texts, labels, test_size=0.3, stratify=labels, random_state=SEED
+    )
+    vectorizer = CountVectorizer(binary=True, max_features=words, dtype=np.float32)
+    bits = vectorizer.fit_transform(train)
+    return Problem("text", bits, labels, vectorizer.transform(test), test_labels, vectorizer.get_feature_names_out())
+
+
+def contenders(problem: Problem, options: argparse.Namespace) -> list[Contender]:
+    """Ours and the others. Methods whose work grows with the cube of the samples, or whose libraries are slow on many,
+    get fewer; each table says how many."""
+    most, some, few = len(problem.labels), options.samples, options.gram_samples
+
+    def one_against_others(build: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: OneVsRestClassifier(build())
+
+    chosen = [
+        Contender(OURS, HelstromClassifier, some),
+        Contender("Helstrom, own priors", lambda: HelstromClassifier(prior="empirical"), some),
+        Contender("Helstrom, pure", lambda: HelstromClassifier(state="pure"), some),
+        Contender("Helstrom, 2 copies", lambda: HelstromClassifier(copies=2, solver="gram"), few),
+        Contender("Helstrom, pgm", lambda: HelstromClassifier(multi_class="pgm"), some),
+        Contender("kNN", lambda: KNeighborsClassifier(5, metric="cosine"), some),
+        Contender("decision tree", one_against_others(lambda: DecisionTreeClassifier(random_state=SEED)), some),
+        Contender("naive Bayes", one_against_others(lambda: BernoulliNB(binarize=None)), some),
+        Contender("linear SVM", one_against_others(lambda: LinearSVC(random_state=SEED)), some),
+        Contender("logistic", one_against_others(lambda: LogisticRegression(max_iter=300)), some),
+        Contender(WEIGHTED, one_against_others(
+            lambda: LogisticRegression(max_iter=300, class_weight="balanced")), some),
+    ]  # fmt: skip
+    if BornClassifier is not None:
+        chosen.append(Contender("Born", one_against_others(BornClassifier), some))
+    if most > some:
+        chosen.append(Contender("Helstrom, all", HelstromClassifier, most))
+        chosen.append(Contender("naive Bayes, all", one_against_others(lambda: BernoulliNB(binarize=None)), most))
+    return chosen
+
+
+# --- measurements -----------------------------------------------------------------------------------------------------
+
+
+def decisions(model: Any, problem: Problem) -> np.ndarray:
+    """Whether each test sample is put into each category (M, K)."""
+    if not isinstance(model, HelstromClassifier):
+        return np.asarray(model.predict(problem.test)).astype(bool)
+    if model.multi_class == "pgm":
+        return model.predict(problem.test)[:, None] == problem.categories
+    decision = model.decision_function(problem.test)
+    return (decision if decision.ndim == 2 else np.stack([-decision, decision], axis=1)) > 0
+
+
+def scores(predicted: np.ndarray, problem: Problem) -> dict[str, list[float]]:
+    """Each metric in each category."""
+    actual = problem.test_labels[:, None] == problem.categories
+    precision, recall, f1, _ = precision_recall_fscore_support(actual, predicted, zero_division=0.0)
+    specificity = recall_score(~actual, ~predicted, average=None, zero_division=0.0)
+    return dict(zip(METRICS, (list(map(float, m)) for m in (precision, recall, f1, (recall + specificity) / 2)),
+                    strict=True))  # fmt: skip
+
+
+def measure(contender: Contender, problem: Problem) -> dict[str, Any]:
+    """Trains and tests a contender."""
+    problem = problem.part(contender.samples)
+    model = contender.build()
+    ours = isinstance(model, HelstromClassifier)
+    start = time.perf_counter()
+    model.fit(problem.train, problem.labels if ours else (problem.labels[:, None] == problem.categories).astype(int))
+    fitted = time.perf_counter()
+    predicted = decisions(model, problem)
+    end = time.perf_counter()
+    result = {
+        "name": contender.name, "samples": len(problem.labels), "fit_s": fitted - start, "predict_s": end - fitted,
+        "model_mb": len(pickle.dumps(model)) / 1e6, "scores": scores(predicted, problem),
+    }  # fmt: skip
+    if ours and contender.name == OURS and problem.features is not None:
+        result["explanation"] = model.explain(top=8, feature_names=problem.features)
+    return result
+
+
+def prices_of(ratio: float, problem: Problem, options: argparse.Namespace) -> dict[str, float]:
+    """Mean metrics at a price p0 / p1 of a wrong "yes"."""
+    problem = problem.part(options.samples)
+    model = HelstromClassifier(prior=ratio).fit(problem.train, problem.labels)
+    means = {name: float(np.mean(values)) for name, values in scores(decisions(model, problem), problem).items()}
+    return {"ratio": ratio, **means}
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def mean_table(result: dict[str, Any]) -> common.Table:
+    """Means over the categories, "least" being the lowest recall; time and the size of the model."""
+    count = len(result["categories"])
+    table = common.table(
+        f"{result['problem']}, {result['features']} bits: each of {count} categories against the others, means",
+        "classifier", "train", *HEADINGS.values(), "least", "fit s", "test s", "MB",
+    )  # fmt: skip
+    best = {metric: max(np.mean(row["scores"][metric]) for row in result["rows"]) for metric in METRICS}
+    for row in result["rows"]:
+        means = {metric: np.mean(row["scores"][metric]) for metric in METRICS}
+        cells = [f"[bold]{means[m]:.3f}[/]" if means[m] >= best[m] - 5e-4 else f"{means[m]:.3f}" for m in METRICS]
+        table.add_row(
+            row["name"], f"{row['samples']:,}", *cells, f"{min(row['scores']['recall']):.3f}", f"{row['fit_s']:.2f}",
+            f"{row['predict_s']:.2f}", f"{row['model_mb']:.1f}",
+            style="cyan" if row["name"].startswith("Helstrom") else "",
+        )  # fmt: skip
+    return table
+
+
+def others(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The other classifiers trained on the same samples, each as it comes: without weights for the categories."""
+    ours = named(result, OURS)
+    return [
+        row for row in result["rows"]
+        if not row["name"].startswith("Helstrom") and row["name"] != WEIGHTED and row["samples"] == ours["samples"]
+    ]  # fmt: skip
+
+
+def named(result: dict[str, Any], name: str) -> dict[str, Any]:
+    """The row of a contender."""
+    return next(row for row in result["rows"] if row["name"] == name)
+
+
+def category_table(result: dict[str, Any]) -> common.Table:
+    """Our metrics in each category, beside the best of the others."""
+    table = common.table(
+        f"{result['problem']}: {OURS} by category, and the best of the others",
+        "category", *HEADINGS.values(), "best recall", "best F1",
+    )  # fmt: skip
+    ours = named(result, OURS)["scores"]
+    for index, category in enumerate(result["categories"]):
+        cells = [f"{ours[metric][index]:.3f}" for metric in METRICS]
+        for metric in ("recall", "F1"):
+            best = max(others(result), key=lambda row, metric=metric, index=index: row["scores"][metric][index])
+            cells.append(f"{best['scores'][metric][index]:.3f} {best['name']}")
+        table.add_row(str(category), *cells)
+    return table
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """The paper's claim, recall above the others' in every category, beside its price."""
+    ours = named(result, OURS)["scores"]
+    peers = others(result)
+    counts = {}
+    in_paper = [row for row in peers if row["name"] in PAPERS_PEERS]
+    for who, rows in (("the paper's peers", in_paper), ("all unweighted others", peers)):
+        best = np.max([row["scores"]["recall"] for row in rows], axis=0)
+        counts[who] = f"above {who} in {(ours['recall'] > best).sum()} (level in {(ours['recall'] == best).sum()})"
+    top = {metric: max(peers, key=lambda row, metric=metric: np.mean(row["scores"][metric])) for metric in METRICS}
+
+    def mean(row: dict[str, Any], metric: str) -> str:
+        return f"{np.mean(row['scores'][metric]):.3f}"
+
+    own = {metric: f"{np.mean(values):.3f}" for metric, values in ours.items()}
+    weighted, empirical = named(result, WEIGHTED), named(result, "Helstrom, own priors")
+    return (
+        f"[bold]{result['problem']}[/]: of {len(result['categories'])} categories recall is "
+        f"{' and '.join(counts.values())}; mean {own['recall']} against {mean(top['recall'], 'recall')} "
+        f"({top['recall']['name']}). The price: precision {own['precision']} against "
+        f"{mean(top['precision'], 'precision')} ({top['precision']['name']}), F1 {own['F1']} against "
+        f"{mean(top['F1'], 'F1')} ({top['F1']['name']}). Balanced accuracy {own['balanced accuracy']} against "
+        f"{mean(top['balanced accuracy'], 'balanced accuracy')} ({top['balanced accuracy']['name']}). With the "
+        f"categories' own shares as priors its recall is {mean(empirical, 'recall')} at precision "
+        f"{mean(empirical, 'precision')}. Logistic regression with the same equal weights: recall "
+        f"{mean(weighted, 'recall')}, precision {mean(weighted, 'precision')}."
+    )
+
+
+def plot(path: Path, results: list[dict[str, Any]]) -> None:
+    """For each problem the metrics by price, and recall against precision of all contenders."""
+    figure, axes = plt.subplots(len(results), 2, figsize=(11, 3.6 * len(results)), layout="constrained", squeeze=False)
+    for (sweep, plane), result in zip(axes, results, strict=True):
+        rows = result["prices"]
+        ratios = [row["ratio"] for row in rows]
+        for metric, colour in zip(METRICS, ("#c0504d", "#1f5fa8", "#2a8f5b", "#7f8c9a"), strict=True):
+            sweep.plot(ratios, [row[metric] for row in rows], "o-", ms=3, c=colour, label=metric)
+        sweep.axvline(1, color="#cccccc", zorder=0)
+        sweep.set_xscale("log", base=2)
+        sweep.set(xlabel="p0 / p1: price of a wrong yes (1: equal priors)", ylabel="mean", ylim=(0, 1.02))
+        sweep.set_title(f"{result['problem']}: mixed states by price")
+        sweep.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, -0.36))
+        plane.plot([row["recall"] for row in rows], [row["precision"] for row in rows], "-", c="#8fbbe0", zorder=0)
+        points = sorted((*(float(np.mean(row["scores"][m])) for m in ("precision", "recall")), row["name"])
+                        for row in result["rows"])  # fmt: skip
+        for rank, (y, x, name) in enumerate(points):
+            colour = "#1f5fa8" if name.startswith("Helstrom") else "#7f8c9a"
+            plane.plot(x, y, "o", ms=5, c=colour)
+            # Names stand beside the axes in the order of the points, so that none covers another.
+            plane.annotate(
+                name, (x, y), xytext=(1.06, (rank + 0.5) / len(points)), textcoords="axes fraction", fontsize=8,
+                color=colour, va="center",
+                arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "relpos": (0, 0.5)},
+            )  # fmt: skip
+        plane.set(xlabel="mean recall", ylabel="mean precision", title="recall and precision (line: by price)")
+    common.save(figure, path)
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = common.arguments(__doc__)
+    parser.add_argument("--quick", action="store_true", help="digits and mnist5k alone, fewer samples")
+    parser.add_argument("--data", nargs="+", choices=(*IMAGES, "text"), help="default: all, text with --texts only")
+    parser.add_argument("--texts", type=Path, help="vaderSentiment-3.3.2.tar.gz, or a folder with a folder for each "
+                        "category, such as 20 Newsgroups")  # fmt: skip
+    parser.add_argument("--samples", type=common.positive, default=6000,
+                        help="most training samples for most classifiers")  # fmt: skip
+    parser.add_argument("--gram-samples", type=common.positive, default=800, help="most training samples for 2 copies, "
+                        "whose work grows with their cube")  # fmt: skip
+    parser.add_argument("--words", type=common.positive, default=1000, help="words of the texts that are features")
+    parser.add_argument("--prices", type=common.positive, default=9, help="prior ratios in the sweep from 1/4 to 4")
+    options = common.parse(parser)
+    if options.quick:
+        options.samples, options.gram_samples = min(options.samples, 2000), min(options.gram_samples, 400)
+        options.prices = min(options.prices, 5)
+    options.asked = options.data is not None
+    if options.data is None:
+        options.data = ["digits", "mnist5k"] if options.quick else list(IMAGES)
+        options.data += ["text"] * (options.texts is not None)
+    return options
+
+
+def problems_of(options: argparse.Namespace) -> list[Problem]:
+    """Everything that is to be learned."""
+    images = [name for name in options.data if name != "text"]
+    sets = common.load(images, options.root, asked=options.asked, normalise=False)
+    texts = [text_problem(options.texts, options.words)] if "text" in options.data else []
+    return [*(image_problem(name, pair) for name, pair in sets.items()), *texts]
+
+
+def compare(
+    problem: Problem, options: argparse.Namespace, record: common.Record, bar: common.Bar
+) -> dict[str, Any]:  # fmt: skip
+    """Trains and tests every contender, and ours by price."""
+    shape = {"data": problem.name, "size": problem.train.shape,
+             "texts": str(options.texts) if problem.name == "text" else None}  # fmt: skip
+    rows = []
+    for contender in contenders(problem, options):
+        bar.label(f"{problem.name}: {contender.name}")
+        key = {**shape, "classifier": contender.name, "samples": contender.samples}
+        rows.append(record.run(key, lambda contender=contender: measure(contender, problem)))
+        bar.advance()
+    bar.label(f"{problem.name}: prices")
+    prices = []
+    for ratio in map(float, np.geomspace(1 / 4, 4, options.prices)):
+        key = {**shape, "price": ratio, "samples": options.samples}
+        prices.append(record.run(key, lambda ratio=ratio: prices_of(ratio, problem, options)))
+        bar.advance()
+    return {
+        "problem": problem.name, "categories": problem.categories.tolist(), "features": problem.train.shape[1],
+        "rows": rows, "prices": prices,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Command line entry."""
+    start = time.perf_counter()
+    options = parse_arguments()
+    problems = problems_of(options)
+    record = common.Record(options.out / "helstrom.json")
+    total = sum(len(contenders(problem, options)) + options.prices for problem in problems)
+    with threadpool_limits(options.threads), common.progress(total) as bar:
+        results = [compare(problem, options, record, bar) for problem in problems]
+    picture = options.out / "helstrom.png"
+    plot(picture, results)
+    for result in results:
+        console.print(mean_table(result), category_table(result))
+        for category, words in named(result, OURS).get("explanation", {}).items():
+            console.print(f"  {category}: {', '.join(word for word, _ in words)}", style="dim")
+    console.rule('"Recall above the others\' in every category"')
+    for result in results:
+        console.print(verdict(result))
+    console.print(
+        "Equal priors weigh a category as much as all others together, so a wrong yes costs little: that buys recall, "
+        "and pays in precision. Compare with classifiers of the same weights, and choose the price by p0 / p1.",
+        style="dim",
+    )
+    if BornClassifier is None:
+        console.print("Not installed, so not compared: bornrule (pip install bornrule)", style="dim")
+    if "text" not in options.data:
+        console.print("Texts are compared with --texts: see --help", style="dim")
+    console.print(f"{time.perf_counter() - start:.0f} s; written: {record.path}, {picture}")
+
+
+if __name__ == "__main__":
+    common.start(main)
