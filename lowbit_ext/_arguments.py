@@ -98,7 +98,7 @@ def device(op: str, name: str, value: Any) -> torch.device:
         raise TypeError(f"{op}: {name} must be a device, got {value!r}")
     try:
         return torch.device(value)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"{op}: {name} must be a device, got {value!r}: {error}") from None
 
 
@@ -108,8 +108,8 @@ def tensor(op: str, name: str, value: Any, dtypes: Sequence[torch.dtype] = ()) -
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if dtypes and value.dtype not in dtypes:
         raise TypeError(f"{op}: {name} must be {named(dtypes)}, got {value.dtype}")
-    if value.layout is not torch.strided or value.is_nested:
-        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {value.layout}")
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {value.dtype} of layout {value.layout}")
     return value
 
 

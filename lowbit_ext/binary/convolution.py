@@ -36,8 +36,15 @@ from lowbit_ext.packed import (
 
 def _check_input(op: str, input: Any) -> None:
     """A PackedTensor, a float tensor, or one of float64."""
-    if not isinstance(input, PackedTensor) and not (isinstance(input, Tensor) and input.dtype == torch.float64):
-        check_float(op, "input", input)
+    if not isinstance(input, PackedTensor):
+        _check_float_or_double(op, "input", input)
+
+
+def _check_float_or_double(op: str, name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and value.dtype == torch.float64:
+        _arguments.tensor(op, name, value)
+    else:
+        check_float(op, name, value)
 
 
 def _check_weight(op: str, weight: Any, shape: str) -> None:
@@ -189,10 +196,14 @@ class _BinaryConv2d(torch.autograd.Function):
 def _default_dtype(input: Tensor | PackedTensor, plain: bool) -> torch.dtype:
     if isinstance(input, PackedTensor):
         return torch.int32 if plain else torch.float32
-    device = input.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # autocast does not know meta
-        return input.dtype
-    return torch.get_autocast_dtype(device)
+    return autocast_dtype(input.device, input.dtype)
+
+
+def autocast_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
+    """Autocast's dtype inside autocast, which does not know meta."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return otherwise
+    return torch.get_autocast_dtype(device.type)
 
 
 def _check_operands(input: Any, weight: Any, encoding: str, surrogate: str) -> tuple[str, Tensor | None]:
@@ -208,11 +219,9 @@ def _check_operands(input: Any, weight: Any, encoding: str, surrogate: str) -> t
         check_surrogate(op, surrogate)
     if input.dim() != 4:
         raise ValueError(f"{op}: input must be (N, C, H, W), got {tuple(input.shape)}")
-    precise = isinstance(input, Tensor) and input.dtype == torch.float64
-    if not isinstance(weight, PackedWeight) and not (
-        precise and isinstance(weight, Tensor) and weight.dtype == torch.float64
-    ):
-        check_float(op, "weight", weight)
+    if not isinstance(weight, PackedWeight):
+        precise = isinstance(input, Tensor) and input.dtype == torch.float64
+        (_check_float_or_double if precise else check_float)(op, "weight", weight)
     if len(weight.shape) != 4:
         raise ValueError(f"{op}: weight must be (O, C / groups, kh, kw), got {tuple(weight.shape)}")
     return encoding, own_scale
@@ -221,6 +230,8 @@ def _check_operands(input: Any, weight: Any, encoding: str, surrogate: str) -> t
 def _check_channels(channels: int, weight_shape: Sequence[int], groups: int) -> int:
     """Checks the channels of input and weight against each other; returns the number of filters."""
     filters = weight_shape[0]
+    if filters < 1:
+        raise ValueError(f"binary_conv2d: weight must have filters, got shape {tuple(weight_shape)}")
     if groups < 1 or channels != weight_shape[1] * groups:
         raise ValueError(
             f"binary_conv2d: weight has {weight_shape[1]} input channels per group, input has {channels} with "

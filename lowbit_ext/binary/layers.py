@@ -7,6 +7,7 @@ state_dicts and initialisers carry over.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,8 @@ from lowbit_ext.binary.surrogates import SURROGATES, keeps_bits
 from lowbit_ext.packed import ENCODING_VALUES, PackedTensor
 
 WEIGHT_SCALES = ("channel", "layer", None)
+
+_MOST_ELEMENTS = 2**48  # of a weight
 
 
 def check_factory(layer: str, device: Any, dtype: Any) -> None:
@@ -46,6 +49,8 @@ def check_conv(
         name: _arguments.integer(layer, name, value, 1)
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups))
     }
+    kernel_size = sizes("kernel_size", kernel_size, 1)
+    _check_elements(layer, "in_channels, out_channels and kernel_size", in_channels, out_channels, *kernel_size)
     if in_channels % groups or out_channels % groups:
         raise ValueError(
             f"{layer}: groups must divide in_channels={in_channels} and out_channels={out_channels}, got {groups}"
@@ -58,10 +63,16 @@ def check_conv(
     if padding == "same" and any(step != 1 for step in stride):
         raise ValueError(f"{layer}: padding 'same' needs stride 1, got stride={stride}")
     return {
-        **channels, "kernel_size": sizes("kernel_size", kernel_size, 1), "stride": stride, "padding": padding,
+        **channels, "kernel_size": kernel_size, "stride": stride, "padding": padding,
         "dilation": sizes("dilation", dilation, 1), "bias": _arguments.flag(layer, "bias", bias), "device": device,
         "dtype": dtype,
     }  # fmt: skip
+
+
+def _check_elements(layer: str, names: str, *sizes: int) -> None:
+    """Refuses a weight that torch cannot count the bytes of."""
+    if math.prod(sizes) >= _MOST_ELEMENTS:
+        raise ValueError(f"{layer}: {names} must have a product below 2^48, got {', '.join(map(str, sizes))}")
 
 
 def _one(layer: str, name: str, value: Any) -> tuple[int]:
@@ -74,9 +85,11 @@ def check_linear(
 ) -> dict[str, Any]:
     """torch's arguments of a linear layer, checked."""
     check_factory(layer, device, dtype)
+    for name, value in (("in_features", in_features), ("out_features", out_features)):
+        _arguments.integer(layer, name, value, 1)
+    _check_elements(layer, "in_features and out_features", in_features, out_features)
     return {
-        "in_features": _arguments.integer(layer, "in_features", in_features, 1),
-        "out_features": _arguments.integer(layer, "out_features", out_features, 1),
+        "in_features": int(in_features), "out_features": int(out_features),
         "bias": _arguments.flag(layer, "bias", bias), "device": device, "dtype": dtype,
     }  # fmt: skip
 
@@ -128,9 +141,7 @@ class _BinaryLayer(nn.Module):
                 raise ValueError(
                     f"{type(self).__name__}: packed input has encoding {input.encoding!r}, the layer {self.encoding!r}"
                 )
-            device = input.device.type
-            autocast = torch.is_autocast_enabled(device)
-            out_dtype = torch.get_autocast_dtype(device) if autocast else self.weight.dtype
+            out_dtype = convolution.autocast_dtype(input.device, self.weight.dtype)
         return {
             "encoding": self.encoding,
             "surrogate": self.surrogate,

@@ -13,7 +13,6 @@ from lowbit_ext import _arguments, _native
 from lowbit_ext.binary import ops
 from lowbit_ext.binary.activation import check_float
 from lowbit_ext.packed import (
-    WORD_BITS,
     clear_tail,
     unchecked,
     unpack_op,
@@ -27,7 +26,7 @@ class PackedWeight:
 
     Attributes:
         words: int64 (O, kh, kw, ceil(C / groups / 64)); bit 1 is +1, bits past the last channel are 0.
-        blocked: uint8, the same bits in the order the kernels of `isa` read.
+        blocked: uint8, the same bits in the order the kernels of `isa` read; a new PackedWeight makes its own.
         shape: shape of the float weight: (O, C / groups, kh, kw), (O, C / groups, k) or (O, C).
         groups: convolution groups.
         isa: what `blocked` is for: an instruction-set level, or a GPU and its architecture.
@@ -43,15 +42,7 @@ class PackedWeight:
         if torch.compiler.is_compiling():
             return
         shape, groups = _check_weight_words("PackedWeight", self.words, self.shape, self.groups)
-        blocked = _arguments.tensor_like("PackedWeight", "blocked", self.blocked, self.words, (torch.uint8,))
-        if blocked.dim() != 1 or not blocked.is_contiguous():
-            raise ValueError(f"PackedWeight: blocked must be contiguous bytes (B,), got {tuple(blocked.shape)}")
-        if not isinstance(self.isa, str):
-            raise TypeError(f"PackedWeight: isa must be a string, got {self.isa!r}")
-        if shape[1] % WORD_BITS:
-            self.__dict__.update(vars(pack_words(clear_tail(self.words, shape[1]), shape, groups)))
-        else:
-            self.__dict__.update(shape=shape, groups=groups)
+        self.__dict__.update(vars(pack_words(clear_tail(self.words, shape[1]), shape, groups)))
 
     def __reduce__(self) -> Any:
         # Copies and pickles make the private copy anew: they are checked, and may be read on another machine.
@@ -63,7 +54,8 @@ class PackedWeight:
         return self.shape[1] * self.groups
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Signs as a dense tensor of the float weight's shape."""
+        """Signs as a dense tensor of the float weight's shape; dtype float32, bfloat16 or float16, else TypeError."""
+        _arguments.dtype("unpack", "dtype", dtype, _arguments.FLOATS)
         return unpack_op(self.words, self.shape[1], -1.0, 1.0, dtype).movedim(-1, 1).reshape(self.shape)
 
     @staticmethod
@@ -127,6 +119,7 @@ def _unflatten_weight(tensors: Any, context: Any) -> PackedWeight:
     shape, groups, isa = context
     return unchecked(PackedWeight, words=words, blocked=blocked, shape=tuple(shape), groups=groups, isa=isa)
 
+
 torch.utils._pytree.register_pytree_node(
     PackedWeight,
     _flatten_weight,
@@ -174,4 +167,4 @@ def straight_through_weight(weight: Tensor, scale: Tensor | None) -> Tensor:
     signs = torch.where(weight.detach() >= 0, 1.0, -1.0).to(weight.dtype)
     if scale is not None:
         signs = signs * scale.detach().to(weight.dtype).reshape(-1, *(1,) * (weight.dim() - 1))
-    return signs + (weight - weight.detach())  # plus 0
+    return signs + (weight - weight.detach()).nan_to_num(0.0)  # plus 0, for infinite weights too

@@ -25,6 +25,11 @@ def _check(op: str, name: str, value: PackedTensor) -> None:
             f"{op}: {name} must be rows (N, d) of encoding 'step' without a scale, "
             f"got {tuple(value.shape)} of encoding {value.encoding!r}{'' if value.scale is None else ' with a scale'}"
         )
+    if value.words.dtype != torch.int64 or value.words.shape[1] != words_for(value.channels):
+        raise ValueError(
+            f"{op}: {name} must have int64 words of {value.channels} features, got {value.words.dtype} "
+            f"{tuple(value.words.shape)}"
+        )
     if value.channels >= _MOST_CHANNELS:
         raise ValueError(f"{op}: {name} has {value.channels} features; fewer than 2^30 keep the products in int32")
 
