@@ -363,7 +363,7 @@ def _read_header(data: bytes, like: State | None) -> tuple[int, int, dict[str, F
         case _:
             raise ValueError(f"from_bytes: the header must have round, bits and tensors, got {reprlib.repr(header)}")
     if isinstance(bits, bool) or bits not in WIRE_BITS:
-        raise ValueError(f"from_bytes: bits must be one of {', '.join(map(str, WIRE_BITS))}, got {bits}")
+        raise ValueError(f"from_bytes: bits must be one of {', '.join(map(str, WIRE_BITS))}, got {reprlib.repr(bits)}")
     if isinstance(number, bool) or not 0 <= number < 2**63:
         raise ValueError(f"from_bytes: round must be 0 to 2^63 - 1, got {reprlib.repr(number)}")
     layout = dict(_read_form(entry, bits) for entry in tensors)
