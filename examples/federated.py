@@ -20,7 +20,7 @@ from lowbit_ext import federated
 OUT = Path("examples_out")
 USERS = 10
 SETTINGS = federated.Settings(
-    rounds=10, steps=8, groups=2, batch=32, learning_rate=0.1, threshold=0.8, warm_up=150, flip=False
+    rounds=8, steps=8, groups=2, batch=32, learning_rate=0.1, threshold=0.8, warm_up=150, flip=False
 )
 
 

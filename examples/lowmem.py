@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowbit_ext import lowmem, models
 
 OUT = Path("examples_out")
-STEPS, BATCH = 80, 64
+STEPS, BATCH = 60, 64
 
 
 def train(network: nn.Module, images: Tensor, labels: Tensor, context: Any) -> tuple[list[float], lowmem.Ledger]:
