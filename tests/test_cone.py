@@ -7,6 +7,7 @@ import sys
 import time
 from fractions import Fraction
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,8 @@ from scipy.optimize import nnls
 from torch import nn
 
 from lowbit_ext import cone
-from lowbit_ext.cone import Cone, ConeActivation, ConeLinear, generators, layers
+from lowbit_ext.cone import Cone, ConeActivation, ConeLinear, Polyhedron, generators, layers
+from lowbit_ext.cone.projection import Projection
 from reference import cone as reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -43,6 +45,10 @@ def random_cone(rows, dimension, seed=0):
 
 POLYTOPE = (np.array([[1, 1], [-1, 2], [-1, -3], [2, -1]]), [4, 3, 6, 5])
 
+# Entries between 0 and 2 / 5 that sum to 1.
+CAPPED_SIMPLEX = (np.concatenate([-np.eye(5, dtype=int), np.eye(5, dtype=int)]), [0] * 5 + [Fraction(2, 5)] * 5,
+                  ([[1] * 5], [1]))  # fmt: skip
+
 CONES = {
     "checkerboard": lambda: cone.checkerboard(8, 8, 4),
     "monotone": lambda: cone.monotone(9),
@@ -61,6 +67,10 @@ CONES = {
     "cone with equality": lambda: Cone(cube_cone(5), equality=[[1, 1, 1, -4, 0]]),
     "float64": lambda: Cone(np.random.default_rng(1).standard_normal((4, 6)), exact=False),
     "several groups": lambda: Cone(np.kron(np.eye(3, dtype=int), cube_cone(3)), [0] * 8 + [1] * 4),
+    "capped simplex": lambda: Cone(*CAPPED_SIMPLEX),
+    "bounds beside a row and its opposite": lambda: Cone(
+        [[1, -2, 3, 0], [-1, 2, -3, 0], [1, 0, 0, 0], [0, -1, 0, 0], [0, 1, 0, 0], [0, 0, -1, 0]], [3, 1, 1, 2, 2, 1]),
+    "without interior": lambda: Cone([[1, 1, 0], [-1, 0, 0], [0, -1, 0], [1, 0, 1], [0, 2, 1], [1, 1, 1]]),
 }  # fmt: skip
 
 
@@ -213,10 +223,101 @@ def test_every_path_gives_the_cone_of_double_description(matrix):
     same_cone(matrix, c.rays.tolist(), c.lines.tolist())
 
 
+@st.composite
+def constraints(draw):
+    """Inequalities and equalities, with and without right sides, that leave anything from nothing to everything."""
+    dimension, most = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 3, 9]))
+    number = st.integers(-most, most)
+    row = st.lists(number, min_size=dimension, max_size=dimension)
+    a, e = draw(st.lists(row, min_size=1, max_size=7)), draw(st.lists(row, max_size=3))
+    zero, positive = st.just(0), st.integers(0, 5)
+    right = draw(st.sampled_from([zero, positive, st.integers(-3, 5)]))
+    b = draw(st.lists(right, min_size=len(a), max_size=len(a)))
+    f = draw(st.lists(zero if right is zero else st.integers(-2, 2), min_size=len(e), max_size=len(e)))
+    return a, b, e, f
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(constraints())
+@hypothesis.example(([[1, 1, 1]], [0], [[2, 1, 0]], [0]))  # slopes that are integers
+@hypothesis.example((  # one point, by rows whose right sides are 0 but for rounding
+    [[-2, -1, 0, -1], [-2, -2, 2, 2], [1, -1, 0, -2], [2, 0, 2, -1], [-1, 1, 1, -2], [-2, 1, -2, 1], [1, -1, -1, -2]],
+    [0, 4, 0, 1, 4, 0, 0], [[0, 2, 0, -2], [2, -2, 1, 2]], [-1, 1],
+))  # fmt: skip
+def test_constraints_give_the_polyhedron_of_double_description(chosen):
+    """Generators, refusals, membership, projection and inverse map, against exact double description."""
+    a, b, e, f = chosen
+    arguments = (a, b, (e, f) if e else None)
+    rays, lines, vertices = reference.polyhedron(a, b, e, f)
+    if not vertices or (not np.any(a) and not np.any(e)):
+        for build in (Cone, Polyhedron):
+            with pytest.raises(ValueError, match=r"no x satisfies|nothing to constrain"):
+                build(*arguments)
+        return
+    x = 3 * torch.randn(8, len(a[0]), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    by_constraints = Polyhedron(*arguments)
+    y = by_constraints.project(x)
+    assert by_constraints.contains(y).all()
+    assert_optimal(x, y, rays, lines, vertices)
+    if len(vertices) == 1 and not rays and not lines:
+        with pytest.raises(ValueError, match="the constraints leave only the point"):
+            Cone(*arguments)
+        return
+    c = Cone(*arguments)
+    assert c.largest_violation == 0
+    assert c.predicted_rays >= len(rays)
+    assert (len(c.rays), len(c.lines), len(c.vertices)) == (len(rays), len(lines), len(vertices))
+    numbers = {value for s in c.summands for part in (s.rays, s.lines, s.vertices) for row in part
+               for value in row.values()}  # fmt: skip
+    assert all(type(value) is int or value.denominator > 1 for value in numbers)
+    ours, exact = lifted(c.rays.tolist(), c.lines.tolist(), c.vertices.tolist()), lifted(rays, lines, vertices)
+    generate(*ours, *exact)
+    generate(*exact, *ours)
+    assert torch.equal(c.project(x), y)
+    torch.testing.assert_close(c.combine(c.coefficients(y)), y, rtol=0, atol=1e-9 * (1 + float(y.abs().max())))
+
+
+def lifted(rays, lines, vertices):
+    """Rays and lines of the cone over a polyhedron."""
+    width = len([*rays, *lines, *vertices][0]) + 1
+    upper, level = [[*ray, 0] for ray in rays] + [[*vertex, 1] for vertex in vertices], [[*line, 0] for line in lines]
+    return [np.array(part, dtype=np.float64).reshape(-1, width) for part in (upper, level)]
+
+
+def assert_optimal(x, y, rays, lines, vertices):
+    """Asserts that y is the projection of x: nothing of the set lies further towards x."""
+    normal, size = (x - y).numpy(), float(1 + x.abs().max() + y.abs().max())
+    for part in (rays, lines, [[-value for value in line] for line in lines]):
+        for way in np.array(part, dtype=np.float64):
+            assert (normal @ way <= 1e-9 * size * np.linalg.norm(way)).all()
+    for vertex in np.array(vertices, dtype=np.float64):
+        assert (((vertex - y.numpy()) * normal).sum(1) <= 1e-9 * size * (size + np.linalg.norm(vertex))).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.one_of(full_rank(), disjoint(), redundant()))
 def test_structure_needs_no_double_description(matrix):
     assert all(summand.method != "double description" for summand in Cone(matrix).summands)
+
+
+def test_many_rows_of_simple_structure_need_no_double_description():
+    c = cone.simplex(700)
+    assert c.coefficient_counts == (0, 0, 700)
+    assert torch.equal(c.vertices.sort(0).values, torch.eye(700).double().sort(0).values)
+    assert c.predicted_rays == 700
+    # Each sum of neighbours is implied by the entries.
+    c = Cone(-np.concatenate([np.eye(300), np.eye(300) + np.eye(300, k=1)]).astype(int))
+    assert c.coefficient_counts == (300, 0, 0)
+
+
+def test_rows_that_imply_one_another_are_not_all_left_out():
+    """Rows of a cube cone, doubled by multiples of x_4, which other rows make 0."""
+    cube = np.pad(np.repeat(cube_cone(4), 2, axis=0), ((0, 0), (0, 2)))
+    cube[::2, 4], cube[1::2, 4] = 1, 2
+    zero = [[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, -1, 0], [0, 0, 0, 0, 0, -1]]
+    c = Cone(np.concatenate([cube, zero]))
+    assert len(c.rays) == 8
+    assert c.predicted_rays >= 8
 
 
 def test_predicted_rays_is_mcmullens_bound():
@@ -225,6 +326,24 @@ def test_predicted_rays_is_mcmullens_bound():
     # Reached by the cone over the dual of a cyclic polytope, whose inequalities lie on the moment curve.
     matrix = [[-(t**power) for power in range(5)] for t in range(1, 9)]
     assert len(Cone(matrix).rays) == cone.predicted_rays(8, 5)
+
+
+def test_numbers_of_every_kind():
+    expected = Cone([[1, -2, 0.5], [0, 3, 1]], [0.25, 7])
+    rows = np.array([[1, -2, 0.5], [0, 3, 1]])
+    for kind in (np.float16, np.float32, np.longdouble, object):
+        c = Cone(rows.astype(kind), np.array([0.25, 7]).astype(kind))
+        assert torch.equal(c.rays, expected.rays)
+        assert torch.equal(c.vertices, expected.vertices)
+    mixed = [[np.int64(1), np.float32(-2), Fraction(1, 2)], [0.0, np.uint8(3), True]]
+    assert torch.equal(Cone(mixed, [Fraction(1, 4), np.int16(7)], max_rays=np.int64(9)).rays, expected.rays)
+    # Fractions of denominator 1, and integers whose differences overflow int64.
+    assert torch.equal(Cone([[Fraction(4, 2), Fraction(-2)]]).rays, Cone([[1, -1]]).rays)
+    wide = np.array([[2**63 - 1, -(2**63)], [1, 1]])
+    assert Cone(wide, exact=True).largest_violation == 0
+    for build in (cone.monotone, cone.convex, cone.nonnegative, cone.simplex, cone.box):
+        assert torch.equal(build(np.int32(4)).rays, build(4).rays)
+    assert ConeLinear(np.int64(6), cone.monotone(3)).in_features == 6
 
 
 def test_float_entries_are_taken_at_their_exact_value():
@@ -248,7 +367,7 @@ def test_costly_elimination_falls_back_to_float64(monkeypatch):
 
 def test_certificate_notices_wrong_generators():
     c = Cone(random_cone(12, 5))
-    parts = (generators.sparse_rows(c._a), [0] * 12, [], [])
+    parts = generators.exact_constraints(c._a, c._b, c._e, c._f)
     assert generators.largest_violation(c.summands, *parts) == 0
     (summand,) = c.summands
     summand.rays[0] = {j: -value for j, value in summand.rays[0].items()}
@@ -388,6 +507,82 @@ def test_projection_onto_the_simplex_and_the_box():
     torch.testing.assert_close(cone.simplex(6).project(x), (x - threshold).relu(), atol=1e-12, rtol=0)
 
 
+def capped_simplex(dimension, most):
+    return Polyhedron(
+        np.concatenate([-np.eye(dimension, dtype=int), np.eye(dimension, dtype=int)]),
+        [0] * dimension + [most] * dimension, (np.ones((1, dimension)), [1]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dimension", [20, 300])
+@pytest.mark.parametrize("share", [1, 1.5, 7])
+def test_projection_without_generators(dimension, share):
+    """Onto a capped simplex, whose vertices nobody can count: clamp(x - t), t by bisection of the sum."""
+    most = share / dimension
+    c = capped_simplex(dimension, most)
+    x = torch.randn(64, dimension, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    low, high = x.amin(1, keepdim=True) - most, x.amax(1, keepdim=True)
+    for _ in range(100):
+        middle = (low + high) / 2
+        above = (x - middle).clamp(0, most).sum(1, keepdim=True) > 1
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    y = c.project(x)
+    torch.testing.assert_close(y, (x - low).clamp(0, most), atol=1e-14, rtol=0)
+    assert c.contains(y).all()
+    if dimension == 20 and share > 1:
+        with pytest.raises(ValueError, match="to project alone, Polyhedron"):
+            Cone(np.concatenate([-np.eye(20), np.eye(20)]), [0] * 20 + [most] * 20, (np.ones((1, 20)), [1]))
+        assert torch.autograd.gradcheck(c.project, x[:4].requires_grad_())
+
+
+def test_polyhedron_agrees_with_the_cone(example):
+    a, b, e, f = example._a, example._b, example._e, example._f
+    c = Polyhedron(a, b, (e, f) if len(e) else None)
+    x = 3 * torch.randn(20, c.dimension, dtype=torch.float64)
+    assert c.dimension == example.dimension
+    assert torch.equal(c.project(x), example.project(x))
+    assert torch.equal(c.violation(x), example.violation(x))
+    assert torch.equal(c.contains(c.project(x)), torch.ones(20, dtype=torch.bool))
+
+
+def test_projection_onto_a_row_between_bounds():
+    """Two-sided, entries of both signs, open sides: against the active-set method on the same constraints."""
+    rng = np.random.default_rng(3)
+    row = np.array([1.0, -2, 3, -4, 0.5])
+    rows = np.concatenate([[row, -row], np.eye(5)[:3], -np.eye(5)[1:4]])
+    bounds = [2.0, 1, 0.5, 1, 2, 0.25, 0.5, 1]
+    c = Polyhedron(rows, bounds)
+    x = torch.from_numpy(3 * rng.standard_normal((200, 5)))
+    y = c.project(x)
+    torch.testing.assert_close(y, Projection(*c._unit)(x), rtol=0, atol=1e-13)
+    expected = np.stack([reference.project(rows, np.array(bounds), v) for v in x[:20].numpy()])
+    np.testing.assert_allclose(y[:20].numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_scales_of_rows_change_nothing(example):
+    """Powers of two whose squares are beyond the range of float64."""
+    a, b, e, f = example._a, example._b, example._e, example._f
+    rng = np.random.default_rng(0)
+    by, by_equal = (2.0 ** rng.integers(-900, 900, len(part)) for part in (a, e))
+    c = Polyhedron(a * by[:, None], b * by, (e * by_equal[:, None], f * by_equal) if len(e) else None)
+    x = 3 * torch.randn(20, c.dimension, dtype=torch.float64)
+    assert torch.equal(c.project(x), example.project(x))
+    x = torch.cat([x, example.project(x)])
+    assert torch.equal(c.contains(x), example.contains(x))
+
+
+def test_scales_of_bounds_and_points():
+    c = Cone([[1, 1], [1, -1]], [1e12, 0])  # a bound far away does not coarsen the other
+    x = torch.tensor([[1.0, 0.0], [0.01, 0.005]], dtype=torch.float64)
+    torch.testing.assert_close(c.project(x), x.mean(1, keepdim=True).expand(2, 2), rtol=0, atol=1e-15)
+    x = torch.tensor([[1e300, 1.0], [1.0, 1e200]], dtype=torch.float64)
+    assert cone.monotone(2).contains(x).tolist() == [False, True]
+    torch.testing.assert_close(cone.monotone(2).project(x), x.new_tensor([[5e299, 5e299], [1.0, 1e200]]))
+    x = torch.tensor([[math.inf, 5.0], [-math.inf, -1.0], [1e300, -1.0]], dtype=torch.float64)
+    assert Cone([[0, 1]]).contains(x).tolist() == [False, False, True]
+    assert Cone([[0, 1]]).contains(x, tolerance=0.0).tolist() == [False, False, True]
+
+
 def test_projection_of_long_sequences():
     """200 dependent decisions a sample, against pool-adjacent-violators."""
     isotonic_regression = pytest.importorskip("sklearn.isotonic").isotonic_regression
@@ -519,6 +714,26 @@ def test_meta_device_and_to_empty():
     assert torch.equal(restored.rays, ConeActivation(cone.monotone(5)).rays)
 
 
+def test_the_default_device_and_type_are_those_of_the_parameters_alone(example):
+    x = 3 * torch.randn(4, example.dimension)
+    a, b, e, f = example._a, example._b, example._e, example._f
+    y = example.project(x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            again = Cone(a, b, (e, f) if len(e) else None, exact=example.exact)
+            assert torch.equal(again.project(x), y)
+            assert again.contains(y).all()
+            coefficients = again.coefficients(y)
+            assert {part.device.type for part in (coefficients, again.rays, again.offset)} == {"cpu"}
+            layer = ConeLinear(6, again)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {part.device.type for part in (*layer.parameters(), *layer.buffers())} == {"meta"}
+    layer.to_empty(device="cpu").reset_parameters()
+    assert torch.equal(layer.activation.rays, ConeActivation(again).rays)
+
+
 @pytest.mark.parametrize("name", ["checkerboard", "monotone", "box", "simplex", "polytope"])
 def test_compile(name):
     layer = ConeLinear(6, CONES[name]())
@@ -592,7 +807,8 @@ def test_too_many_rays_is_answered_at_once():
     matrix = random_cone(36, 12)
     start = time.perf_counter()
     with pytest.raises(ValueError, match=r"^Cone: 3\d inequalities of rank 12 may have up to \d+ rays, more than "
-                                         r"max_rays=100000; use fewer inequalities or a larger max_rays$"):  # fmt: skip
+                                         r"max_rays=100000; use fewer inequalities, a larger max_rays or, to project "
+                                         r"alone, Polyhedron$"):  # fmt: skip
         Cone(matrix)
     assert time.perf_counter() - start < 5
 
@@ -621,6 +837,19 @@ WRONG_CALLS = {
                       "Cone: A has no row other than 0: there is nothing to constrain, x may be all of R^d"),
     "NaN": (lambda: Cone([[1, NAN]]), ValueError, "Cone: A must be finite, got nan at [0, 1]"),
     "infinite b": (lambda: Cone([[1, 2]], [math.inf]), ValueError, "Cone: b must be finite, got inf at [0]"),
+    "huge A": (lambda: Cone([[10**400, 1]]), ValueError,
+               f"Cone: A must be within the range of float64, got {10**400} at [0, 0]"),
+    "tiny b": (lambda: Cone([[1, 1]], [Fraction(1, 10**400)]), ValueError,
+               f"Cone: b must be within the range of float64, got 1/{10**400} at [0]"),
+    "b of a tiny row": (lambda: Cone([[1e-300, 2e-300]], [1e300]), ValueError,
+                        "Cone: b must be within the range of float64 in units of its row of A or E"),
+    "generators out of range": (lambda: Cone([[1e-300, 1e300]]), ValueError,
+                                "Cone: a number that follows from the constraints is beyond the range of float64"),
+    "polyhedron without points": (lambda: Polyhedron([[1, 1], [-1, 0], [0, -1]], [-1, 0, 0]), ValueError,
+                                  "Polyhedron: no x satisfies the constraints"),
+    "polyhedron A": (lambda: Polyhedron([[1, NAN]]), ValueError, "Polyhedron: A must be finite, got nan at [0, 1]"),
+    "activation of a polyhedron": (lambda: ConeActivation(Polyhedron([[1, 0]])), TypeError,
+                                   "ConeActivation: cone must be a Cone, got Polyhedron"),
     "complex": (lambda: Cone([[1j]]), TypeError, "Cone: A must hold real numbers, got complex128"),
     "words": (lambda: Cone([[object()]]), TypeError,
               "Cone: A must hold integers, floats or fractions.Fraction, one number an entry"),

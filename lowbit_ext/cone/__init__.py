@@ -4,14 +4,16 @@ Source: Frerix, Niessner, Cremers, "Homogeneous Linear Inequality Constraints fo
 """
 
 from lowbit_ext.cone.constraints import Cone
-from lowbit_ext.cone.generators import predicted_rays
+from lowbit_ext.cone.double_description import predicted_rays
 from lowbit_ext.cone.layers import ConeActivation, ConeLinear
 from lowbit_ext.cone.named import box, checkerboard, convex, monotone, monotone_convex, nonnegative, simplex
+from lowbit_ext.cone.polyhedron import Polyhedron
 
 __all__ = [
     "Cone",
     "ConeActivation",
     "ConeLinear",
+    "Polyhedron",
     "box",
     "checkerboard",
     "convex",

@@ -1,4 +1,4 @@
-"""Cone: a set {x : A x <= b, E x = f} with its generators, its projection and their inverse map; and the named ones."""
+"""Cone: a set {x : A x <= b, E x = f} with its generators and their inverse map."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ import torch
 from torch import Tensor
 
 from lowbit_ext.cone import generators as gen
-from lowbit_ext.cone.projection import Projection
+from lowbit_ext.cone.polyhedron import Polyhedron
+from lowbit_ext.cone.rows import Row, dense, to_float, unit_rows
 
 MAX_RAYS = 100_000
-
-# What `contains` and `coefficients` take for rounding, in parts of |a| |x| + |b|: this many times the eps of x's type,
-# but at least LEAST_TOLERANCE, the order of what a solver in float64 leaves.
-ROUNDING_UNITS = 64
-LEAST_TOLERANCE = 1e-11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,62 +37,33 @@ class Generators:
 
     def dense(self) -> Tensor:
         """float64 matrix, one generator a row."""
-        return torch.zeros(self.shape, dtype=torch.float64).index_put_(tuple(self.index), self.values)
+        return self.values.new_zeros(self.shape).index_put_(tuple(self.index), self.values)
 
     @functools.cached_property
     def is_ternary(self) -> bool:
         """Whether each generator's entries are 0 and one magnitude with either sign."""
-        largest = torch.zeros(self.shape[0], dtype=torch.float64)
+        largest = self.values.new_zeros(self.shape[0])
         largest.scatter_reduce_(0, self.index[0], self.values.abs(), "amax")
         return bool((self.values.abs() == largest[self.index[0]]).all())
 
 
-def _generators(rows: Sequence[gen.Row], dimension: int) -> Generators:
+def _generators(rows: Sequence[Row], dimension: int) -> Generators:
     index = [(i, j) for i, row in enumerate(rows) for j in row]
-    values = [float(value) for row in rows for value in row.values()]
+    values = [to_float(value) for row in rows for value in row.values()]
     return Generators(
-        torch.tensor(index, dtype=torch.int64).reshape(-1, 2).T.contiguous(),
-        torch.tensor(values, dtype=torch.float64), (len(rows), dimension),
+        torch.tensor(index, dtype=torch.int64, device="cpu").reshape(-1, 2).T.contiguous(),
+        torch.tensor(values, dtype=torch.float64, device="cpu"), (len(rows), dimension),
     )  # fmt: skip
 
 
-def _power_of_two(row: gen.Row) -> Fraction:
+def _power_of_two(row: Row) -> Fraction:
     """The power of two that brings the row's norm next to 1. It leaves the digits of the entries as they are."""
     shift = max(0, max(abs(value) for value in row.values()).bit_length() - 500)  # beyond, floats overflow
     norm = math.hypot(*(value >> shift for value in row.values()))
     return Fraction(2) ** -(round(math.log2(norm)) + shift)
 
 
-def _numbers(name: str, values: Any, dimensions: int) -> np.ndarray:
-    """The argument as an array of integers, floats or exact numbers, all finite."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = (values.double() if values.is_floating_point() else values).numpy()
-    array = np.asarray(values)
-    if array.dtype == object:
-        if not all(isinstance(value, (int, Fraction, float)) for value in array.flat):
-            raise TypeError(f"Cone: {name} must hold integers, floats or fractions.Fraction, one number an entry")
-    elif array.dtype.kind not in "iufb":
-        raise TypeError(f"Cone: {name} must hold real numbers, got {array.dtype}")
-    if array.ndim != dimensions:
-        raise ValueError(f"Cone: {name} must have {dimensions} dimension{'s'[: dimensions > 1]}, got {array.shape}")
-    finite = np.array([math.isfinite(value) for value in array.flat], dtype=bool).reshape(array.shape)
-    if not finite.all():
-        place = [int(i) for i in np.argwhere(~finite)[0]]
-        raise ValueError(f"Cone: {name} must be finite, got {array[tuple(place)]} at {place}")
-    return array.astype(np.int64) if array.dtype.kind == "b" else array
-
-
-def _right_side(name: str, values: Any, count: int) -> np.ndarray:
-    if values is None:
-        return np.zeros(count, dtype=np.int64)
-    array = _numbers(name, values, 1)
-    if len(array) != count:
-        raise ValueError(f"Cone: {name} must have one number a row ({count}), got {len(array)}")
-    return array
-
-
-class Cone:
+class Cone(Polyhedron):
     """The set {x : A x <= b, E x = f}: a polyhedral cone where b and f are 0, else a polyhedron.
 
     Its points are exactly ``beta @ rays + gamma @ lines + alpha @ vertices`` with beta >= 0, any gamma, and alpha >= 0
@@ -111,7 +78,7 @@ class Cone:
         equality: E (k, d), or a tuple of E and f (k,); default none.
         max_rays: refuse constraints whose generators may be more than this many, by McMullen's bound.
         exact: "auto", exact arithmetic unless it would take long; True, always; False, float64 where the rows of A are
-            linearly independent (double description is always exact).
+            linearly independent (equalities and double description are always exact).
 
     Attributes:
         dimension: d.
@@ -140,27 +107,9 @@ class Cone:
     ) -> None:
         if exact not in ("auto", True, False):
             raise ValueError(f"Cone: exact must be 'auto', True or False, got {exact!r}")
-        if not isinstance(max_rays, int) or max_rays < 1:
+        if not isinstance(max_rays, (int, np.integer)) or max_rays < 1:
             raise ValueError(f"Cone: max_rays must be a positive integer, got {max_rays!r}")
-        matrix = _numbers("A", A, 2)
-        count, self.dimension = matrix.shape
-        bounds = _right_side("b", b, count)
-        right = None
-        if isinstance(equality, tuple):
-            if len(equality) != 2:
-                raise ValueError(f"Cone: equality must be E or a tuple (E, f), got a tuple of {len(equality)}")
-            equality, right = equality
-        equal = np.zeros((0, self.dimension), dtype=np.int64) if equality is None else _numbers("E", equality, 2)
-        if equal.shape[1] != self.dimension:
-            raise ValueError(f"Cone: E must have as many columns as A ({self.dimension}), got {equal.shape[1]}")
-        values = _right_side("f", right, len(equal))
-        if not matrix.any() and not equal.any():
-            raise ValueError("Cone: A has no row other than 0: there is nothing to constrain, x may be all of R^d")
-
-        exact_parts = (
-            gen.sparse_rows(matrix), [gen.exact_number(bound) for bound in bounds],
-            gen.sparse_rows(equal), [gen.exact_number(value) for value in values],
-        )  # fmt: skip
+        exact_parts = gen.exact_constraints(*self._constrain(A, b, equality))
         self.summands = gen.generators(*exact_parts, self.dimension, gen.Options(max_rays, exact))
         self.predicted_rays = sum(summand.predicted_rays for summand in self.summands)
         if self.predicted_rays > max_rays:
@@ -176,16 +125,15 @@ class Cone:
         self.largest_violation = gen.largest_violation(self.summands, *exact_parts)
         if self.exact and self.largest_violation != 0:
             raise RuntimeError(f"Cone: the generators violate the constraints by {float(self.largest_violation):g}")
-        self._a, self._b, self._e, self._f = (part.astype(np.float64) for part in (matrix, bounds, equal, values))
         self._assemble()
 
     # --- generators ---------------------------------------------------------------------------------------------------
 
     def _assemble(self) -> None:
         """float64 generators of all groups, rays and lines scaled by powers of two, and the affine inverse map."""
-        parts: dict[str, list[gen.Row]] = {"rays": [], "lines": [], "vertices": []}
+        parts: dict[str, list[Row]] = {"rays": [], "lines": [], "vertices": []}
         inverse: dict[str, list[Any]] = {"rays": [], "lines": [], "vertices": []}
-        fixed: list[gen.Row] = []
+        fixed: list[Row] = []
         self.vertex_groups: list[int] = []
         self._peeled: list[_Peeling] = []
         for summand in self.summands:
@@ -227,11 +175,12 @@ class Cone:
         offset = np.zeros(self.dimension)
         for row in fixed:
             for j, value in row.items():
-                offset[j] += float(value)
+                offset[j] += to_float(value)
         self.offset = torch.from_numpy(offset)
         flat = [item for name in ("rays", "lines", "vertices") for item in inverse[name]]
         self._inverse = _generators([row for row, _ in flat], self.dimension)
-        self._inverse_offset = torch.tensor([float(number) for _, number in flat], dtype=torch.float64)
+        numbers = [to_float(number) for _, number in flat]
+        self._inverse_offset = torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     @property
     def is_homogeneous(self) -> bool:
@@ -284,80 +233,6 @@ class Cone:
         rays, lines, vertices = self.rays.to(device), self.lines.to(device), self.vertex_generators.dense().to(device)
         x = beta @ rays + gamma @ lines + alpha @ vertices + self.offset.to(device)
         return x.to(coefficients.dtype)
-
-    # --- points -------------------------------------------------------------------------------------------------------
-
-    def _check_points(self, op: str, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"{op}: x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-        if x.dim() < 1 or x.shape[-1] != self.dimension:
-            raise ValueError(f"{op}: x must have {self.dimension} values in its last dimension, got {tuple(x.shape)}")
-        return x.double().reshape(-1, self.dimension)
-
-    def violation(self, x: Tensor) -> Tensor:
-        """Largest of A x - b and |E x - f|, 0 at least, for every point: (..., d) -> float64 (...)."""
-        points = self._check_points("violation", x)
-        a, b, e, f = (torch.from_numpy(part).to(x.device) for part in (self._a, self._b, self._e, self._f))
-        excess = torch.cat([points @ a.T - b, (points @ e.T - f).abs(), points.new_zeros(len(points), 1)], 1)
-        return excess.amax(1).reshape(x.shape[:-1])
-
-    def contains(self, x: Tensor, tolerance: float | None = None) -> Tensor:
-        """Whether points satisfy the constraints: (..., d) -> bool (...).
-
-        Args:
-            x: (..., d) floating point.
-            tolerance: largest A x - b and |E x - f| to accept; default: the rounding of x's type,
-                max(64 eps, 1e-11) (|a| |x| + |b|) for each row. A NaN is never contained.
-        """
-        points = self._check_points("contains", x)
-        if tolerance is not None:
-            return self.violation(x) <= tolerance
-        return (self._excess(points, torch.finfo(x.dtype).eps) <= 0).all(1).reshape(x.shape[:-1])
-
-    def _excess(self, points: Tensor, rounding: float) -> Tensor:
-        """A x - b and |E x - f| beyond what rounding explains, for each row."""
-        a, b, e, f = (torch.from_numpy(part).to(points.device) for part in (self._a, self._b, self._e, self._f))
-        both, right = torch.cat([a, e]), torch.cat([b, f])
-        value = points @ both.T - right
-        value = torch.cat([value[:, : len(a)], value[:, len(a) :].abs()], 1)
-        norm = points.norm(dim=1, keepdim=True)
-        tolerance = max(ROUNDING_UNITS * rounding, LEAST_TOLERANCE)
-        return value - tolerance * (both.norm(dim=1) * norm + right.abs())
-
-    def project(self, x: Tensor) -> Tensor:
-        """The closest points of the set, in the Euclidean norm. Exact up to rounding, in float64.
-
-        A closed form where rows share no coordinates and for bounds; else an active-set method (see projection).
-
-        Args:
-            x: (..., d) floating point.
-
-        Returns:
-            Tensor of x's shape and type.
-
-        Gradient:
-            of the projection, by the implicit function theorem; at a kink, of one of the sides.
-
-        Raises:
-            TypeError, ValueError: x of another shape or type, or not finite.
-        """
-        points = self._check_points("project", x)
-        if not torch.isfinite(points).all():
-            raise ValueError("project: x holds NaN or infinity")
-        closed = self._projections
-        if closed.rows is not None:
-            rows, bounds, squares = (part.to(x.device) for part in (closed.rows, closed.bounds, closed.squares))
-            points = points - torch.relu(points @ rows.T - bounds) / squares @ rows
-        if closed.low is not None:
-            points = points.clamp(closed.low.to(x.device), closed.high.to(x.device))
-        for columns, projection in closed.others:
-            columns = columns.to(x.device)
-            points = points.index_copy(1, columns, projection(points[:, columns]))
-        return points.reshape(x.shape).to(x.dtype)
-
-    @functools.cached_property
-    def _projections(self) -> _Projections:
-        return _Projections(self._a, self._b, self._e, self._f)
 
     def coefficients(self, x: Tensor) -> Tensor:
         """Coefficients of points of the set: the inverse of `combine`.
@@ -422,39 +297,6 @@ class Cone:
         return f"Cone(dimension={self.dimension}, rays={rays}, lines={lines}, vertices={vertices})"
 
 
-class _Projections:
-    """The projections of the independent groups of constraints: closed forms together, others one by one."""
-
-    def __init__(self, a: np.ndarray, b: np.ndarray, e: np.ndarray, f: np.ndarray) -> None:
-        self.rows: Tensor | None = None
-        self.low: Tensor | None = None
-        self.others: list[tuple[Tensor, Projection]] = []
-        dimension = a.shape[1]
-        stacked, right = np.concatenate([a, e]), np.concatenate([b, f])
-        low, high = np.full(dimension, -np.inf), np.full(dimension, np.inf)
-        single = []
-        for members in gen.groups([dict.fromkeys(np.flatnonzero(row).tolist()) for row in stacked]):
-            columns = np.flatnonzero(stacked[members].any(0))
-            if len(columns) == 1:
-                for i in members:
-                    end, positive = right[i] / stacked[i, columns[0]], stacked[i, columns[0]] > 0
-                    if positive or i >= len(a):
-                        high[columns] = min(high[columns[0]], end)
-                    if not positive or i >= len(a):
-                        low[columns] = max(low[columns[0]], end)
-            elif len(members) == 1 and members[0] < len(a):
-                single += members
-            else:
-                unequal, equal = [i for i in members if i < len(a)], [i - len(a) for i in members if i >= len(a)]
-                part = Projection(a[unequal][:, columns], b[unequal], e[equal][:, columns], f[equal])
-                self.others.append((torch.from_numpy(columns), part))
-        if single:
-            rows = torch.from_numpy(a[single])
-            self.rows, self.bounds, self.squares = rows, torch.from_numpy(b[single]), rows.square().sum(1)
-        if np.isfinite(low).any() or np.isfinite(high).any():
-            self.low, self.high = torch.from_numpy(low), torch.from_numpy(high)
-
-
 class _Peeling:
     """Coefficients of points of one group of constraints from its generators (Caratheodory's theorem, done).
 
@@ -465,19 +307,17 @@ class _Peeling:
     def __init__(self, summand: gen.Summand, scales: Sequence[Any], starts: Sequence[int]) -> None:
         self.columns = sorted({j for row in summand.rows for j in row})
         lifted = any(summand.bounds)
-        rows = gen.dense(summand.rows, self.columns)
-        bounds = np.array([float(bound) for bound in summand.bounds])
-        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        rows, bounds = unit_rows(summand.rows, summand.bounds, self.columns)
         self.lifted, self.starts = lifted, starts
         self.counts = len(summand.rays), len(summand.lines), len(summand.vertices)
 
-        def local(generators: Sequence[gen.Row], factors: Sequence[Any]) -> np.ndarray:
+        def local(generators: Sequence[Row], factors: Sequence[Any]) -> np.ndarray:
             # Generators reach beyond these coordinates where equalities determine others.
             inner = [
                 {j: value * factor for j, value in row.items() if j in set(self.columns)}
                 for row, factor in zip(generators, factors, strict=True)
             ]
-            return gen.dense(inner, self.columns)
+            return dense(inner, self.columns)
 
         ray_count, line_count, vertex_count = self.counts
         rays = local([*summand.rays, *summand.vertices], [*scales[:ray_count], *[1] * vertex_count])
@@ -486,10 +326,8 @@ class _Peeling:
             heights = np.array([0.0] * ray_count + [1.0] * vertex_count)
             rays = np.concatenate([rays, heights[:, None]], 1)
             lines = np.concatenate([lines, np.zeros((line_count, 1))], 1)
-            rows = np.concatenate([rows / norms, -bounds[:, None] / norms], 1)
+            rows = np.concatenate([rows, -bounds[:, None]], 1)
             rows = np.concatenate([rows, -np.eye(1, rows.shape[1], rows.shape[1] - 1)])
-        else:
-            rows = rows / norms
         self.rows, self.rays = torch.from_numpy(rows), torch.from_numpy(rays)
         images = self.rows @ self.rays.T
         self.images = torch.where(images.abs() <= 1e-12 * self.rays.norm(dim=1), 0.0, images)

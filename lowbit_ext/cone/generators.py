@@ -17,7 +17,6 @@ long, and every group of independent rows where exact=False, use a float64 pseud
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -25,19 +24,33 @@ from typing import Any
 import numpy as np
 import torch
 
+from lowbit_ext.cone.double_description import double_description, predicted_rays
 from lowbit_ext.cone.projection import implied_rows
-
-Number = int | Fraction | float
-Row = dict[int, Any]  # coordinate -> number; absent coordinates are 0
+from lowbit_ext.cone.rows import (
+    Number,
+    Row,
+    dense,
+    dot,
+    eliminate,
+    exact_number,
+    first_independent,
+    groups,
+    null_space,
+    primitive,
+    right_inverse,
+    sparse_rows,
+    to_float,
+    unit_rows,
+)
 
 # Exact elimination of m independent rows with n nonzeros of w bits costs about m^2 n w bit operations; 4e9 of them take
 # some seconds. Past that, exact="auto" uses float64.
 EXACT_WORK_LIMIT = 4e9
 
-# Rows up to which implied ones are searched for: m projections, batched, on m rows.
-IMPLIED_ROWS_LIMIT = 256
-
-INSTALL = 'pip install "lowbit-ext[cone]"'
+# Rows, and rows times the fourth power of their rank, up to which implied rows are searched for, in some seconds and
+# 200 MB: m projections, batched, onto m - 1 rows, with up to rank systems of up to rank unknowns each.
+IMPLIED_ROWS_LIMIT = 512
+IMPLIED_WORK_LIMIT = 2e12
 
 
 @dataclasses.dataclass
@@ -73,99 +86,14 @@ class Options:
     exact: bool | str
 
 
-def predicted_rays(rows: int, rank: int) -> int:
-    """Most extreme rays that a pointed cone {x : A x <= 0} can have: McMullen's upper bound theorem (1970).
-
-    Args:
-        rows: inequalities.
-        rank: of A, which is the dimension modulo lines.
-    """
-    if rows <= rank:
-        return rows
-    facets = rank - 1  # dimension of a cross-section, a polytope with at most `rows` facets
-    upper, lower = (facets + 1) // 2, facets // 2
-    return math.comb(rows - upper, lower) + (math.comb(rows - lower - 1, upper - 1) if upper else 0)
-
-
-# --- sparse rows ------------------------------------------------------------------------------------------------------
-
-
-def sparse_rows(matrix: np.ndarray) -> list[Row]:
-    """Rows of a matrix of numbers as exact sparse rows: integers where they are, else fractions."""
-    rows: list[Row] = [{} for _ in range(len(matrix))]
-    for i, j in zip(*np.nonzero(matrix), strict=True):
-        rows[i][int(j)] = exact_number(matrix[i, j])
-    return rows
-
-
-def exact_number(value: Any) -> Number:
-    """The value as an integer or, where it is none, a fraction."""
-    fraction = Fraction(value.item() if isinstance(value, np.generic) else value)
-    return fraction.numerator if fraction.denominator == 1 else fraction
-
-
-def primitive(row: Row, *more: Number) -> tuple[Row, list[Number], Number]:
-    """The positive multiple of a row whose entries are coprime integers, further numbers times the same, the factor."""
-    denominator = math.lcm(*(value.denominator for value in row.values()))
-    divisor = math.gcd(*(value.numerator * (denominator // value.denominator) for value in row.values()))
-    if denominator == divisor == 1:
-        return row, list(more), 1
-    factor = Fraction(denominator, divisor)
-    return {j: int(value * factor) for j, value in row.items()}, [value * factor for value in more], factor
-
-
-def dot(left: Row, right: Row) -> Any:
-    """Inner product of two sparse rows."""
-    if len(left) > len(right):
-        left, right = right, left
-    return sum(value * right[j] for j, value in left.items() if j in right)
-
-
-def groups(rows: Sequence[Row]) -> list[list[int]]:
-    """Indices of rows, grouped so that no coordinate is in two groups. Rows without an entry are in none."""
-    parent: dict[int, int] = {}
-
-    def root(j: int) -> int:
-        while parent[j] != j:
-            parent[j] = j = parent[parent[j]]
-        return j
-
-    for row in rows:
-        for j in row:
-            parent.setdefault(j, j)
-        first, *others = [root(j) for j in row] or [-1]
-        for j in others:
-            parent[root(j)] = root(first)
-    members: dict[int, list[int]] = {}
-    for index, row in enumerate(rows):
-        if row:
-            members.setdefault(root(next(iter(row))), []).append(index)
-    return list(members.values())
-
-
-def _eliminate(rows: Sequence[Row], columns: Sequence[int], extra: Sequence[Row]) -> tuple[list[Row], list[Any]]:
-    """Reduced row echelon form of [rows | extra].
-
-    Returns:
-        The nonzero reduced rows and their pivots, in terms of columns; entries of `extra` have keys (-1 - j).
-    """
-    from sympy import QQ
-    from sympy.polys.matrices import DomainMatrix
-
-    place = {j: position for position, j in enumerate(columns)}
-    width = max((j for row in extra for j in row), default=-1) + 1
-    label = [*columns, *(-1 - j for j in range(width))]
-    entries = {
-        i: {place[j]: QQ(value.numerator, value.denominator) for j, value in row.items()}
-        | {len(columns) + j: QQ(value.numerator, value.denominator) for j, value in more.items() if value}
-        for i, (row, more) in enumerate(zip(rows, extra, strict=True))
-    }
-    reduced, pivots = DomainMatrix(entries, (len(rows), len(label)), QQ).rref()
-    result = reduced.to_sparse().rep
-    return [
-        {label[j]: exact_number(Fraction(int(v.numerator), int(v.denominator))) for j, v in result[i].items()}
-        for i in range(len(pivots))
-    ], [label[j] for j in pivots]
+def exact_constraints(
+    rows: np.ndarray, bounds: np.ndarray, equalities: np.ndarray, values: np.ndarray
+) -> tuple[list[Row], list[Number], list[Row], list[Number]]:
+    """The constraints in exact numbers, as the functions below take them."""
+    return (
+        sparse_rows(rows), [exact_number(bound) for bound in bounds],
+        sparse_rows(equalities), [exact_number(value) for value in values],
+    )  # fmt: skip
 
 
 # --- groups of constraints --------------------------------------------------------------------------------------------
@@ -178,10 +106,10 @@ def generators(
     """Generators of {x in R^dimension : rows x <= bounds, equalities x = values}, group by group."""
     for row, bound in zip(rows, bounds, strict=True):
         if not row and bound < 0:
-            raise ValueError(f"Cone: no x satisfies A x <= b: a zero row of A has the bound {float(bound):g}")
+            raise ValueError(f"Cone: no x satisfies A x <= b: a zero row of A has the bound {to_float(bound):g}")
     for row, value in zip(equalities, values, strict=True):
         if not row and value != 0:
-            raise ValueError(f"Cone: no x satisfies the equalities: a zero row has the value {float(value):g}")
+            raise ValueError(f"Cone: no x satisfies the equalities: a zero row has the value {to_float(value):g}")
     stacked = [*rows, *equalities]
     numbers = [*bounds, *values]
     solved: dict[Any, list[Summand]] = {}  # of groups that differ only in their coordinates
@@ -234,7 +162,7 @@ def _tidy(rows: Sequence[Row], bounds: Sequence[Number]) -> tuple[dict[Any, tupl
             if room < 0:
                 raise ValueError(
                     "Cone: no x satisfies A x <= b: two opposite rows leave no room, "
-                    f"{float(-kept[opposite][1]):g} <= a x <= {float(bound):g}"
+                    f"{to_float(-kept[opposite][1]):g} <= a x <= {to_float(bound):g}"
                 )
             tight.append(key)
     return kept, tight
@@ -260,7 +188,7 @@ def _with_equalities(
     inequalities: list[tuple[Row, Number]], equal: list[tuple[Row, Number]], columns: Sequence[int], options: Options
 ) -> list[Summand]:
     """Solves the equalities for some coordinates (pivots), puts them into the inequalities, extends the generators."""
-    reduced, pivots = _eliminate([row for row, _ in equal], columns, [{0: value} for _, value in equal])
+    reduced, pivots = eliminate([row for row, _ in equal], columns, [{0: value} for _, value in equal])
     if -1 in pivots:
         raise ValueError("Cone: no x satisfies the equalities: they contradict one another")
     # Pivot p: x_p = point_p + sum over the other coordinates of slope_pj x_j.
@@ -300,9 +228,10 @@ def _with_equalities(
 
 def _extend(summand: Summand, slopes: dict[int, Row]) -> None:
     """Adds to every generator the coordinates that the equalities determine; rays and lines stay coprime integers."""
+    number = exact_number if summand.exact else to_float
 
     def extend(row: Row) -> Row:
-        return row | {p: value for p, slope in slopes.items() if (value := dot(slope, row))}
+        return row | {p: number(value) for p, slope in slopes.items() if (value := dot(slope, row))}
 
     summand.vertices = [extend(row) for row in summand.vertices]
     ray_count = len(summand.rays)
@@ -311,8 +240,9 @@ def _extend(summand: Summand, slopes: dict[int, Row]) -> None:
         for index, row in enumerate(directions):
             directions[index], _, factor = primitive(row)
             if summand.inverse is not None:
-                affine, number = summand.inverse[index]
-                summand.inverse[index] = {j: v / Fraction(factor) for j, v in affine.items()}, number / Fraction(factor)
+                affine, constant = summand.inverse[index]
+                factor = Fraction(factor)
+                summand.inverse[index] = {j: value / factor for j, value in affine.items()}, constant / factor
     summand.rays, summand.lines = directions[:ray_count], directions[ray_count:]
 
 
@@ -324,7 +254,7 @@ def _interval(rows: list[Row], bounds: list[Number], column: int) -> Summand:
                default=None)  # fmt: skip
     if low is not None and high is not None:
         if low > high:
-            raise ValueError(f"Cone: no x satisfies A x <= b: {float(low):g} <= x_{column} <= {float(high):g}")
+            raise ValueError(f"Cone: no x satisfies A x <= b: {to_float(low):g} <= x_{column} <= {to_float(high):g}")
         vertices = [{column: exact_number(value)} if value else {} for value in (low, high)]
         width = high - low
         inverse = [({column: -1 / width}, high / width), ({column: 1 / width}, -low / width)]
@@ -346,25 +276,17 @@ def _inequalities(rows: list[Row], bounds: list[Number], columns: Sequence[int],
         summand = _pseudo_inverse(rows, bounds, columns)
         if summand is not None:
             return summand
-    solved = _independent(rows, columns)
+    solved = right_inverse(rows, columns)
     if solved is not None:
-        rays, lines, basis = solved
         method = "single row" if len(rows) == 1 else "independent rows"
         summand = Summand(method, rows, bounds, predicted_rays=len(rows))
-        # A (x0 - sum of beta_k g_k) = b - beta: the coefficient of ray k is b_k - a_k x.
+        # A (x0 - sum of beta_k g_k) = b - beta, so that the coefficient of ray k is b_k - a_k x.
         point: Row = {}
-        inverse: list[tuple[Row, Number]] = []
-        for row, bound, ray in zip(rows, bounds, rays, strict=True):
+        for bound, ray in zip(bounds, solved[0], strict=True):
             for j, value in ray.items():
                 point[j] = point.get(j, 0) - bound * value
-            ray, _, factor = primitive(ray)
-            summand.rays.append(ray)
-            inverse.append(({j: -value / Fraction(factor) for j, value in row.items()}, bound / Fraction(factor)))
+        inverse = _add_unique(summand, rows, bounds, *solved)
         point = {j: exact_number(value) for j, value in point.items() if value}
-        for line, j in zip(lines, basis, strict=True):
-            line, _, factor = primitive(line)
-            summand.lines.append(line)
-            inverse.append(({j: 1 / Fraction(factor)}, 0))
         if point:
             summand.vertices = [point]
             inverse.append(({}, 1))
@@ -380,6 +302,23 @@ def _inequalities(rows: list[Row], bounds: list[Number], columns: Sequence[int],
     summand = _pointed(lifted, [*columns, *([] if homogeneous else [apex])], options)
     summand.rows, summand.bounds = rows, bounds
     return summand if homogeneous else _lower(summand, apex)
+
+
+def _add_unique(
+    summand: Summand, rows: Sequence[Row], bounds: Sequence[Number], rays: Sequence[Row], lines: Sequence[Row],
+    basis: Sequence[int],
+) -> list[tuple[Row, Number]]:  # fmt: skip
+    """Adds rays and lines of independent rows, as coprime integers; returns their coefficients as functions of x."""
+    inverse: list[tuple[Row, Number]] = []
+    for row, bound, ray in zip(rows, bounds, rays, strict=True):
+        ray, _, factor = primitive(ray)
+        summand.rays.append(ray)
+        inverse.append(({j: -value / Fraction(factor) for j, value in row.items()}, bound / Fraction(factor)))
+    for line, j in zip(lines, basis, strict=True):
+        line, _, factor = primitive(line)
+        summand.lines.append(line)
+        inverse.append(({j: 1 / Fraction(factor)}, 0))
+    return inverse
 
 
 def _lower(summand: Summand, apex: int) -> Summand:
@@ -409,103 +348,49 @@ def _lower(summand: Summand, apex: int) -> Summand:
 def _pointed(rows: list[Row], columns: Sequence[int], options: Options) -> Summand:
     """Generators of {x : rows x <= 0} for dependent rows: implied ones removed, then double description if need be."""
     # x is determined modulo lines by its pivot coordinates; the cone of those is pointed.
-    reduced, pivots = _eliminate(rows, columns, [{} for _ in rows])
-    lines, basis = _null_space(reduced, pivots, columns)
+    reduced, pivots = eliminate(rows, columns, [{} for _ in rows])
+    lines, basis = null_space(reduced, pivots, columns)
     pivot_set = set(pivots)
     inner = [{j: value for j, value in row.items() if j in pivot_set} for row in rows]
-    needed = _without_implied(inner, pivots)
-    predicted = predicted_rays(len(needed), len(pivots))
+    rank = len(pivots)
+    rays = _simplicial(inner, chosen := first_independent(inner), pivots)
+    if rays is None:
+        chosen = _without_implied(inner, pivots)
+        rays = _simplicial(inner, chosen, pivots) if len(chosen) == rank else None
+    if rays is not None:
+        summand = Summand("independent rows", predicted_rays=rank)
+        summand.inverse = _add_unique(summand, [rows[i] for i in chosen], [0] * rank, rays, lines, basis)
+        return summand
+    predicted = predicted_rays(len(chosen), rank)
     if predicted > options.max_rays:
         raise ValueError(
-            f"Cone: {len(needed)} inequalities of rank {len(pivots)} may have up to {predicted} rays, more than "
-            f"max_rays={options.max_rays}; use fewer inequalities or a larger max_rays"
+            f"Cone: {len(chosen)} inequalities of rank {rank} may have up to {predicted} rays, more than "
+            f"max_rays={options.max_rays}; use fewer inequalities, a larger max_rays or, to project alone, Polyhedron"
         )
     summand = Summand("double description", predicted_rays=predicted)
-    solved = _independent(needed, pivots) if len(needed) == len(pivots) else None
-    if solved is not None and all(dot(row, ray) <= 0 for row in inner for ray in solved[0]):
-        summand.method = "independent rows"
-        inverse: list[tuple[Row, Number]] = []
-        whole = {id(short): row for short, row in zip(inner, rows, strict=True)}
-        for row, ray in zip(needed, solved[0], strict=True):
-            ray, _, factor = primitive(ray)
-            summand.rays.append(ray)
-            inverse.append(({j: -value / Fraction(factor) for j, value in whole[id(row)].items()}, 0))
-    else:
-        summand.rays = double_description(inner, pivots)
-    for line, j in zip(lines, basis, strict=True):
-        line, _, factor = primitive(line)
-        summand.lines.append(line)
-        if summand.method == "independent rows":
-            inverse.append(({j: 1 / Fraction(factor)}, 0))
-    if summand.method == "independent rows":
-        summand.inverse = inverse
+    summand.rays = double_description(inner, pivots)
+    summand.lines = [primitive(line)[0] for line in lines]
     return summand
 
 
-def _independent(rows: Sequence[Row], columns: Sequence[int]) -> tuple[list[Row], list[Row], list[int]] | None:
-    """Minus a right inverse G of independent rows, A G = -1, and their null space; None where they are dependent.
-
-    G is zero off the pivots, so that it and the null space are sparse where A is.
-
-    Returns:
-        rays (columns of -G), lines, and for each line the coordinate in which it alone is nonzero, there 1.
-    """
-    if len(rows) > len(columns):
+def _simplicial(rows: Sequence[Row], chosen: Sequence[int], columns: Sequence[int]) -> list[Row] | None:
+    """Rays of {x : rows x <= 0} if the chosen rows, as many as columns, are independent and imply all others."""
+    solved = right_inverse([rows[i] for i in chosen], columns)
+    if solved is None:
         return None
-    if len(rows) == 1:
-        (row,) = rows
-        pivot = next(iter(row))
-        scaled = {j: exact_number(Fraction(value, row[pivot])) for j, value in row.items()}
-        lines, basis = _null_space([scaled], [pivot], columns)
-        return [{pivot: exact_number(Fraction(-1, row[pivot]))}], lines, basis
-    reduced, pivots = _eliminate(rows, columns, [{i: 1} for i in range(len(rows))])
-    if pivots and pivots[-1] < 0:
-        return None
-    rays: list[Row] = [{} for _ in rows]
-    for row, pivot in zip(reduced, pivots, strict=True):
-        for j, value in row.items():
-            if j < 0:
-                rays[-1 - j][pivot] = -value
-    lines, basis = _null_space(reduced, pivots, columns)
-    return rays, lines, basis
+    rays, others = solved[0], set(range(len(rows))).difference(chosen)
+    return rays if all(dot(rows[i], ray) <= 0 for i in others for ray in rays) else None
 
 
-def _null_space(reduced: list[Row], pivots: list[int], columns: Sequence[int]) -> tuple[list[Row], list[int]]:
-    """One line for each coordinate that is no pivot: 1 there, 0 in the others that are none."""
-    basis = [j for j in columns if j not in set(pivots)]
-    lines: dict[int, Row] = {j: {j: 1} for j in basis}
-    for row, pivot in zip(reduced, pivots, strict=True):
-        for j, value in row.items():
-            if j in lines:
-                lines[j][pivot] = -value
-    return [lines[j] for j in basis], basis
-
-
-def dense(rows: Sequence[Row], columns: Sequence[int]) -> np.ndarray:
-    """Sparse rows as a float64 matrix over the given coordinates."""
-    place = {j: position for position, j in enumerate(columns)}
-    matrix = np.zeros((len(rows), len(place)))
-    for i, row in enumerate(rows):
-        for j, value in row.items():
-            matrix[i, place[j]] = value
-    return matrix
-
-
-def _without_implied(rows: list[Row], columns: Sequence[int]) -> list[Row]:
-    """Leaves out rows that are non-negative combinations of others, found in float64.
+def _without_implied(rows: list[Row], columns: Sequence[int]) -> list[int]:
+    """Indices of rows without those that are non-negative combinations of others, found in float64.
 
     A row left out in error makes the cone too large, which the caller notices.
     """
-    if len(rows) > IMPLIED_ROWS_LIMIT:
-        return rows
-    implied = implied_rows(torch.from_numpy(_unit_rows(rows, columns))).tolist()
-    return [row for row, drop in zip(rows, implied, strict=True) if not drop]
-
-
-def _unit_rows(rows: Sequence[Row], columns: Sequence[int]) -> np.ndarray:
-    scaled = [{j: value / Fraction(max(map(abs, row.values()))) for j, value in row.items()} for row in rows]
-    matrix = dense(scaled, columns)
-    return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+    if len(rows) > IMPLIED_ROWS_LIMIT or len(rows) * len(columns) ** 4 > IMPLIED_WORK_LIMIT:
+        return list(range(len(rows)))
+    implied = implied_rows(torch.from_numpy(unit_rows(rows, [0] * len(rows), columns)[0]))
+    return torch.nonzero(~implied).flatten().tolist()
 
 
 def _is_costly(rows: Sequence[Row], exact: bool | str) -> bool:
@@ -519,7 +404,7 @@ def _pseudo_inverse(rows: list[Row], bounds: list[Number], columns: Sequence[int
     """Generators of independent rows in float64: minus the pseudo-inverse, and an orthonormal null space."""
     if len(rows) > len(columns):
         return None
-    matrix = dense(rows, columns)
+    matrix, right_side = unit_rows(rows, bounds, columns)
     left, sizes, right = np.linalg.svd(matrix)
     if sizes[-1] < 1e-10 * sizes[0]:
         return None
@@ -533,39 +418,12 @@ def _pseudo_inverse(rows: list[Row], bounds: list[Number], columns: Sequence[int
     lines = sparse(right[count:])
     summand = Summand("independent rows", rows, bounds, sparse(-(inverse / norms).T), lines, exact=False)
     summand.predicted_rays = count
-    summand.inverse = [
-        ({j: -float(value) * norm for j, value in row.items()}, float(bound) * norm)
-        for row, bound, norm in zip(rows, bounds, norms, strict=True)
-    ]
-    summand.inverse += [(line, 0) for line in lines]
+    coefficients = zip(sparse(-matrix * norms[:, None]), (right_side * norms).tolist(), strict=True)
+    summand.inverse = [*coefficients, *((line, 0) for line in lines)]
     if any(bounds):
-        summand.vertices = sparse((inverse @ np.array([float(bound) for bound in bounds]))[None])
+        summand.vertices = sparse((inverse @ right_side)[None])
         summand.inverse.append(({}, 1))
     return summand
-
-
-def double_description(rows: Sequence[Row], columns: Sequence[int]) -> list[Row]:
-    """Extreme rays of a pointed cone {x : rows x <= 0} as coprime integers, by the Parma Polyhedra Library.
-
-    Raises:
-        ImportError: pplpy is not installed.
-    """
-    try:
-        import ppl
-    except ImportError as error:
-        raise ImportError(
-            f"Cone: {len(rows)} dependent inequalities on {len(columns)} coordinates need double description: {INSTALL}"
-        ) from error
-    system = ppl.Constraint_System()
-    for row in rows:
-        coefficients = primitive(row)[0]
-        system.insert(ppl.Linear_Expression([coefficients.get(j, 0) for j in columns], 0) <= 0)
-    polyhedron = ppl.C_Polyhedron(len(columns), "universe")
-    polyhedron.add_constraints(system)
-    rays = [generator for generator in polyhedron.minimized_generators() if generator.is_ray()]
-    return [
-        {j: int(value) for j, value in zip(columns, ray.coefficients(), strict=True) if value} for ray in rays
-    ]
 
 
 # --- certificate ------------------------------------------------------------------------------------------------------
@@ -621,7 +479,7 @@ def _largest_violation_float(
     generators_of_all = [part for s in summands for part in (s.rays, s.lines, s.vertices)]
     columns = sorted({j for part in (stacked, *generators_of_all) for row in part for j in row})
     matrix, count = dense(stacked, columns), len(rows)
-    highest = -np.array([float(number) for number in (*bounds, *values)])
+    highest = -np.array([to_float(number) for number in (*bounds, *values)])
     lowest, worst = highest.copy(), 0.0
     for summand in summands:
         rays, lines, vertices = (

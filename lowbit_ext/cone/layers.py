@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ LARGEST_WIDE_SHARE = 0.75
 
 def _moments(activation: Callable[[Tensor], Tensor], deviation: float) -> tuple[float, float]:
     """Mean and variance of the activation of a normal variable with mean 0."""
-    z = torch.linspace(-10, 10, 4001, dtype=torch.float64)
+    z = torch.linspace(-10, 10, 4001, dtype=torch.float64, device="cpu")
     density = torch.softmax(-z.square() / 2, 0)
     image = activation(deviation * z)
     mean = float((image * density).sum())
@@ -53,10 +54,10 @@ def _mixing(cone: Cone) -> dict[str, Tensor | None]:
         # Without lines, or with lines from a pseudo-inverse, which are orthonormal as they are.
         return none | {"ray_scale": 1 / rays.norm(dim=1)}
     line, coordinate = torch.nonzero(lines[:, own].T)[:, 1], torch.nonzero(own).flatten()
-    basis = torch.zeros(len(lines), dtype=torch.int64)
+    basis = torch.zeros_like(lines[:, 0], dtype=torch.int64)
     basis[line] = coordinate
-    size = lines[torch.arange(len(lines)), basis]
-    shared = torch.ones(cone.dimension, dtype=torch.bool)
+    size = lines.gather(1, basis.unsqueeze(1)).squeeze(1)
+    shared = torch.ones_like(own)
     shared[basis] = False
     shared &= (lines != 0).any(0)
     inner = lines[:, shared] / size.unsqueeze(1)
@@ -146,13 +147,14 @@ class ConeActivation(nn.Module):
         for key, value in self._exact_buffers().items():
             if value is not None and value.is_floating_point():
                 value = value.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
+            value = None if value is None else value.to(torch.get_default_device())
             # The mixing is recomputed, not stored: its last digits depend on the machine's singular values.
             self.register_buffer(key, value, persistent=key not in _MIXING)
 
     # --- buffers ------------------------------------------------------------------------------------------------------
 
     def _exact_buffers(self) -> dict[str, Tensor | None]:
-        """All buffers but those of None, floats as float64.
+        """All buffers but those of None, floats as float64, on the CPU.
 
         rays, lines and vertices hold the wide columns of the generators. Where that is all of them, source and factor
         are None. Otherwise the output is factor times a gather from [beta, gamma, alpha, wide coordinates].
@@ -172,20 +174,20 @@ class ConeActivation(nn.Module):
         wide = torch.nonzero(source < 0).flatten()
         dense = len(wide) > LARGEST_WIDE_SHARE * self.out_features
         if dense:
-            wide = torch.arange(self.out_features)
-        place_of = torch.full((self.out_features,), -1)
-        place_of[wide] = torch.arange(len(wide))
+            wide = torch.arange(self.out_features, device="cpu")
+        place_of = torch.full_like(entries, -1)
+        place_of[wide] = torch.arange(len(wide), device="cpu")
         buffers: dict[str, Tensor | None] = {}
         for name, part in zip(("rays", "lines", "vertices"), parts, strict=True):
             inside = place_of[part.index[1]] >= 0
-            matrix = torch.zeros(part.shape[0], len(wide), dtype=torch.float64)
+            matrix = part.values.new_zeros(part.shape[0], len(wide))
             matrix[part.index[0][inside], place_of[part.index[1][inside]]] = part.values[inside]
             buffers[name] = matrix
         buffers |= _mixing(cone)
         buffers["offset"] = cone.offset.clone() if bool(cone.offset.any()) else None
         if dense:
             return buffers | {"source": None, "factor": None}
-        source[wide] = self.in_features + torch.arange(len(wide))
+        source[wide] = self.in_features + torch.arange(len(wide), device="cpu")
         factor[wide] = 1.0
         return buffers | {"source": source, "factor": None if bool((factor == 1).all()) else factor}
 
@@ -326,10 +328,10 @@ class ConeLinear(nn.Module):
 
     def __init__(self, in_features: int, cone: Cone, nonnegative: str = "abs", box: float | None = None) -> None:
         super().__init__()
-        if isinstance(in_features, bool) or not isinstance(in_features, int) or in_features < 1:
+        if isinstance(in_features, bool) or not isinstance(in_features, (int, np.integer)) or in_features < 1:
             raise ValueError(f"ConeLinear: in_features must be a positive integer, got {in_features!r}")
         self.activation = ConeActivation(cone, nonnegative, box)
-        self.linear = nn.Linear(in_features, self.activation.in_features)
+        self.linear = nn.Linear(int(in_features), self.activation.in_features)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -355,7 +357,7 @@ class ConeLinear(nn.Module):
             shared = (rise / 0.02) ** 2 / (2 * inputs)
             return (_moments(activation, deviation)[1] * squares + shared * pairs) / cone.dimension
 
-        deviations = torch.ones(self.linear.out_features)
+        deviations = torch.ones(self.linear.out_features, device="cpu")
         if squares:
             low, high = 1e-6, 1e6
             for _ in range(60):

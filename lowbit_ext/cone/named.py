@@ -11,9 +11,9 @@ from lowbit_ext.cone.constraints import Cone
 
 
 def _size(op: str, name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{op}: {name} must be an integer of at least {least}, got {value!r}")
-    return value
+    return int(value)
 
 
 def _differences(dimension: int, order: int) -> np.ndarray:
@@ -48,8 +48,9 @@ def checkerboard(height: int = 28, width: int = 28, tile: int = 7) -> Cone:
     Args:
         height, width: of the image, in pixels. tile: side of a tile; divides both.
     """
-    for name, value in (("height", height), ("width", width), ("tile", tile)):
-        _size("checkerboard", name, value, 1)
+    height, width, tile = (
+        _size("checkerboard", name, value, 1) for name, value in (("height", height), ("width", width), ("tile", tile))
+    )
     if height % tile or width % tile or tile < 2:
         raise ValueError(
             f"checkerboard: tile must be at least 2 and divide height and width, got {tile} for {height} x {width}"

@@ -69,6 +69,21 @@ def double_description(matrix):
     return rays, lines
 
 
+def polyhedron(a, b, e, f):
+    """Rays, lines and vertices of {x : a x <= b, e x = f}, from the cone over it: a x <= b t, e x = f t, t >= 0.
+
+    Returns:
+        (rays, lines, vertices): lists of lists of Fraction; no vertex where no x satisfies the constraints.
+    """
+    rows = [[*row, -bound] for row, bound in zip(a, b, strict=True)]
+    for row, value in zip(e, f, strict=True):
+        rows += [[*row, -value], [*(-entry for entry in row), value]]
+    dimension = len(rows[0]) - 1
+    rays, lines = double_description([*rows, [0] * dimension + [-1]])
+    vertices = [[value / ray[-1] for value in ray[:-1]] for ray in rays if ray[-1] > 0]
+    return [ray[:-1] for ray in rays if ray[-1] == 0], [line[:-1] for line in lines], vertices
+
+
 def project(a, b, x):
     """Projection of x onto {y : a y <= b}: the closest feasible among the projections onto all sets of active rows."""
     best, distance = None, np.inf
