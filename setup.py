@@ -9,6 +9,7 @@ Environment:
     CMAKE_ARGS: further arguments for CMake.
 """
 
+import filecmp
 import os
 import shlex
 import shutil
@@ -43,6 +44,12 @@ def choose_nvcc() -> str | None:
     return nvcc
 
 
+def copy_if_different(source: str, target: str) -> None:
+    """Copies a file; one of the same content keeps its time, by which ninja judges what is to be compiled."""
+    if not (os.path.exists(target) and filecmp.cmp(source, target, shallow=False)):
+        shutil.copyfile(source, target)
+
+
 NVCC = choose_nvcc()
 MODULES = ["_cpu", "_cuda"] if NVCC else ["_cpu"]
 
@@ -53,12 +60,17 @@ class CMakeBuild(build_ext):
     def build_extensions(self) -> None:
         import pybind11
 
-        reason = "LOWBIT_CUDA=off" if os.environ.get("LOWBIT_CUDA") == "off" else "no nvcc found"
-        choice = f"with the CUDA module, by {NVCC}" if NVCC else f"without the CUDA module: {reason}"
-        print(f"lowbit_ext: {choice}", file=sys.stderr)
+        if NVCC is None:
+            reason = "LOWBIT_CUDA=off" if os.environ.get("LOWBIT_CUDA") == "off" else "no nvcc found"
+            print(f"lowbit_ext: without the CUDA module: {reason}", file=sys.stderr, flush=True)
         destination = Path(self.get_ext_fullpath("lowbit_ext._cpu")).resolve().parent
         build_folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        build_folder.mkdir(parents=True, exist_ok=True)
+        # An isolated build has pybind11 in a folder of its own, new every time: a changed include path compiles anew.
+        pybind = build_folder / "pybind11"
+        shutil.copytree(
+            Path(pybind11.__file__).parent, pybind, copy_function=copy_if_different, dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )  # fmt: skip
         configure = [
             "cmake",
             f"-S{ROOT}",
@@ -67,7 +79,7 @@ class CMakeBuild(build_ext):
             # Passed each time: an isolated build leaves the path of its own, by then deleted, tools in the cache.
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={pybind / 'share' / 'cmake' / 'pybind11'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={destination}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DLOWBIT_CUDA={'ON' if NVCC else 'OFF'}",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit_ext import _arguments, _native, _oplib
+from lowbit_ext._torch import pytree
 
 WORD_BITS = 64
 
@@ -185,7 +186,7 @@ def _flatten(packed: PackedTensor) -> tuple[list[Any], Any]:
 
 def _flatten_with_keys(packed: PackedTensor) -> tuple[list[Any], Any]:
     tensors, context = _flatten(packed)
-    keys = (torch.utils._pytree.GetAttrKey("words"), torch.utils._pytree.GetAttrKey("scale"))
+    keys = (pytree.GetAttrKey("words"), pytree.GetAttrKey("scale"))
     return list(zip(keys, tensors, strict=True)), context
 
 
@@ -199,7 +200,7 @@ def _unflatten(tensors: Any, context: Any) -> PackedTensor:
     return packed_words(words, channels, encoding, scale)
 
 
-torch.utils._pytree.register_pytree_node(
+pytree.register_pytree_node(
     PackedTensor,
     _flatten,
     _unflatten,

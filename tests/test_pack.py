@@ -1,9 +1,12 @@
 """pack(): bit-exactness over architectures, and refusal of damaged states and files."""
 
 import copy
+import errno
 import importlib
 import io
+import os
 import pickle
+import stat
 
 import pytest
 import torch
@@ -503,6 +506,35 @@ def test_file_round_trip(tmp_path):
     assert binary.load(target, path) is target
     x = torch.randn(2, *IMAGE)
     assert torch.equal(source(x), target(x))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name], "no temporary file may stay"
+
+
+def test_saved_file_has_the_permissions_of_any_other(tmp_path):
+    pytest.importorskip("safetensors")
+    model, path = packed_mlp(), tmp_path / "model.safetensors"
+    before = os.umask(0o027)
+    try:
+        binary.save(model, path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640, "a new file: what the umask leaves of 666"
+        path.chmod(0o604)
+        binary.save(model, path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o604, "a replaced file: its own"
+    finally:
+        os.umask(before)
+
+
+def test_failed_save_leaves_the_older_file_alone(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"older file")
+
+    def full_disk(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        binary.save(packed_mlp(), path)
+    assert path.read_bytes() == b"older file"
     assert [file.name for file in tmp_path.iterdir()] == [path.name], "no temporary file may stay"
 
 

@@ -11,7 +11,6 @@ if(NOT LOWBIT_CUDA_ARCHS)
     endif()
   endforeach()
 endif()
-message(STATUS "CUDA architectures: ${LOWBIT_CUDA_ARCHS}")
 set(gencode "")
 foreach(arch IN LISTS LOWBIT_CUDA_ARCHS)
   list(APPEND gencode -gencode=arch=compute_${arch},code=sm_${arch})
@@ -19,15 +18,19 @@ endforeach()
 list(GET LOWBIT_CUDA_ARCHS -1 newest)
 list(APPEND gencode -gencode=arch=compute_${newest},code=compute_${newest})  # for what comes after
 
+# The kernels know nothing of pybind11 and Python: another version of them compiles the bindings alone.
 file(GLOB kernels CONFIGURE_DEPENDS csrc/cuda/*.cu)
-pybind11_add_module(_cuda NO_EXTRAS csrc/bind/cuda_module.cpp ${kernels})
-target_include_directories(_cuda PRIVATE csrc)
 string(REPLACE ";" " " architectures "${LOWBIT_CUDA_ARCHS}")
-target_compile_definitions(_cuda PRIVATE "LOWBIT_CUDA_ARCHS=\"${architectures}\"")
-target_compile_options(_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CXX>:-O2 -Wall -Wextra>
-  # --fmad=false: every float operation rounds on its own, as on the CPU.
-  "$<$<COMPILE_LANGUAGE:CUDA>:-O3;--fmad=false;--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra;--threads=2;${gencode}>")
-set_target_properties(_cuda PROPERTIES
-  CUDA_ARCHITECTURES OFF CUDA_STANDARD 17 CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY Static)
+add_library(lowbit_cuda OBJECT ${kernels})
+target_include_directories(lowbit_cuda PUBLIC csrc)
+target_compile_definitions(lowbit_cuda PUBLIC "LOWBIT_CUDA_ARCHS=\"${architectures}\"")
+# --fmad=false: every float operation rounds on its own, as on the CPU.
+target_compile_options(lowbit_cuda PRIVATE
+  -O3 --fmad=false --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra --threads=2 ${gencode})
+set_target_properties(lowbit_cuda PROPERTIES CUDA_ARCHITECTURES OFF CUDA_STANDARD 17 CUDA_VISIBILITY_PRESET hidden)
+
+pybind11_add_module(_cuda NO_EXTRAS csrc/bind/cuda_module.cpp)
+target_link_libraries(_cuda PRIVATE lowbit_cuda)
+target_compile_options(_cuda PRIVATE -O2 -Wall -Wextra)
+set_target_properties(_cuda PROPERTIES LINKER_LANGUAGE CUDA CUDA_ARCHITECTURES OFF CUDA_RUNTIME_LIBRARY Static)
 target_link_options(_cuda PRIVATE -s -Wl,--exclude-libs,ALL)

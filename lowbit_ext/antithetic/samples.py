@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_ext._torch import pytree
 from lowbit_ext.antithetic import ops
 from lowbit_ext.packed import PackedTensor, unpack_op
 
@@ -106,7 +107,7 @@ def _unflatten(tensors: Any, context: Any) -> AntitheticSamples:
     return AntitheticSamples(bits, ratio, logits, n, coupling, layout, seed, offset)
 
 
-torch.utils._pytree.register_pytree_node(
+pytree.register_pytree_node(
     AntitheticSamples, _flatten, _unflatten, serialized_type_name="lowbit_ext.AntitheticSamples"
 )
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowbit_ext._graph import first_line
+from lowbit_ext._torch import pytree
 from lowbit_ext.binary import layers
 from lowbit_ext.binary.activation import DEFAULT_THRESHOLDS, invert_words
 from lowbit_ext.binary.chains import BINARY_LAYERS, Model, chain_of
@@ -318,7 +319,7 @@ def pack(model: nn.Module, example_input: Any) -> PackedModel:
 
 def _check_output(expected: Any, result: Any) -> None:
     """Float layers see equal inputs, but perhaps in another memory format: that may change a few roundings."""
-    pairs = zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(result), strict=True)
+    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(result), strict=True)
     for want, got in pairs:
         if not isinstance(want, Tensor) or torch.equal(want, got):
             continue

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
+import secrets
+import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -375,7 +376,7 @@ def save(model: PackedModel, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: made by pack().
-        path: file to write.
+        path: file to write. It gets the permissions of the file that it replaces, a new one what the umask leaves.
 
     Raises:
         TypeError: not a packed model. ImportError: safetensors is not installed. OSError: the file cannot be written.
@@ -387,16 +388,18 @@ def save(model: PackedModel, path: str | os.PathLike[str]) -> None:
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     metadata = {"format": FORMAT, "version": FORMAT_VERSION, "checksum": str(_crc32(state, FORMAT))}
     content = safetensors.torch.save(state, metadata)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with open(temporary, "xb") as file:  # created as open() does it, under the process's umask
+        try:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+            if path.exists():
+                shutil.copymode(path, temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
 
 
 def load(model: PackedModel, path: str | os.PathLike[str]) -> PackedModel:

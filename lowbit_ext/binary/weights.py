@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit_ext import _arguments, _native
+from lowbit_ext._torch import pytree
 from lowbit_ext.binary import ops
 from lowbit_ext.binary.activation import check_float
 from lowbit_ext.packed import (
@@ -110,7 +111,7 @@ def _flatten_weight(weight: PackedWeight) -> tuple[list[Any], Any]:
 
 def _flatten_weight_with_keys(weight: PackedWeight) -> tuple[list[Any], Any]:
     tensors, context = _flatten_weight(weight)
-    keys = (torch.utils._pytree.GetAttrKey("words"), torch.utils._pytree.GetAttrKey("blocked"))
+    keys = (pytree.GetAttrKey("words"), pytree.GetAttrKey("blocked"))
     return list(zip(keys, tensors, strict=True)), context
 
 
@@ -120,7 +121,7 @@ def _unflatten_weight(tensors: Any, context: Any) -> PackedWeight:
     return unchecked(PackedWeight, words=words, blocked=blocked, shape=tuple(shape), groups=groups, isa=isa)
 
 
-torch.utils._pytree.register_pytree_node(
+pytree.register_pytree_node(
     PackedWeight,
     _flatten_weight,
     _unflatten_weight,

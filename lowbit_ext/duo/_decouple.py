@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowbit_ext._graph import Traced, first_line, reads_batch_size, trace
+from lowbit_ext._torch import pytree
 from lowbit_ext.binary import BinaryConv2d, BinaryLinear
 from lowbit_ext.duo.functional import ternary_activation
 from lowbit_ext.duo.layers import CoupledConv2d, CoupledLinear, StepActivation, TernaryActivation
@@ -397,7 +398,7 @@ def _decoupled(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> tuple[_D
 
 def _in_float64(example_input: Any) -> tuple[Any, ...]:
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs)
+    return pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs)
 
 
 def _values(which: str, model: nn.Module, graph: fx.Graph, inputs: tuple[Any, ...]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit_ext import _arguments
+from lowbit_ext._torch import innermost_transform
 from lowbit_ext.binary.activation import binarize, quantized_activation, unpack
 from lowbit_ext.packed import FLOAT_TYPES, PackedTensor
 
@@ -72,7 +73,7 @@ def saved_as_codes(input: Tensor, wanted: bool) -> AbstractContextManager[Any]:
     """
     if not wanted or torch.compiler.is_compiling() or not torch.is_grad_enabled() or input.dim() < 2:
         return nullcontext()
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if innermost_transform() is not None:
         return nullcontext()
 
     shape = input.shape

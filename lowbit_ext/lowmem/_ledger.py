@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
 
-_CALL = nn.Module._call_impl.__code__
+from lowbit_ext._torch import MODULE_CALL, innermost_saved_tensors_hooks, pytree
 
 
 def running_modules() -> list[nn.Module]:
@@ -25,7 +24,7 @@ def running_modules() -> list[nn.Module]:
     found, frame = [], sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_code is _CALL:
+        if frame.f_code is MODULE_CALL:
             found.append(frame.f_locals["self"])
     return found
 
@@ -224,7 +223,7 @@ class Ledger:
 
     def __enter__(self) -> Ledger:
         # torch calls the innermost hooks alone: those outside are called from here.
-        self._below = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        self._below = innermost_saved_tensors_hooks(True)
         self._saved = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._saved.__enter__()
         _open.ledgers.append(self)

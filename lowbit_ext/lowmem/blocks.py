@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit_ext._graph import Pool, pool_of
+from lowbit_ext._torch import batch_norm_impl_index
 from lowbit_ext.lowmem import _ledger, ops
 from lowbit_ext.lowmem.codes import check_settings
 
@@ -123,7 +124,7 @@ class _BatchNorm(torch.autograd.Function):
         training: bool, momentum: float, eps: float, relu: bool, bits: int, span: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         # torch's own batch norm: its statistics to the bit, whichever backend it takes, and the buffer of the result.
-        y, batch_mean, invstd, _, _ = torch._batch_norm_impl_index(
+        y, batch_mean, invstd, _, _ = batch_norm_impl_index(
             x, gamma, beta, mean, variance, training, momentum, eps, torch.backends.cudnn.enabled
         )
         if not training:
