@@ -1,6 +1,6 @@
 #include "code_cases.h"
+#include "core/philox.h"
 #include "cpu/group_quantize/group_quantize.h"
-#include "one_lane.h"
 
 namespace lowbit::test {
 namespace {
@@ -14,6 +14,32 @@ float threshold_of(uint64_t seed, uint64_t offset, int64_t index) {
   const uint64_t twice = uint64_t{words[slot / 4].value} << 32 | words[slot / 4].value;
   return (static_cast<float>(twice >> 8 * (slot % 4) & 0xffff) + 0.5f) / 65536.0f;
 }
+
+// Every bfloat16 that is a number, in order; one zero.
+const std::vector<float>& all_bfloat16() {
+  static const std::vector<float> values = [] {
+    std::vector<float> all;
+    for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+      const float value = bits_to_float(bits << 16);
+      if (value == value && bits != 0x8000) all.push_back(value);
+    }
+    std::sort(all.begin(), all.end());
+    return all;
+  }();
+  return values;
+}
+
+// The least scale and the greatest minimum with which `last` steps cover a group from low to high; 0 for nothing.
+struct Scale {
+  float step, minimum;
+
+  Scale(float low, float high, float last, bool positive) : step(0), minimum(0) {
+    const std::vector<float>& all = all_bfloat16();
+    if (!positive && low <= high) minimum = *(std::upper_bound(all.begin(), all.end(), low) - 1);
+    const float extent = high - minimum;
+    if (extent > 0) step = std::min(*std::lower_bound(all.begin(), all.end(), extent / last), 0x1.fep127f);
+  }
+};
 
 template <class Value>
 void check(Random& random, FloatType type) {
@@ -43,17 +69,17 @@ void check(Random& random, FloatType type) {
       if (x < low) low = x;
       if (x > high) high = x;
     }
-    const GroupScale scale = group_scale(low, high, last, positive);
-    expected_scale.push_back(scale.scale);
-    expected_scale.push_back(scale.minimum);
-    const float minimum = bfloat16_to_float(scale.minimum), step = bfloat16_to_float(scale.scale);
+    const Scale scale(low, high, last, positive);
+    const float minimum = scale.minimum, step = scale.step, inverse = step > 0 ? 1 / step : 0;
+    expected_scale.push_back(static_cast<uint16_t>(float_to_bits(step) >> 16));
+    expected_scale.push_back(static_cast<uint16_t>(float_to_bits(minimum) >> 16));
     if (low <= high && high - low < 1e30f && (minimum > low || minimum + last * step < high) && !positive) {
       fail(what + ": the codes do not cover a group");
     }
     for (int64_t i = first; i < past; ++i) {
       const float x = load_float(input.data(), type, i);
       const float threshold = stochastic ? threshold_of(seed, offset, i) : 0.5f;
-      float code = std::floor((x - minimum) * scale.inverse + threshold);
+      float code = std::floor((x - minimum) * inverse + threshold);
       code = code > 0 ? code < last ? code : last : 0;  // 0 for NaN
       if (positive) code = x > 0 ? std::max(code, 1.0f) : 0;
       row.put(expected.data(), i, static_cast<int>(code));

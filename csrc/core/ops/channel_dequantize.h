@@ -21,6 +21,10 @@ struct ChannelDequantizeArgs {
 // Rows of the workspace: value = code * scale + origin.
 enum DequantizeRow : int { kScale = 0, kOrigin, kDequantizeShift, kDequantizeRows };
 
+LOWBIT_INLINE int64_t workspace_bytes(const ChannelDequantizeArgs& args) {
+  return kDequantizeRows * grid_width(args.shape) * static_cast<int64_t>(sizeof *args.grid);
+}
+
 LOWBIT_INLINE void fill_grid(const ChannelDequantizeArgs& args, int64_t column) {
   const int64_t width = grid_width(args.shape), channel = column % args.shape.channels;
   const float gamma = args.gamma[channel], beta = args.beta[channel];
