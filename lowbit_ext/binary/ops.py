@@ -18,11 +18,11 @@ from lowbit_ext import _native, _oplib
 from lowbit_ext._native import pointer as _pointer
 from lowbit_ext.packed import FLOAT_TYPES, words_for
 
-ENCODINGS = {"sign": 0, "step": 1}  # csrc/core/layout.h
+ENCODINGS: dict[str, int] = _native.cpu.ENCODINGS
 
-# What the convolution writes (csrc/core/ops/binary_conv2d.h).
-_OUTPUT_KINDS = {torch.int32: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_BITS_BY_INTEGER, _BITS_BY_FLOAT = 4, 5
+# What the convolution writes: values of a type, or bits by thresholds.
+_CONV_OUTPUTS: dict[str, int] = _native.cpu.CONV_OUTPUTS
+_OUTPUT_KINDS = {getattr(torch, name): kind for name, kind in _CONV_OUTPUTS.items() if hasattr(torch, name)}
 
 
 # --- binarize ---------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ binarize_with_mask = _oplib.define(
 
 # --- quantised activations --------------------------------------------------------------------------------------------
 
-LEVELS = {"sign": 0, "step": 1, "ternary": 2}  # csrc/core/ops/quantized_activation.h
+LEVELS: dict[str, int] = _native.cpu.ACTIVATIONS
 
 
 def _check_activation(x: Tensor, levels: str) -> None:
@@ -455,7 +455,7 @@ def _check_epilogue(
             f"binary_conv2d: threshold and flip (bool) must have shape (1 or 2, {filters}), got "
             f"{tuple(threshold.shape)} and {None if flip is None else (flip.dtype, tuple(flip.shape))}"
         )
-    return _BITS_BY_INTEGER if exact else _BITS_BY_FLOAT
+    return _CONV_OUTPUTS["bits_by_integer" if exact else "bits_by_float"]
 
 
 def _binary_conv2d(
