@@ -23,18 +23,11 @@ _kept = threading.local()  # each thread's workspace
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)  # a subclass may carry its own __torch_dispatch__
 
-ISA_LEVELS = ("scalar", "avx2", "avx512", "amx")
-CUDA_ENGINES = ("popcount", "mma", "wgmma")  # of the convolution; csrc/cuda/launch.h
+ISA_LEVELS: tuple[str, ...] = cpu.ISA_LEVELS
+CUDA_ENGINES: tuple[str, ...] = tuple(cpu.CONV_ENGINES)  # of the convolution
 
-_STATUS_MESSAGES = {
-    1: "the native core refused the sizes: negative, inconsistent, or their product overflows",
-    2: "the native core refused an argument outside its documented values",
-    3: "this machine cannot run the requested instruction set",
-    4: "the workspace is smaller than the kernel asked for; was the thread count changed during the call?",
-    5: "a value that must be finite is NaN or infinite",
-}
-NOT_FINITE = 5
-_CUDA_ERROR = 6
+NOT_FINITE: int = cpu.STATUSES["not_finite"]
+_CUDA_ERROR: int = cpu.STATUSES["cuda_error"]
 
 
 def check(op: str, status: int) -> None:
@@ -42,7 +35,7 @@ def check(op: str, status: int) -> None:
     if status == _CUDA_ERROR:
         raise RuntimeError(f"{op}: CUDA reports: {cuda_module().last_error_text()}")
     if status != 0:
-        raise RuntimeError(f"{op}: {_STATUS_MESSAGES.get(status, f'unknown status {status}')}")
+        raise RuntimeError(f"{op}: {cpu.status_text(status)}")
 
 
 def workspace(size: int, like: torch.Tensor) -> torch.Tensor:

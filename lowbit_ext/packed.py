@@ -12,10 +12,12 @@ from torch import Tensor
 from lowbit_ext import _arguments, _native, _oplib
 from lowbit_ext._torch import pytree
 
-WORD_BITS = 64
+WORD_BITS: int = _native.cpu.WORD_BITS
 
-# The float types kernels read and write, by their number in csrc/core/layout.h.
-FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# The float types kernels read and write, by the number they have there.
+FLOAT_TYPES: dict[torch.dtype, int] = {
+    getattr(torch, name): number for name, number in _native.cpu.FLOAT_TYPES.items()
+}
 
 # Values that bit 0 and bit 1 stand for.
 ENCODING_VALUES: dict[str, tuple[float, float]] = {"sign": (-1.0, 1.0), "step": (0.0, 1.0)}

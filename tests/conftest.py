@@ -3,7 +3,8 @@
 A test that takes `backend` runs under every instruction set of the CPU and on a GPU where there is one; one that takes
 `device` runs under the active instruction set and on a GPU. On a GPU, tensors that the test makes are there: it is
 torch's default device, and that of the generator `rng`. LOWBIT_HOST_CUDA names the module `_cuda` built for the host
-(tests/host_cuda): then both also run the CUDA kernels, on tensors of the CPU.
+(tests/host_cuda): then both also run the CUDA kernels, on tensors of the CPU, in tests with the mark `host_cuda`, which
+a test sets itself where it chooses among BACKENDS or DEVICES.
 """
 
 import contextlib
@@ -19,6 +20,11 @@ from lowbit_ext import _native
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []),
            *(["host_cuda"] if os.environ.get("LOWBIT_HOST_CUDA") else [])]  # fmt: skip
 BACKENDS = [*_native.available_isas(), *DEVICES[1:]]
+
+
+def marked(names):
+    """Parameters of a fixture, with the mark of the host's CUDA kernels."""
+    return [pytest.param(name, marks=pytest.mark.host_cuda) if name == "host_cuda" else name for name in names]
 
 
 @functools.cache
@@ -56,14 +62,14 @@ def running_on(backend):
             _native.select_isa(before)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=marked(BACKENDS))
 def backend(request):
     """Name of what the test runs on."""
     with running_on(request.param):
         yield request.param
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=marked(DEVICES))
 def device(request):
     """Name of what the test runs on."""
     with running_on(request.param):

@@ -302,6 +302,7 @@ def test_layouts_hold_the_same_samples(coupling, half, odd, rows, dimensions, se
     assert torch.equal(gradient(by_sample, values), gradient(by_dimension, values))
 
 
+@pytest.mark.host_cuda
 @pytest.mark.parametrize("layout", ["sample", "dimension"])
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_every_backend_and_thread_count_gives_the_same_bits(coupling, layout):

@@ -34,6 +34,7 @@ def host_gpu(bench, engines=_native.CUDA_ENGINES):
     return bench.Gpu("cpu", {name: host_cuda(name) for name in engines}, lambda: None, lambda call: call)
 
 
+@pytest.mark.host_cuda
 @needs_host_cuda
 def test_rows_by_host_cuda(bench, capsys):
     gpu = host_gpu(bench)
@@ -51,6 +52,7 @@ def test_rows_by_host_cuda(bench, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 * len(rows)
 
 
+@pytest.mark.host_cuda
 @needs_host_cuda
 def test_command_by_host_cuda(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

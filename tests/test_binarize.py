@@ -97,6 +97,7 @@ def test_masks(backend, dtype, rng):
                 assert torch.equal(mask, reference.pack(inside))
 
 
+@pytest.mark.host_cuda
 @settings(max_examples=60, deadline=None)
 @given(
     sizes=st.tuples(st.integers(0, 3), st.integers(1, 300), st.integers(1, 20), st.integers(1, 20)),

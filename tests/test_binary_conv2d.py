@@ -100,6 +100,7 @@ def calls(draw):
     return call
 
 
+@pytest.mark.host_cuda
 @settings(max_examples=200, deadline=None)
 @given(call=calls(), seed=st.integers(0, 2**31), backend=st.sampled_from(BACKENDS))
 def test_any_call(call, seed, backend):

@@ -24,6 +24,7 @@ def windows(draw):
     )
 
 
+@pytest.mark.host_cuda
 @settings(max_examples=150, deadline=None)
 @given(
     window=windows(),

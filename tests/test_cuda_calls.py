@@ -93,6 +93,7 @@ def assert_same(got, expected):
         assert torch.equal(got[name].cpu(), tensor), name
 
 
+@pytest.mark.host_cuda
 @pytest.mark.parametrize("kernels", [name for name in DEVICES if name != "cpu"])
 def test_every_operator(kernels):
     expected = scalar_results()

@@ -1,29 +1,12 @@
 // What the two modules share: the arguments of each op as they come from Python, integers and addresses, made into the
-// structs of csrc/core/ops. A pointer of 0 is an absent optional argument. Pointers and sizes were checked in Python,
-// in the launchers of lowbit_ext/<method>/ops.py.
+// structs of csrc/core/ops by <op>_args, and those that its workspace's size depends on by <op>_plan_args. A pointer of
+// 0 is an absent optional argument. Pointers and sizes were checked in Python, in the launchers of
+// lowbit_ext/<method>/ops.py.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include "core/checks.h"
-#include "core/ops/align_groups.h"
-#include "core/ops/antithetic_gradient.h"
-#include "core/ops/antithetic_sample.h"
-#include "core/ops/batch_norm_relu_backward.h"
-#include "core/ops/batch_norm_relu_quantize.h"
-#include "core/ops/binarize.h"
-#include "core/ops/binary_avg_pool2d.h"
-#include "core/ops/binary_conv2d.h"
-#include "core/ops/binary_conv2d_input_grad.h"
-#include "core/ops/binary_conv2d_weight_grad.h"
-#include "core/ops/binary_max_pool2d.h"
-#include "core/ops/channel_dequantize.h"
-#include "core/ops/group_dequantize.h"
-#include "core/ops/group_quantize.h"
-#include "core/ops/masked_gradient.h"
-#include "core/ops/popcount_peak.h"
-#include "core/ops/quantized_activation.h"
-#include "core/ops/unpack.h"
+#include "core/ops/list.h"
 
 namespace lowbit::bind {
 
@@ -58,13 +41,13 @@ inline UnpackArgs unpack_args(uintptr_t words, int64_t pixels, int64_t channels,
           static_cast<FloatType>(output_type)};
 }
 
-inline QuantizedActivationArgs quantized_activation_args(uintptr_t input, int type, int64_t count, int levels,
+inline QuantizedActivationArgs quantized_activation_args(uintptr_t input, int type, int64_t count, int activation,
                                                          float low, float high, bool closed, uintptr_t output,
                                                          uintptr_t mask) {
   return {as<const void>(input),
           static_cast<FloatType>(type),
           count,
-          static_cast<Levels>(levels),
+          static_cast<Activation>(activation),
           low,
           high,
           closed,
@@ -81,7 +64,7 @@ inline BatchNormReluQuantizeArgs batch_norm_relu_quantize_args(uintptr_t input, 
                                                                int64_t channels, int64_t spatial, bool channels_last,
                                                                uintptr_t mean, uintptr_t invstd, uintptr_t gamma,
                                                                uintptr_t beta, int bits, float span, bool relu,
-                                                               uintptr_t output, uintptr_t codes, uintptr_t grid) {
+                                                               uintptr_t output, uintptr_t codes, uintptr_t workspace) {
   return {as<const void>(input),
           static_cast<FloatType>(type),
           {outer, channels, spatial, channels_last},
@@ -94,13 +77,13 @@ inline BatchNormReluQuantizeArgs batch_norm_relu_quantize_args(uintptr_t input, 
           relu,
           as<void>(output),
           as<uint8_t>(codes),
-          as<float>(grid)};
+          as<float>(workspace)};
 }
 
 inline ChannelDequantizeArgs channel_dequantize_args(uintptr_t codes, int64_t outer, int64_t channels, int64_t spatial,
                                                      bool channels_last, uintptr_t gamma, uintptr_t beta, int bits,
                                                      float span, bool relu, uintptr_t output, int type,
-                                                     uintptr_t grid) {
+                                                     uintptr_t workspace) {
   return {as<const uint8_t>(codes),
           {outer, channels, spatial, channels_last},
           as<const float>(gamma),
@@ -110,30 +93,42 @@ inline ChannelDequantizeArgs channel_dequantize_args(uintptr_t codes, int64_t ou
           relu,
           as<void>(output),
           static_cast<FloatType>(type),
-          as<float>(grid)};
+          as<float>(workspace)};
 }
 
 inline BatchNormReluBackwardArgs batch_norm_relu_backward_args(
     uintptr_t grad_output, int type, int64_t outer, int64_t channels, int64_t spatial, bool channels_last,
     uintptr_t codes, uintptr_t gamma, uintptr_t beta, uintptr_t invstd, int bits, float span, bool relu, bool training,
-    uintptr_t grad_input, uintptr_t grad_gamma, uintptr_t grad_beta, uintptr_t sums, uintptr_t grid) {
-  return {as<const void>(grad_output),
-          static_cast<FloatType>(type),
-          {outer, channels, spatial, channels_last},
-          as<const uint8_t>(codes),
-          as<const float>(gamma),
-          as<const float>(beta),
-          as<const float>(invstd),
-          bits,
-          span,
-          relu,
-          training,
-          as<void>(grad_input),
-          as<float>(grad_gamma),
-          as<float>(grad_beta),
-          as<double>(sums),
-          as<float>(grid)};
+    uintptr_t grad_input, uintptr_t grad_gamma, uintptr_t grad_beta, uintptr_t workspace) {
+  BatchNormReluBackwardArgs args{as<const void>(grad_output),
+                                 static_cast<FloatType>(type),
+                                 {outer, channels, spatial, channels_last},
+                                 as<const uint8_t>(codes),
+                                 as<const float>(gamma),
+                                 as<const float>(beta),
+                                 as<const float>(invstd),
+                                 bits,
+                                 span,
+                                 relu,
+                                 training,
+                                 as<void>(grad_input),
+                                 as<float>(grad_gamma),
+                                 as<float>(grad_beta),
+                                 nullptr,
+                                 nullptr};
+  set_workspace(args, as<void>(workspace));
+  return args;
 }
+
+template <class Args>
+Args channels_plan_args(int64_t outer, int64_t channels, int64_t spatial, bool channels_last) {
+  Args args{};
+  args.shape = {outer, channels, spatial, channels_last};
+  return args;
+}
+constexpr auto batch_norm_relu_quantize_plan_args = channels_plan_args<BatchNormReluQuantizeArgs>;
+constexpr auto batch_norm_relu_backward_plan_args = channels_plan_args<BatchNormReluBackwardArgs>;
+constexpr auto channel_dequantize_plan_args = channels_plan_args<ChannelDequantizeArgs>;
 
 inline GroupQuantizeArgs group_quantize_args(uintptr_t input, int type, int64_t count, int bits, bool positive,
                                              bool stochastic, uint64_t seed, uint64_t offset, uintptr_t codes,
@@ -197,7 +192,6 @@ inline BinaryAvgPool2dArgs binary_avg_pool2d_args(const PoolShape& shape, int en
           as<float>(output)};
 }
 
-// What the size of the workspace depends on.
 inline BinaryConv2dArgs binary_conv2d_plan_args(const ConvShape& shape, int encoding, int padding_value,
                                                 int output_kind, int64_t thresholds) {
   BinaryConv2dArgs args{};
@@ -248,6 +242,15 @@ inline BinaryConv2dWeightGradArgs binary_conv2d_weight_grad_args(const ConvShape
           as<float>(grad_weight),
           as<void>(workspace)};
 }
+
+template <class Args>
+Args conv_plan_args(const ConvShape& shape) {
+  Args args{};
+  args.shape = shape;
+  return args;
+}
+constexpr auto binary_conv2d_input_grad_plan_args = conv_plan_args<BinaryConv2dInputGradArgs>;
+constexpr auto binary_conv2d_weight_grad_plan_args = conv_plan_args<BinaryConv2dWeightGradArgs>;
 
 inline PopcountPeakArgs popcount_peak_args(int64_t iterations, uintptr_t counts) {
   return {iterations, as<uint32_t>(counts)};

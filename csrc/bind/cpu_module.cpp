@@ -6,6 +6,7 @@
 #include <string>
 
 #include "bind/arguments.h"
+#include "bind/constants.h"
 #include "cpu/launch.h"
 
 namespace py = pybind11;
@@ -22,10 +23,18 @@ auto on_threads(Args (*arguments)(Parameters...), Status (*launch)(const Args&, 
       [=](Parameters... parameters, Further... further) { return code(launch(arguments(parameters...), further...)); };
 }
 
+// That of a question: the parameters of `arguments`.
+template <class Args, class... Parameters>
+auto asks(Args (*arguments)(Parameters...), int64_t (*answer)(const Args&)) {
+  return [=](Parameters... parameters) { return answer(arguments(parameters...)); };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of lowbit_ext. Private: lowbit_ext/_native.py is the way in.";
+
+  define_constants(m);
 
   m.def("best_isa", [] { return std::string(isa_name(best_isa())); });
   m.def("active_isa", [] { return std::string(isa_name(active_isa())); });
@@ -57,16 +66,16 @@ PYBIND11_MODULE(_cpu, m) {
 
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
 
-  m.def("align_groups", on_threads(align_groups_args, launch::align_groups), unlocked);
-  m.def("antithetic_gradient", on_threads(antithetic_gradient_args, launch::antithetic_gradient), unlocked);
-  m.def("antithetic_sample", on_threads(antithetic_sample_args, launch::antithetic_sample), unlocked);
-  m.def("batch_norm_relu_backward", on_threads(batch_norm_relu_backward_args, launch::batch_norm_relu_backward),
-        unlocked);
-  m.def("batch_norm_relu_quantize", on_threads(batch_norm_relu_quantize_args, launch::batch_norm_relu_quantize),
-        unlocked);
-  m.def("binarize", on_threads(binarize_args, launch::binarize), unlocked);
-  m.def("binary_avg_pool2d", on_threads(binary_avg_pool2d_args, launch::binary_avg_pool2d), unlocked);
-  m.def("binary_conv2d", on_threads(binary_conv2d_args, launch::binary_conv2d), unlocked);
+#define LOWBIT_BIND(op, Args) m.def(#op, on_threads(op##_args, launch::op), unlocked);
+  LOWBIT_OPS(LOWBIT_BIND)
+#undef LOWBIT_BIND
+#define LOWBIT_BIND(op, Args)                              \
+  m.def(#op, on_threads(op##_args, launch::op), unlocked); \
+  m.def(#op "_workspace_bytes", asks(op##_plan_args, launch::op##_workspace_bytes));
+  LOWBIT_WORKSPACE_OPS(LOWBIT_BIND)
+  LOWBIT_BIND(binary_conv2d, BinaryConv2dArgs)
+#undef LOWBIT_BIND
+
   m.def(
       "binary_conv2d_block_weight",
       [](const ConvShape& shape, uintptr_t words, uintptr_t blocked) {
@@ -75,35 +84,8 @@ PYBIND11_MODULE(_cpu, m) {
         return code(Status::ok);
       },
       unlocked);
-  m.def("binary_conv2d_input_grad", on_threads(binary_conv2d_input_grad_args, launch::binary_conv2d_input_grad),
-        unlocked);
-  m.def("binary_conv2d_input_grad_workspace_bytes", [](const ConvShape& shape) {
-    BinaryConv2dInputGradArgs args{};
-    args.shape = shape;
-    return launch::binary_conv2d_input_grad_workspace_bytes(args);
-  });
   m.def("binary_conv2d_weight_bytes",
         [](const ConvShape& shape) { return kernels().binary_conv2d_weight_bytes(shape); });
-  m.def("binary_conv2d_weight_grad", on_threads(binary_conv2d_weight_grad_args, launch::binary_conv2d_weight_grad),
-        unlocked);
-  m.def("binary_conv2d_weight_grad_workspace_bytes", [](const ConvShape& shape) {
-    BinaryConv2dWeightGradArgs args{};
-    args.shape = shape;
-    return launch::binary_conv2d_weight_grad_workspace_bytes(args);
-  });
-  m.def("binary_conv2d_workspace_bytes",
-        [](const ConvShape& shape, int encoding, int padding_value, int output_kind, int64_t thresholds) {
-          return launch::binary_conv2d_workspace_bytes(
-              binary_conv2d_plan_args(shape, encoding, padding_value, output_kind, thresholds));
-        });
-  m.def("binary_max_pool2d", on_threads(binary_max_pool2d_args, launch::binary_max_pool2d), unlocked);
-  m.def("channel_dequantize", on_threads(channel_dequantize_args, launch::channel_dequantize), unlocked);
-  m.def("group_dequantize", on_threads(group_dequantize_args, launch::group_dequantize), unlocked);
-  m.def("group_quantize", on_threads(group_quantize_args, launch::group_quantize), unlocked);
-  m.def("masked_gradient", on_threads(masked_gradient_args, launch::masked_gradient), unlocked);
-  m.def("quantized_activation", on_threads(quantized_activation_args, launch::quantized_activation), unlocked);
-  m.def("unpack", on_threads(unpack_args, launch::unpack), unlocked);
-
   m.def(
       "popcount_peak",
       [](int level, int64_t iterations) { return launch::popcount_peak(static_cast<Isa>(level), iterations); },

@@ -39,6 +39,12 @@ auto on_stream(Args (*arguments)(Parameters...),
   };
 }
 
+// That of a question: the parameters of `arguments`, then the device, on which no answer depends.
+template <class Args, class... Parameters>
+auto asks(Args (*arguments)(Parameters...), int64_t (*answer)(const Args&)) {
+  return [=](Parameters... parameters, int /*device*/) { return answer(arguments(parameters...)); };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -51,14 +57,16 @@ PYBIND11_MODULE(_cuda, m) {
 
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
 
-  m.def("align_groups", on_stream(align_groups_args, cuda::align_groups), unlocked);
-  m.def("antithetic_gradient", on_stream(antithetic_gradient_args, cuda::antithetic_gradient), unlocked);
-  m.def("antithetic_sample", on_stream(antithetic_sample_args, cuda::antithetic_sample), unlocked);
-  m.def("batch_norm_relu_backward", on_stream(batch_norm_relu_backward_args, cuda::batch_norm_relu_backward), unlocked);
-  m.def("batch_norm_relu_quantize", on_stream(batch_norm_relu_quantize_args, cuda::batch_norm_relu_quantize), unlocked);
-  m.def("binarize", on_stream(binarize_args, cuda::binarize), unlocked);
-  m.def("binary_avg_pool2d", on_stream(binary_avg_pool2d_args, cuda::binary_avg_pool2d), unlocked);
-  m.def("binary_conv2d", on_stream(binary_conv2d_args, cuda::binary_conv2d), unlocked);
+#define LOWBIT_BIND(op, Args) m.def(#op, on_stream(op##_args, cuda::op), unlocked);
+  LOWBIT_OPS(LOWBIT_BIND)
+#undef LOWBIT_BIND
+#define LOWBIT_BIND(op, Args)                           \
+  m.def(#op, on_stream(op##_args, cuda::op), unlocked); \
+  m.def(#op "_workspace_bytes", asks(op##_plan_args, cuda::op##_workspace_bytes));
+  LOWBIT_WORKSPACE_OPS(LOWBIT_BIND)
+  LOWBIT_BIND(binary_conv2d, BinaryConv2dArgs)
+#undef LOWBIT_BIND
+
   m.def("binary_conv2d_default_engine",
         [](int device) { return static_cast<int>(cuda::binary_conv2d_default_engine(device)); });
   m.def(
@@ -71,31 +79,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("binary_conv2d_has_engine", [](int engine, int device) {
     return cuda::binary_conv2d_has_engine(static_cast<cuda::ConvEngine>(engine), device);
   });
-  m.def("binary_conv2d_input_grad", on_stream(binary_conv2d_input_grad_args, cuda::binary_conv2d_input_grad), unlocked);
-  m.def("binary_conv2d_input_grad_workspace_bytes", [](const ConvShape& shape, int /*device*/) {
-    BinaryConv2dInputGradArgs args{};
-    args.shape = shape;
-    return cuda::binary_conv2d_input_grad_workspace_bytes(args);
-  });
   m.def("binary_conv2d_weight_bytes",
         [](const ConvShape& shape, int /*device*/) { return cuda::binary_conv2d_weight_bytes(shape); });
-  m.def("binary_conv2d_weight_grad", on_stream(binary_conv2d_weight_grad_args, cuda::binary_conv2d_weight_grad),
-        unlocked);
-  m.def("binary_conv2d_weight_grad_workspace_bytes", [](const ConvShape& shape, int /*device*/) {
-    BinaryConv2dWeightGradArgs args{};
-    args.shape = shape;
-    return cuda::binary_conv2d_weight_grad_workspace_bytes(args);
-  });
-  m.def("binary_conv2d_workspace_bytes", [](const ConvShape& shape, int encoding, int padding_value, int output_kind,
-                                            int64_t thresholds, int /*device*/) {
-    return cuda::binary_conv2d_workspace_bytes(
-        binary_conv2d_plan_args(shape, encoding, padding_value, output_kind, thresholds));
-  });
-  m.def("binary_max_pool2d", on_stream(binary_max_pool2d_args, cuda::binary_max_pool2d), unlocked);
-  m.def("channel_dequantize", on_stream(channel_dequantize_args, cuda::channel_dequantize), unlocked);
-  m.def("group_dequantize", on_stream(group_dequantize_args, cuda::group_dequantize), unlocked);
-  m.def("group_quantize", on_stream(group_quantize_args, cuda::group_quantize), unlocked);
-  m.def("masked_gradient", on_stream(masked_gradient_args, cuda::masked_gradient), unlocked);
   m.def(
       "popcount_peak",
       [](int64_t iterations, uintptr_t counts, int engine, int device, uintptr_t stream) {
@@ -107,6 +92,4 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("popcount_peak_operations", [](int64_t iterations, int engine, int device) {
     return cuda::popcount_peak_operations(iterations, static_cast<cuda::ConvEngine>(engine), device);
   });
-  m.def("quantized_activation", on_stream(quantized_activation_args, cuda::quantized_activation), unlocked);
-  m.def("unpack", on_stream(unpack_args, cuda::unpack), unlocked);
 }

@@ -3,7 +3,9 @@
 
 #include "core/codes.h"
 #include "core/conv_shape.h"
+#include "core/float_type.h"
 #include "core/pool_shape.h"
+#include "core/status.h"
 
 namespace lowbit {
 
@@ -79,6 +81,17 @@ static inline bool valid(const PoolShape& shape) {
          addressable(shape.batch, shape.out_height, shape.out_width, shape.channels);
 }
 
-static inline bool valid(const ChannelShape& shape) { return addressable(shape.outer, shape.channels, shape.spatial); }
+// The second is for the workspaces, which are there although a tensor is empty.
+static inline bool valid(const ChannelShape& shape) {
+  return addressable(shape.outer, shape.channels, shape.spatial) && addressable(shape.outer, shape.channels, 4);
+}
+
+// What an op of channel codes asks of its arguments.
+template <class Args>
+static inline Status check_channel_codes(const Args& args, int64_t given_bytes) {
+  if (!valid_bits(args.bits) || !valid(args.type) || !(args.span > 0)) return Status::bad_argument;
+  if (!valid(args.shape)) return Status::bad_shape;
+  return given_bytes < workspace_bytes(args) ? Status::small_workspace : Status::ok;
+}
 
 }  // namespace lowbit

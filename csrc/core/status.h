@@ -13,4 +13,24 @@ enum class Status : int {
   cuda_error = 6,       // CUDA refused a call or a launch; cuda::last_error_text() says what it said
 };
 
+static inline const char* status_text(Status status) {
+  switch (status) {
+    case Status::ok:
+      return "ok";
+    case Status::bad_shape:
+      return "the native core refused the sizes: negative, inconsistent, or their product overflows";
+    case Status::bad_argument:
+      return "the native core refused an argument outside its documented values";
+    case Status::unsupported_isa:
+      return "this machine cannot run the requested instruction set";
+    case Status::small_workspace:
+      return "the workspace is smaller than the kernel asked for; was the thread count changed during the call?";
+    case Status::not_finite:
+      return "a value that must be finite is NaN or infinite";
+    case Status::cuda_error:
+      return "CUDA refused a call or a launch";
+  }
+  return "a status that csrc/core/status.h does not know";
+}
+
 }  // namespace lowbit

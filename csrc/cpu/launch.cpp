@@ -48,6 +48,15 @@ Status run_with_workspace(const Args& args, int64_t items, int64_t grain, int64_
   return Status::ok;
 }
 
+// For the ops of channel codes: the workspace's parameters of each channel, where nothing is to be refused.
+template <class Args>
+Status make_grid(const Args& args, int64_t workspace_bytes) {
+  const Status status = check_channel_codes(args, workspace_bytes);
+  if (status != Status::ok) return status;
+  for (int64_t column = 0; column < grid_width(args.shape); ++column) fill_grid(args, column);
+  return Status::ok;
+}
+
 }  // namespace
 
 Status binarize(const BinarizeArgs& args) noexcept {
@@ -153,29 +162,36 @@ Status masked_gradient(const MaskedGradientArgs& args) noexcept {
   return Status::ok;
 }
 
-Status batch_norm_relu_quantize(const BatchNormReluQuantizeArgs& args) noexcept {
-  if (!valid_bits(args.bits) || !valid(args.type) || !(args.span > 0)) return Status::bad_argument;
-  if (!valid(args.shape)) return Status::bad_shape;
-  for (int64_t column = 0; column < grid_width(args.shape); ++column) fill_grid(args, column);
+int64_t batch_norm_relu_quantize_workspace_bytes(const BatchNormReluQuantizeArgs& args) noexcept {
+  return workspace_bytes(args);
+}
+
+Status batch_norm_relu_quantize(const BatchNormReluQuantizeArgs& args, int64_t workspace_bytes) noexcept {
+  const Status status = make_grid(args, workspace_bytes);
+  if (status != Status::ok) return status;
   parallel_for(row_count(args.shape), grain_for(kGrainBytes, 8 * row_length(args.shape)),
                [&](int64_t begin, int64_t end, int) { kernels().batch_norm_relu_quantize(args, begin, end); });
   return Status::ok;
 }
 
-Status channel_dequantize(const ChannelDequantizeArgs& args) noexcept {
-  if (!valid_bits(args.bits) || !valid(args.type) || !(args.span > 0)) return Status::bad_argument;
-  if (!valid(args.shape)) return Status::bad_shape;
-  for (int64_t column = 0; column < grid_width(args.shape); ++column) fill_grid(args, column);
+int64_t channel_dequantize_workspace_bytes(const ChannelDequantizeArgs& args) noexcept { return workspace_bytes(args); }
+
+Status channel_dequantize(const ChannelDequantizeArgs& args, int64_t workspace_bytes) noexcept {
+  const Status status = make_grid(args, workspace_bytes);
+  if (status != Status::ok) return status;
   parallel_for(row_count(args.shape), grain_for(kGrainBytes, 4 * row_length(args.shape)),
                [&](int64_t begin, int64_t end, int) { kernels().channel_dequantize(args, begin, end); });
   return Status::ok;
 }
 
-Status batch_norm_relu_backward(const BatchNormReluBackwardArgs& args) noexcept {
-  if (!valid_bits(args.bits) || !valid(args.type) || !(args.span > 0)) return Status::bad_argument;
-  if (!valid(args.shape)) return Status::bad_shape;
+int64_t batch_norm_relu_backward_workspace_bytes(const BatchNormReluBackwardArgs& args) noexcept {
+  return workspace_bytes(args);
+}
+
+Status batch_norm_relu_backward(const BatchNormReluBackwardArgs& args, int64_t workspace_bytes) noexcept {
+  const Status status = make_grid(args, workspace_bytes);
+  if (status != Status::ok) return status;
   const ChannelShape& shape = args.shape;
-  for (int64_t column = 0; column < grid_width(shape); ++column) fill_grid(args, column);
   const int64_t pixels = shape.channels_last ? kChunkPixels : shape.spatial;
   parallel_for(chunks(shape), grain_for(kGrainBytes, 4 * pixels * shape.channels),
                [&](int64_t begin, int64_t end, int) { kernels().batch_norm_relu_sums(args, begin, end); });

@@ -2,37 +2,23 @@
 // the active level's kernel. Still no torch, no Python, no allocation.
 #pragma once
 
+#include "core/ops/list.h"
 #include "cpu/kernel_table.h"
 
 namespace lowbit::launch {
 
-Status binarize(const BinarizeArgs& args) noexcept;
-Status unpack(const UnpackArgs& args) noexcept;
-Status align_groups(const AlignGroupsArgs& args) noexcept;
-Status binary_max_pool2d(const BinaryMaxPool2dArgs& args) noexcept;
-Status binary_avg_pool2d(const BinaryAvgPool2dArgs& args) noexcept;
+#define LOWBIT_DECLARE(op, Args) Status op(const Args& args) noexcept;
+LOWBIT_OPS(LOWBIT_DECLARE)
+#undef LOWBIT_DECLARE
 
-// `workspace` inside the arguments holds workspace_bytes; the *_workspace_bytes functions say how many are needed for
-// the threads that would run now.
-int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept;
-Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes) noexcept;
-
-int64_t binary_conv2d_input_grad_workspace_bytes(const BinaryConv2dInputGradArgs& args) noexcept;
-Status binary_conv2d_input_grad(const BinaryConv2dInputGradArgs& args, int64_t workspace_bytes) noexcept;
-
-int64_t binary_conv2d_weight_grad_workspace_bytes(const BinaryConv2dWeightGradArgs& args) noexcept;
-Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t workspace_bytes) noexcept;
-
-Status quantized_activation(const QuantizedActivationArgs& args) noexcept;
-Status masked_gradient(const MaskedGradientArgs& args) noexcept;
-
-Status batch_norm_relu_quantize(const BatchNormReluQuantizeArgs& args) noexcept;
-Status channel_dequantize(const ChannelDequantizeArgs& args) noexcept;
-Status batch_norm_relu_backward(const BatchNormReluBackwardArgs& args) noexcept;
-Status group_quantize(const GroupQuantizeArgs& args) noexcept;
-Status group_dequantize(const GroupDequantizeArgs& args) noexcept;
-Status antithetic_sample(const AntitheticSampleArgs& args) noexcept;
-Status antithetic_gradient(const AntitheticGradientArgs& args) noexcept;
+// The workspace inside the arguments holds workspace_bytes, and is 64-byte aligned; the *_workspace_bytes functions say
+// how many are needed for the threads that would run now.
+#define LOWBIT_DECLARE(op, Args)                           \
+  int64_t op##_workspace_bytes(const Args& args) noexcept; \
+  Status op(const Args& args, int64_t workspace_bytes) noexcept;
+LOWBIT_WORKSPACE_OPS(LOWBIT_DECLARE)
+LOWBIT_DECLARE(binary_conv2d, BinaryConv2dArgs)
+#undef LOWBIT_DECLARE
 
 // Runs the loop of `level` on every thread of torch's pool at once and returns the operations of all; 0 where the
 // machine cannot run the level. For measurements: while it runs, `level` is the active level of the whole process.

@@ -5,8 +5,8 @@
 
 #include "core/checks.h"
 #include "core/divisor.h"
+#include "core/philox.h"
 #include "cuda/platform.cuh"
-#include "cuda/word.cuh"
 
 namespace lowbit::cuda {
 namespace {
@@ -49,10 +49,10 @@ __device__ inline void draw(uint64_t index, uint64_t seed, int count, uint32_t (
 #pragma unroll
   for (int i = 0; i < kMost; i += kPhiloxOutputs) {
     if (i < count) {
-      Word counter[kPhiloxOutputs] = {{static_cast<uint32_t>(index)},
-                                      {static_cast<uint32_t>(index >> 32)},
-                                      {static_cast<uint32_t>(i / kPhiloxOutputs)},
-                                      {0}};
+      OneLane counter[kPhiloxOutputs] = {{static_cast<uint32_t>(index)},
+                                         {static_cast<uint32_t>(index >> 32)},
+                                         {static_cast<uint32_t>(i / kPhiloxOutputs)},
+                                         {0}};
       philox(counter, seed);
 #pragma unroll
       for (int j = 0; j < kPhiloxOutputs; ++j) draws[i + j] = i + j < count ? counter[j].value : ~0u;

@@ -353,11 +353,16 @@ Status backward(const BatchNormReluBackwardArgs& args, Stream stream) {
 
 }  // namespace
 
-Status batch_norm_relu_backward(const BatchNormReluBackwardArgs& args, Stream stream) noexcept {
-  if (!valid_bits(args.bits) || !valid(args.type) || !(args.span > 0)) return Status::bad_argument;
-  if (!valid(args.shape)) return Status::bad_shape;
+int64_t batch_norm_relu_backward_workspace_bytes(const BatchNormReluBackwardArgs& args) noexcept {
+  return workspace_bytes(args);
+}
+
+Status batch_norm_relu_backward(const BatchNormReluBackwardArgs& args, int64_t workspace_bytes,
+                                Stream stream) noexcept {
+  Status status = check_channel_codes(args, workspace_bytes);
+  if (status != Status::ok) return status;
   if (args.shape.channels == 0) return Status::ok;
-  const Status status = launch_fill_grid(args, stream);
+  status = launch_fill_grid(args, stream);
   if (status != Status::ok) return status;
   return for_type(args.type, [&](auto type) { return backward<type.value>(args, stream); });
 }

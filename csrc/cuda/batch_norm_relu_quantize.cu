@@ -66,11 +66,16 @@ Status quantize(const BatchNormReluQuantizeArgs& args, Stream stream) {
 
 }  // namespace
 
-Status batch_norm_relu_quantize(const BatchNormReluQuantizeArgs& args, Stream stream) noexcept {
-  if (!valid_bits(args.bits) || !valid(args.type) || !(args.span > 0)) return Status::bad_argument;
-  if (!valid(args.shape)) return Status::bad_shape;
+int64_t batch_norm_relu_quantize_workspace_bytes(const BatchNormReluQuantizeArgs& args) noexcept {
+  return workspace_bytes(args);
+}
+
+Status batch_norm_relu_quantize(const BatchNormReluQuantizeArgs& args, int64_t workspace_bytes,
+                                Stream stream) noexcept {
+  Status status = check_channel_codes(args, workspace_bytes);
+  if (status != Status::ok) return status;
   if (args.shape.outer == 0 || args.shape.channels == 0 || args.shape.spatial == 0) return Status::ok;
-  const Status status = launch_fill_grid(args, stream);
+  status = launch_fill_grid(args, stream);
   if (status != Status::ok) return status;
   return for_type(args.type, [&](auto type) { return quantize<type.value>(args, stream); });
 }

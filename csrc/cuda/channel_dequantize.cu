@@ -60,11 +60,13 @@ Status dequantize(const ChannelDequantizeArgs& args, Stream stream) {
 
 }  // namespace
 
-Status channel_dequantize(const ChannelDequantizeArgs& args, Stream stream) noexcept {
-  if (!valid_bits(args.bits) || !valid(args.type) || !(args.span > 0)) return Status::bad_argument;
-  if (!valid(args.shape)) return Status::bad_shape;
+int64_t channel_dequantize_workspace_bytes(const ChannelDequantizeArgs& args) noexcept { return workspace_bytes(args); }
+
+Status channel_dequantize(const ChannelDequantizeArgs& args, int64_t workspace_bytes, Stream stream) noexcept {
+  Status status = check_channel_codes(args, workspace_bytes);
+  if (status != Status::ok) return status;
   if (args.shape.outer == 0 || args.shape.channels == 0 || args.shape.spatial == 0) return Status::ok;
-  const Status status = launch_fill_grid(args, stream);
+  status = launch_fill_grid(args, stream);
   if (status != Status::ok) return status;
   return for_type(args.type, [&](auto type) { return dequantize<type.value>(args, stream); });
 }

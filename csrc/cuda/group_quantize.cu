@@ -5,8 +5,8 @@
 #include "core/ops/group_quantize.h"
 
 #include "core/checks.h"
+#include "core/philox.h"
 #include "cuda/codes.cuh"
-#include "cuda/word.cuh"
 
 namespace lowbit::cuda {
 namespace {
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) group_quantize_kernel(QuantizeKernel
   auto& words = shared_memory<Shared>().groups[threadIdx.x / kLanes].words;
   if (args.op.stochastic) {
     const uint64_t block = args.op.offset + static_cast<uint64_t>(group * kRoundingBlocks + lane);
-    Word counter[kPhiloxOutputs] = {{static_cast<uint32_t>(block)}, {static_cast<uint32_t>(block >> 32)}, {0}, {0}};
+    OneLane counter[kPhiloxOutputs] = {{static_cast<uint32_t>(block)}, {static_cast<uint32_t>(block >> 32)}, {0}, {0}};
     philox(counter, args.op.seed);
 #pragma unroll
     for (int i = 0; i < kPhiloxOutputs; ++i) words[i][lane] = counter[i].value;

@@ -12,10 +12,9 @@ from torch import Tensor
 from lowbit_ext import _native, _oplib
 from lowbit_ext.packed import words_for
 
-# csrc/core/ops/antithetic_sample.h.
-COUPLINGS = {"independent": 0, "antithetic_pairs": 1, "dirichlet": 2, "systematic": 3, "gaussian": 4}
-LAYOUTS = {"sample": 0, "dimension": 1}
-MOST_SAMPLES = 64
+COUPLINGS: dict[str, int] = _native.cpu.COUPLINGS
+LAYOUTS: dict[str, int] = _native.cpu.SAMPLE_LAYOUTS
+MOST_SAMPLES: int = _native.cpu.MOST_SAMPLES
 
 
 def bits_type(samples: int) -> torch.dtype:

@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from lowbit_ext import _native, _oplib
+from lowbit_ext.packed import FLOAT_TYPES
 
-BITS = (2, 4, 8)
-GROUP = 256
-FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/core/layout.h
-BLOCK = 256
-CHUNK_PIXELS = 1024  # csrc/core/ops/batch_norm_relu_backward.h
+BITS: tuple[int, ...] = _native.cpu.CODE_BITS
+GROUP: int = _native.cpu.GROUP
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -52,15 +50,6 @@ class _Rows(NamedTuple):
     channels: int
     spatial: int
     channels_last: bool
-
-    @property
-    def grid_width(self) -> int:  # csrc/core/codes.h
-        repeats = BLOCK // self.channels if self.channels_last and 0 < self.channels < BLOCK else 1
-        return -(-self.channels * repeats // 64) * 64
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.outer * self.spatial // CHUNK_PIXELS) if self.channels_last else self.outer
 
 
 def _rows(shape: Sequence[int], channels_last: bool) -> _Rows:
@@ -145,11 +134,13 @@ def _quantize(
     target = None if y is None else as_layout(y, channels_last)
     rows = _rows(x.shape, channels_last)
     codes = x.new_empty(_codes_shape(x.shape, channels_last, bits), dtype=torch.uint8)
-    grid = x.new_empty((4, rows.grid_width), dtype=torch.float32)
     floats = _Floats(op, x, mean=mean, invstd=invstd, gamma=gamma, beta=beta)
-    status = _native.kernels(x).batch_norm_relu_quantize(
+    native = _native.kernels(x)
+    size = native.batch_norm_relu_quantize_workspace_bytes(*rows)
+    workspace = _native.workspace(size, x)
+    status = native.batch_norm_relu_quantize(
         _native.pointer(x, x, f"{op}: x"), FLOAT_TYPES[x.dtype], *rows, *floats.pointers, bits, span, y is not None,
-        _native.pointer(target, x, f"{op}: y"), codes.data_ptr(), grid.data_ptr(),
+        _native.pointer(target, x, f"{op}: y"), codes.data_ptr(), workspace.data_ptr(), size,
     )
     _native.check(op, status)
     if y is not None and target is not None and target is not y:
@@ -210,12 +201,14 @@ def _dequantize_into(
         order = "channels_last" if channels_last else "contiguous"
         raise ValueError(f"{op}: out must be {order}, got strides {output.stride()} for {tuple(output.shape)}")
     rows = _rows(output.shape, channels_last)
-    grid = codes.new_empty((4, rows.grid_width), dtype=torch.float32)
     codes = codes.contiguous()
     floats = _Floats(op, codes, gamma=gamma, beta=beta)
-    status = _native.kernels(codes).channel_dequantize(
+    native = _native.kernels(codes)
+    size = native.channel_dequantize_workspace_bytes(*rows)
+    workspace = _native.workspace(size, codes)
+    status = native.channel_dequantize(
         _native.pointer(codes, codes, f"{op}: codes"), *rows, *floats.pointers, bits, span, relu,
-        _native.pointer(output, codes, f"{op}: output"), FLOAT_TYPES[output.dtype], grid.data_ptr(),
+        _native.pointer(output, codes, f"{op}: output"), FLOAT_TYPES[output.dtype], workspace.data_ptr(), size,
     )
     _native.check(op, status)
 
@@ -288,14 +281,15 @@ def _backward(
     grad_input = empty(grad, grad.shape, grad.dtype, channels_last)
     grad_gamma = grad.new_empty(rows.channels, dtype=torch.float32)
     grad_beta = grad.new_empty(rows.channels, dtype=torch.float32)
-    sums = grad.new_empty((rows.chunks, 2, rows.channels), dtype=torch.float64)
-    grid = grad.new_empty((6, rows.grid_width), dtype=torch.float32)
     codes = codes.contiguous()
     floats = _Floats(op, grad, gamma=gamma, beta=beta, invstd=invstd)
-    status = _native.kernels(grad).batch_norm_relu_backward(
+    native = _native.kernels(grad)
+    size = native.batch_norm_relu_backward_workspace_bytes(*rows)
+    workspace = _native.workspace(size, grad)
+    status = native.batch_norm_relu_backward(
         _native.pointer(grad, grad, f"{op}: grad"), FLOAT_TYPES[grad.dtype], *rows,
         _native.pointer(codes, grad, f"{op}: codes"), *floats.pointers, bits, span, relu, training,
-        grad_input.data_ptr(), grad_gamma.data_ptr(), grad_beta.data_ptr(), sums.data_ptr(), grid.data_ptr(),
+        grad_input.data_ptr(), grad_gamma.data_ptr(), grad_beta.data_ptr(), workspace.data_ptr(), size,
     )
     _native.check(op, status)
     return grad_input, grad_gamma, grad_beta

@@ -138,7 +138,14 @@ void expect_same(const std::string& what, const Buffer<T>& got, const Buffer<T>&
 }
 
 inline void expect_ok(const std::string& what, Status status) {
-  if (status != Status::ok) fail(what + ": status " + std::to_string(static_cast<int>(status)));
+  if (status != Status::ok) fail(what + ": " + status_text(status));
+}
+
+// Calls launch(workspace_bytes), which has so many at hand: too few are refused.
+template <class Launch>
+void expect_workspace(const std::string& what, int64_t bytes, const Launch& launch) {
+  if (bytes > 0 && launch(bytes - 1) != Status::small_workspace) fail(what + ": a small workspace is taken");
+  expect_ok(what, launch(bytes));
 }
 
 // Calls body(begin, end) on [0, items) cut at random places, parts in random order: what any thread team may do.

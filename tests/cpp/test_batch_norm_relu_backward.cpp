@@ -95,16 +95,20 @@ void check(Random& random, FloatType type) {
     expected.push_back(static_cast<Value>(float_bits(number, type)));
   }
 
-  Buffer<float> grad_gamma(channels), grad_beta(channels), grid(kBackwardRows * grid_width(shape));
-  Buffer<double> sums(2 * chunks(shape) * channels), pieced_sums(sums.size());
+  Buffer<float> grad_gamma(channels), grad_beta(channels);
   BatchNormReluBackwardArgs args{
-      grad.data(), type,       shape, codes.data(), channel.gamma.data(), channel.beta.data(), channel.invstd.data(),
-      bits,        span,       relu,  training,     grad_input.data(),    grad_gamma.data(),   grad_beta.data(),
-      sums.data(), grid.data()};
-  expect_ok(what, launch::batch_norm_relu_backward(args));
+      grad.data(), type,   shape, codes.data(), channel.gamma.data(), channel.beta.data(), channel.invstd.data(),
+      bits,        span,   relu,  training,     grad_input.data(),    grad_gamma.data(),   grad_beta.data(),
+      nullptr,     nullptr};
+  Buffer<double> workspace(launch::batch_norm_relu_backward_workspace_bytes(args) / 8);
+  set_workspace(args, workspace.data());
+  expect_workspace(what, workspace.bytes(),
+                   [&](int64_t bytes) { return launch::batch_norm_relu_backward(args, bytes); });
   expect_same(what + ", grad of beta", grad_beta, expected_beta);
   expect_same(what + ", grad of gamma", grad_gamma, expected_gamma);
   expect_same(what, grad_input, expected);
+  const std::vector<double> sums(args.sums, args.sums + sums_count(shape));
+  Buffer<double> pieced_sums(sums_count(shape));
   args.sums = pieced_sums.data();
   args.grad_input = pieced.data();
   in_pieces(chunks(shape), random,

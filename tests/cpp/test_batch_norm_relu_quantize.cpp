@@ -15,7 +15,6 @@ void check(Random& random, FloatType type) {
   ChannelParameters channel(random, shape.channels);
   Buffer<Value> input(count), y(count), pieced_y(count);
   Buffer<uint8_t> codes(channel_code_bytes(shape, bits)), pieced(codes.size());
-  Buffer<float> grid(kQuantizeRows * grid_width(shape));
   std::vector<Value> expected_y;
   std::vector<uint8_t> expected(static_cast<size_t>(codes.size()));
   const CodeRows rows(row_length(shape), bits);
@@ -55,8 +54,10 @@ void check(Random& random, FloatType type) {
                                  relu,
                                  relu ? y.data() : nullptr,
                                  codes.data(),
-                                 grid.data()};
-  expect_ok(what, launch::batch_norm_relu_quantize(args));
+                                 nullptr};
+  Buffer<float> grid(launch::batch_norm_relu_quantize_workspace_bytes(args) / 4);
+  args.grid = grid.data();
+  expect_workspace(what, grid.bytes(), [&](int64_t bytes) { return launch::batch_norm_relu_quantize(args, bytes); });
   expect_same(what, codes, expected);
   expect_same(what + ", y", y, expected_y);
   args.codes = pieced.data();

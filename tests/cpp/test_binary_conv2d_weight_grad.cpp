@@ -40,7 +40,8 @@ void check(Random& random) {
   Workspace workspace(launch::binary_conv2d_weight_grad_workspace_bytes(args));
   args.workspace = workspace.data();
   args.grad_weight = launched.data();
-  expect_ok(what, launch::binary_conv2d_weight_grad(args, workspace.bytes()));
+  expect_workspace(what, workspace.bytes(),
+                   [&](int64_t bytes) { return launch::binary_conv2d_weight_grad(args, bytes); });
   expect_near(what, launched, expected);
   args.grad_weight = pieced.data();
   in_pieces(kernels().binary_conv2d_weight_grad_items(args), random, [&](int64_t begin, int64_t end) {

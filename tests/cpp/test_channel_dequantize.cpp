@@ -17,7 +17,6 @@ void check(Random& random, FloatType type) {
   Buffer<uint8_t> codes(channel_code_bytes(shape, bits));
   fill_codes(codes, count, row_length(shape), bits, random);
   Buffer<Value> output(count), pieced(count);
-  Buffer<float> grid(kDequantizeRows * grid_width(shape));
   std::vector<Value> expected;
   const CodeRows rows(row_length(shape), bits);
   for (int64_t i = 0; i < count; ++i) {
@@ -33,9 +32,11 @@ void check(Random& random, FloatType type) {
     const bool finite = std::isfinite(load_float(expected.data(), type, i));
     if (finite != !std::isnan(number)) fail(what + ": a finite channel decodes to infinity");
   }
-  ChannelDequantizeArgs args{codes.data(),  shape, channel.gamma.data(), channel.beta.data(), bits, span, relu,
-                             output.data(), type,  grid.data()};
-  expect_ok(what, launch::channel_dequantize(args));
+  ChannelDequantizeArgs args{
+      codes.data(), shape, channel.gamma.data(), channel.beta.data(), bits, span, relu, output.data(), type, nullptr};
+  Buffer<float> grid(launch::channel_dequantize_workspace_bytes(args) / 4);
+  args.grid = grid.data();
+  expect_workspace(what, grid.bytes(), [&](int64_t bytes) { return launch::channel_dequantize(args, bytes); });
   expect_same(what, output, expected);
   args.output = pieced.data();
   in_pieces(row_count(shape), random,

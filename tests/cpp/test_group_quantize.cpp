@@ -1,6 +1,6 @@
 #include "code_cases.h"
+#include "core/philox.h"
 #include "cpu/group_quantize/group_quantize.h"
-#include "one_lane.h"
 
 namespace lowbit::test {
 namespace {

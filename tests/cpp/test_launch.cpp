@@ -184,6 +184,9 @@ LOWBIT_TEST(launch) {
   UnpackArgs unpack{};
   unpack.pixels = -1;
   expect_refused("unpack of -1 pixels", launch::unpack(unpack));
+  unpack.pixels = 1;
+  unpack.output_type = static_cast<FloatType>(3);
+  if (launch::unpack(unpack) != Status::bad_argument) fail("unpack to type 3 was not refused");
   AlignGroupsArgs align{};
   align.pixels = align.groups = align.channels_per_group = int64_t{1} << 30;
   expect_refused("align_groups of 2^90 channels", launch::align_groups(align));
@@ -191,12 +194,11 @@ LOWBIT_TEST(launch) {
   align.channels_per_group = 0;
   expect_refused("align_groups of no channels", launch::align_groups(align));
 
-  BinaryConv2dInputGradArgs input_grad{};
-  input_grad.shape = ordinary_conv();
-  const int64_t bytes = launch::binary_conv2d_input_grad_workspace_bytes(input_grad);
-  if (bytes > 0 && launch::binary_conv2d_input_grad(input_grad, bytes - 1) != Status::small_workspace) {
-    fail("a workspace one byte short was not refused");
-  }
+  ChannelDequantizeArgs dequantize{};
+  dequantize.bits = 4;
+  dequantize.span = 6;
+  dequantize.shape = {kHuge, kHuge, 0, false};
+  expect_refused("channel_dequantize of 2^124 rows", launch::channel_dequantize(dequantize, 0));
 }
 
 }  // namespace lowbit::test

@@ -1,7 +1,9 @@
+#include "core/philox.h"
+
 #include "common.h"
-#include "one_lane.h"
 
 namespace lowbit::test {
+
 // Known answers that come with the generator's reference implementation (Random123, kat_vectors).
 LOWBIT_TEST(philox) {
   struct Known {

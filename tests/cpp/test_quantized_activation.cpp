@@ -8,7 +8,7 @@ namespace {
 template <class Value>
 void check(Random& random, FloatType type) {
   const int64_t count = random.pick<int64_t>({0, random.size(640), random.between(1, 3000)});
-  const Levels levels = random.pick({Levels::sign, Levels::step, Levels::ternary});
+  const Activation activation = random.pick({Activation::sign, Activation::step, Activation::ternary});
   const Interval interval = random_interval(random);
   Buffer<Value> input(count), output(count), pieced(count), gradient(count), masked(count);
   Buffer<uint64_t> mask(words_for(count)), pieced_mask(words_for(count));
@@ -18,11 +18,11 @@ void check(Random& random, FloatType type) {
     input[i] = static_cast<Value>(float_bits(activation_value(random), type));
     gradient[i] = static_cast<Value>(random.bits());
     const float x = load_float(input.data(), type, i);
-    const float level = levels == Levels::sign   ? (x >= 0 ? 1.0f : -1.0f)
-                        : levels == Levels::step ? (x >= 0.5f ? 1.0f : 0.0f)
-                        : x >= 0.75f             ? 1.0f
-                        : x >= 0.25f             ? 0.5f
-                                                 : 0.0f;
+    const float level = activation == Activation::sign   ? (x >= 0 ? 1.0f : -1.0f)
+                        : activation == Activation::step ? (x >= 0.5f ? 1.0f : 0.0f)
+                        : x >= 0.75f                     ? 1.0f
+                        : x >= 0.25f                     ? 0.5f
+                                                         : 0.0f;
     const bool inside =
         interval.closed ? x >= interval.low && x <= interval.high : x > interval.low && x < interval.high;
     expected.push_back(static_cast<Value>(float_bits(level, type)));
@@ -30,8 +30,8 @@ void check(Random& random, FloatType type) {
     if (inside) set_bit(expected_mask.data(), i);
   }
   const std::string what = std::to_string(count) + " elements of type " + std::to_string(static_cast<int>(type)) +
-                           ", levels " + std::to_string(static_cast<int>(levels));
-  QuantizedActivationArgs args{input.data(),    type,          count,      levels, interval.low, interval.high,
+                           ", levels " + std::to_string(static_cast<int>(activation));
+  QuantizedActivationArgs args{input.data(),    type,          count,      activation, interval.low, interval.high,
                                interval.closed, output.data(), mask.data()};
   expect_ok(what, launch::quantized_activation(args));
   expect_same(what, output, expected);

@@ -19,7 +19,6 @@ void check(Random& random, FloatType type) {
     y[i] = expected_y[i] = static_cast<Value>(float_bits(code_value(random), type));
   }
   Buffer<uint8_t> codes(channel_code_bytes(shape, bits), random_alignment(random)), expected(codes.size());
-  Buffer<float> grid(kQuantizeRows * grid_width(shape), random_alignment(random));
   BatchNormReluQuantizeArgs args{input.data(),
                                  type,
                                  shape,
@@ -32,7 +31,9 @@ void check(Random& random, FloatType type) {
                                  relu,
                                  relu ? expected_y.data() : nullptr,
                                  expected.data(),
-                                 grid.data()};
+                                 nullptr};
+  Buffer<float> grid(cuda::batch_norm_relu_quantize_workspace_bytes(args) / 4, random_alignment(random));
+  args.grid = grid.data();
   for (int64_t column = 0; column < grid_width(shape); ++column) fill_grid(args, column);
   scalar::batch_norm_relu_quantize(args, 0, row_count(shape));
   Buffer<float> fresh(grid.size(), random_alignment(random));
@@ -40,7 +41,8 @@ void check(Random& random, FloatType type) {
   args.codes = codes.data();
   args.grid = fresh.data();
   const std::string what = name_of(shape, type, bits) + (relu ? "" : " without ReLU");
-  expect_ok(what, cuda::batch_norm_relu_quantize(args, kStream));
+  expect_workspace(what, fresh.bytes(),
+                   [&](int64_t bytes) { return cuda::batch_norm_relu_quantize(args, bytes, kStream); });
   expect_same(what, codes, expected);
   expect_same(what + ", y", y, expected_y);
 }
@@ -48,11 +50,13 @@ void check(Random& random, FloatType type) {
 void check_refused() {
   BatchNormReluQuantizeArgs args{};
   args.bits = 3, args.span = 6;
-  if (cuda::batch_norm_relu_quantize(args, kStream) != Status::bad_argument) fail("3 bits are not refused");
+  if (cuda::batch_norm_relu_quantize(args, 0, kStream) != Status::bad_argument) fail("3 bits are not refused");
   args.bits = 4, args.span = 0;
-  if (cuda::batch_norm_relu_quantize(args, kStream) != Status::bad_argument) fail("span 0 is not refused");
-  args.span = 6, args.shape = {1, -1, 1, false};
-  if (cuda::batch_norm_relu_quantize(args, kStream) != Status::bad_shape) fail("-1 channels are not refused");
+  if (cuda::batch_norm_relu_quantize(args, 0, kStream) != Status::bad_argument) fail("span 0 is not refused");
+  args.type = static_cast<FloatType>(3), args.span = 6;
+  if (cuda::batch_norm_relu_quantize(args, 0, kStream) != Status::bad_argument) fail("type 3 is not refused");
+  args.type = FloatType::float32, args.shape = {1, -1, 1, false};
+  if (cuda::batch_norm_relu_quantize(args, 0, kStream) != Status::bad_shape) fail("-1 channels are not refused");
 }
 
 }  // namespace

@@ -17,16 +17,24 @@ void check(Random& random, FloatType type) {
   Buffer<uint8_t> codes(channel_code_bytes(shape, bits), random_alignment(random));
   fill_codes(codes, count, row_length(shape), bits, random);
   Buffer<Value> output(count, random_alignment(random)), expected(count);
-  Buffer<float> grid(kDequantizeRows * grid_width(shape)), fresh(grid.size(), random_alignment(random));
-  ChannelDequantizeArgs args{
-      codes.data(),    shape, channel.gamma.data(), channel.beta.data(), bits, code_case_span(random), relu,
-      expected.data(), type,  grid.data()};
+  ChannelDequantizeArgs args{codes.data(),
+                             shape,
+                             channel.gamma.data(),
+                             channel.beta.data(),
+                             bits,
+                             code_case_span(random),
+                             relu,
+                             expected.data(),
+                             type,
+                             nullptr};
+  Buffer<float> grid(cuda::channel_dequantize_workspace_bytes(args) / 4), fresh(grid.size(), random_alignment(random));
+  args.grid = grid.data();
   for (int64_t column = 0; column < grid_width(shape); ++column) fill_grid(args, column);
   scalar::channel_dequantize(args, 0, row_count(shape));
   args.output = output.data();
   args.grid = fresh.data();
   const std::string what = name_of(shape, type, bits) + (relu ? "" : " without ReLU");
-  expect_ok(what, cuda::channel_dequantize(args, kStream));
+  expect_workspace(what, fresh.bytes(), [&](int64_t bytes) { return cuda::channel_dequantize(args, bytes, kStream); });
   expect_same(what, output, expected);
 }
 

@@ -17,7 +17,7 @@ void check(Random& random, FloatType type) {
   QuantizedActivationArgs args{input.data(),
                                type,
                                count,
-                               random.pick({Levels::sign, Levels::step, Levels::ternary}),
+                               random.pick({Activation::sign, Activation::step, Activation::ternary}),
                                interval.low,
                                interval.high,
                                interval.closed,
@@ -27,7 +27,7 @@ void check(Random& random, FloatType type) {
   args.output = output.data();
   args.mask = with_mask ? mask.data() : nullptr;
   const std::string what = std::to_string(count) + " of type " + std::to_string(static_cast<int>(type)) + ", levels " +
-                           std::to_string(static_cast<int>(args.levels));
+                           std::to_string(static_cast<int>(args.activation));
   expect_ok(what, cuda::quantized_activation(args, kStream));
   expect_same(what, output, expected);
   expect_same(what + ", mask", mask, expected_mask);

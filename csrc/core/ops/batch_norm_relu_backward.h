@@ -26,8 +26,8 @@ struct BatchNormReluBackwardArgs {
   bool relu, training;
   void* grad_input;               // of type
   float *grad_gamma, *grad_beta;  // [channels]
-  double* sums;                   // workspace [chunks, 2, channels]: of g, of g xhat
-  float* grid;                    // workspace [kBackwardRows, grid_width]
+  double* sums;                   // workspace, see set_workspace: [chunks, 2, channels], of g, of g xhat
+  float* grid;                    // and [kBackwardRows, grid_width]
 };
 
 LOWBIT_INLINE int64_t chunks(const ChannelShape& s) {
@@ -36,6 +36,18 @@ LOWBIT_INLINE int64_t chunks(const ChannelShape& s) {
 
 // Rows of the workspace: xhat = code * step + origin; grad_input = gain * (g - (mean + xhat * slope)).
 enum BackwardRow : int { kStep = 0, kXhatOrigin, kBackwardShift, kGain, kMean, kSlope, kBackwardRows };
+
+LOWBIT_INLINE int64_t sums_count(const ChannelShape& s) { return 2 * chunks(s) * s.channels; }
+
+LOWBIT_INLINE int64_t workspace_bytes(const BatchNormReluBackwardArgs& args) {
+  return sums_count(args.shape) * static_cast<int64_t>(sizeof *args.sums) +
+         kBackwardRows * grid_width(args.shape) * static_cast<int64_t>(sizeof *args.grid);
+}
+
+LOWBIT_INLINE void set_workspace(BatchNormReluBackwardArgs& args, void* workspace) {
+  args.sums = static_cast<double*>(workspace);
+  args.grid = reinterpret_cast<float*>(args.sums + sums_count(args.shape));
+}
 
 LOWBIT_INLINE void fill_grid(const BatchNormReluBackwardArgs& args, int64_t column) {
   const int64_t width = grid_width(args.shape), channel = column % args.shape.channels;

@@ -23,6 +23,10 @@ struct BatchNormReluQuantizeArgs {
 // Rows of the workspace: cell = (x - mean) * multiplier + offset.
 enum QuantizeRow : int { kCenter = 0, kMultiplier, kOffset, kQuantizeShift, kQuantizeRows };
 
+LOWBIT_INLINE int64_t workspace_bytes(const BatchNormReluQuantizeArgs& args) {
+  return kQuantizeRows * grid_width(args.shape) * static_cast<int64_t>(sizeof *args.grid);
+}
+
 LOWBIT_INLINE void fill_grid(const BatchNormReluQuantizeArgs& args, int64_t column) {
   const int64_t width = grid_width(args.shape), channel = column % args.shape.channels;
   const ChannelGrid grid = channel_grid(args.gamma[channel], args.beta[channel], args.bits, args.span, args.relu);

@@ -22,6 +22,10 @@ struct ChannelDequantizeArgs {
 // Rows of the workspace: value = (code + offset) * scale + beta.
 enum DequantizeRow : int { kCodeOffset = 0, kScale, kBeta, kDequantizeShift, kDequantizeRows };
 
+LOWBIT_INLINE int64_t workspace_bytes(const ChannelDequantizeArgs& args) {
+  return kDequantizeRows * grid_width(args.shape) * static_cast<int64_t>(sizeof *args.grid);
+}
+
 LOWBIT_INLINE void fill_grid(const ChannelDequantizeArgs& args, int64_t column) {
   const int64_t width = grid_width(args.shape), channel = column % args.shape.channels;
   const float gamma = args.gamma[channel], beta = args.beta[channel];

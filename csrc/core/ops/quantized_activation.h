@@ -13,13 +13,13 @@
 
 namespace lowbit {
 
-enum class Levels : int { sign = 0, step = 1, ternary = 2 };
+enum class Activation : int { sign = 0, step = 1, ternary = 2 };
 
 struct QuantizedActivationArgs {
   const void* input;  // [count] of type
   FloatType type;
   int64_t count;
-  Levels levels;
+  Activation activation;
   float low, high;  // ends of the interval, exact in every type
   bool closed;      // whether the ends belong to it
   void* output;     // [count] of type
@@ -56,16 +56,16 @@ LOWBIT_INLINE ActivationConstants<Key, Bits> activation_constants(const Quantize
   constants.mask_low = static_cast<Key>(key(args.low) + inside);
   constants.mask_high = static_cast<Key>(key(args.high) - inside);
   constants.above = bits(1.0f);
-  switch (args.levels) {
-    case Levels::sign:
+  switch (args.activation) {
+    case Activation::sign:
       constants.lower = constants.upper = key(-0.0f);
       constants.below = constants.between = bits(-1.0f);
       break;
-    case Levels::step:
+    case Activation::step:
       constants.lower = constants.upper = key(0.5f);
       constants.below = constants.between = bits(0.0f);
       break;
-    case Levels::ternary:
+    case Activation::ternary:
       constants.lower = key(0.25f);
       constants.upper = key(0.75f);
       constants.below = bits(0.0f);

@@ -51,13 +51,13 @@ struct WeightLayout {
 
 // 1 KiB of int8 for each 16 masks.
 inline void expand_weight(const uint8_t* masks, int64_t tiles, int8_t* out) {
-  const __m512i plus = _mm512_set1_epi8(1), minus = _mm512_set1_epi8(-1);
+  const __m512i plus_i8x64 = _mm512_set1_epi8(1), minus_i8x64 = _mm512_set1_epi8(-1);
   for (int64_t tile = 0; tile < tiles; ++tile) {
 #pragma GCC unroll 16
     for (int row = 0; row < 16; ++row) {
       uint64_t mask;
       memcpy(&mask, masks + row * sizeof mask, sizeof mask);
-      _mm512_store_si512(out + row * kLine, _mm512_mask_blend_epi8(_cvtu64_mask64(mask), minus, plus));
+      _mm512_store_si512(out + row * kLine, _mm512_mask_blend_epi8(_cvtu64_mask64(mask), minus_i8x64, plus_i8x64));
     }
     masks += kMaskBytes;
     out += kTileBytes;
@@ -317,9 +317,9 @@ class Worker {
     const int64_t last_channels = channels_per_group(shape) - (plan_.words - 1) * kWordBits;
     for (int64_t word = 0; word < plan_.words; ++word) {
       const __mmask64 valid = _cvtu64_mask64(word + 1 < plan_.words ? ~uint64_t{0} : low_mask(last_channels));
-      const __m512i set = _mm512_maskz_set1_epi8(valid, 1);
-      const __m512i clear = _mm512_maskz_set1_epi8(valid, args_.encoding == Encoding::sign ? -1 : 0);
-      const __m512i padding = _mm512_maskz_set1_epi8(valid, static_cast<char>(args_.padding_value));
+      const __m512i set_i8x64 = _mm512_maskz_set1_epi8(valid, 1);
+      const __m512i clear_i8x64 = _mm512_maskz_set1_epi8(valid, args_.encoding == Encoding::sign ? -1 : 0);
+      const __m512i padding_i8x64 = _mm512_maskz_set1_epi8(valid, static_cast<char>(args_.padding_value));
       for (int64_t phase_y = 0; phase_y < vertical.phases; ++phase_y) {
         const int64_t y = input_index(vertical, row_ + row, phase_y);
         const bool inside = y >= 0 && y < shape.height;
@@ -328,7 +328,7 @@ class Worker {
           for (int64_t column = 0; column < block_.pitch; ++column) {
             const int64_t x = input_index(horizontal, column, phase_x);
             if (!inside || x < 0 || x >= shape.width) {
-              for (int64_t i = 0; i < block_.images; ++i, out += kLine) _mm512_store_si512(out, padding);
+              for (int64_t i = 0; i < block_.images; ++i, out += kLine) _mm512_store_si512(out, padding_i8x64);
               continue;
             }
             const uint64_t* input = args_.input + image_ * image_words + (y * shape.width + x) * pixel_words +
@@ -336,7 +336,7 @@ class Worker {
             for (int64_t i = 0; i < block_.images; ++i, out += kLine, input += image_words) {
               uint64_t bits;
               memcpy(&bits, input, sizeof bits);
-              _mm512_store_si512(out, _mm512_mask_blend_epi8(_cvtu64_mask64(bits), clear, set));
+              _mm512_store_si512(out, _mm512_mask_blend_epi8(_cvtu64_mask64(bits), clear_i8x64, set_i8x64));
             }
           }
         }

@@ -50,7 +50,7 @@ inline int64_t vectors_for(int64_t filters) { return ceil_div(filters, kVectorFi
 inline int64_t filter_of_byte(int64_t i) { return i / 2 + i % 2 * 16; }
 
 inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-inline void store(void* to, __m256i value) { _mm256_storeu_si256(static_cast<__m256i*>(to), value); }
+inline void store(void* to, __m256i vector_u8x32) { _mm256_storeu_si256(static_cast<__m256i*>(to), vector_u8x32); }
 
 // Counts of two pixels x 32 filters over a whole tile, 16-bit lane i: `low` is the sum of both bytes' counts with
 // the upper weighted 256, modulo 2^16; `high` is the upper byte's count.
@@ -68,9 +68,9 @@ inline void prefetch_next_chunk(const uint8_t* row, int64_t row_bytes) {
 template <bool kSplit>
 inline __m256i weight_nibbles(const uint8_t* rows, int index, int row_bytes) {
   if (kSplit) return load(rows + index * row_bytes);
-  const __m256i bytes = load(rows + index / 2 * row_bytes);
+  const __m256i bytes_u8x32 = load(rows + index / 2 * row_bytes);
   if (index % 2 == 0) prefetch_next_chunk(rows + index / 2 * row_bytes, row_bytes);
-  return _mm256_and_si256(index % 2 == 0 ? bytes : _mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15));
+  return _mm256_and_si256(index % 2 == 0 ? bytes_u8x32 : _mm256_srli_epi16(bytes_u8x32, 4), _mm256_set1_epi8(15));
 }
 
 // Adds the counts of two pixels x kVectors * 32 filters over `units` <= kChunkUnits of the stream. `weight` are bytes
@@ -79,43 +79,43 @@ template <int kVectors, bool kSplit>
 inline void add_chunk(const uint8_t* tables, const uint8_t* weight, const uint16_t* table_offset, int64_t units,
                       PairSums* sums) {
   constexpr int kRowBytes = kVectors * 32, kUnitNibbles = 6;
-  const __m256i low_nibbles = _mm256_set1_epi8(15);
-  __m256i first[kVectors];   // pixel 0: counts in bytes
-  __m256i second[kVectors];  // pixel 1: count of the even byte + 256 * odd byte's + 16 * odd byte's of pixel 0
-  for (int i = 0; i < kVectors; ++i) first[i] = second[i] = _mm256_setzero_si256();
+  const __m256i low_nibbles_u8x32 = _mm256_set1_epi8(15);
+  __m256i first_u8x32[kVectors];    // pixel 0: counts in bytes
+  __m256i second_u16x16[kVectors];  // pixel 1: count of the even byte + 256 * odd byte's + 16 * odd byte's of pixel 0
+  for (int i = 0; i < kVectors; ++i) first_u8x32[i] = second_u16x16[i] = _mm256_setzero_si256();
   for (; units > 0; --units) {
 #pragma GCC unroll 2
     for (int triple = 0; triple < kUnitNibbles; triple += 3) {
-      __m256i counts[kVectors];
+      __m256i counts_u8x32[kVectors];
 #pragma GCC unroll 3
       for (int nibble = triple; nibble < triple + 3; ++nibble) {
         const __m128i* entry = reinterpret_cast<const __m128i*>(tables + table_offset[nibble]);
-        const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(entry));
+        const __m256i table_u8x32 = _mm256_broadcastsi128_si256(_mm_load_si128(entry));
         for (int i = 0; i < kVectors; ++i) {
-          const __m256i looked_up =
-              _mm256_shuffle_epi8(table, weight_nibbles<kSplit>(weight + 32 * i, nibble, kRowBytes));
-          counts[i] = nibble == triple ? looked_up : _mm256_add_epi8(counts[i], looked_up);
+          const __m256i looked_up_u8x32 =
+              _mm256_shuffle_epi8(table_u8x32, weight_nibbles<kSplit>(weight + 32 * i, nibble, kRowBytes));
+          counts_u8x32[i] = nibble == triple ? looked_up_u8x32 : _mm256_add_epi8(counts_u8x32[i], looked_up_u8x32);
         }
       }
       // A shift by 4 in 16-bit lanes brings pixel 1's nibbles down without a mask: what comes with them from the odd
       // byte is pixel 0's count there, known and subtracted below.
       for (int i = 0; i < kVectors; ++i) {
-        first[i] = _mm256_add_epi8(first[i], _mm256_and_si256(counts[i], low_nibbles));
-        second[i] = _mm256_add_epi16(second[i], _mm256_srli_epi16(counts[i], 4));
+        first_u8x32[i] = _mm256_add_epi8(first_u8x32[i], _mm256_and_si256(counts_u8x32[i], low_nibbles_u8x32));
+        second_u16x16[i] = _mm256_add_epi16(second_u16x16[i], _mm256_srli_epi16(counts_u8x32[i], 4));
       }
     }
     weight += kUnitNibbles * kRowBytes / (kSplit ? 1 : 2);
     table_offset += kUnitNibbles;
   }
   for (int i = 0; i < kVectors; ++i) {
-    const __m256i first_high = _mm256_srli_epi16(first[i], 8);
-    const __m256i second_counts = _mm256_sub_epi16(second[i], _mm256_slli_epi16(first_high, 4));
-    const __m256i second_high = _mm256_srli_epi16(second_counts, 8);
+    const __m256i first_high_u16x16 = _mm256_srli_epi16(first_u8x32[i], 8);
+    const __m256i second_counts_u16x16 = _mm256_sub_epi16(second_u16x16[i], _mm256_slli_epi16(first_high_u16x16, 4));
+    const __m256i second_high_u16x16 = _mm256_srli_epi16(second_counts_u16x16, 8);
     PairSums& sum = sums[i];
-    store(sum.low[0], _mm256_add_epi16(load(sum.low[0]), first[i]));
-    store(sum.high[0], _mm256_add_epi16(load(sum.high[0]), first_high));
-    store(sum.low[1], _mm256_add_epi16(load(sum.low[1]), second_counts));
-    store(sum.high[1], _mm256_add_epi16(load(sum.high[1]), second_high));
+    store(sum.low[0], _mm256_add_epi16(load(sum.low[0]), first_u8x32[i]));
+    store(sum.high[0], _mm256_add_epi16(load(sum.high[0]), first_high_u16x16));
+    store(sum.low[1], _mm256_add_epi16(load(sum.low[1]), second_counts_u16x16));
+    store(sum.high[1], _mm256_add_epi16(load(sum.high[1]), second_high_u16x16));
   }
 }
 
@@ -164,13 +164,13 @@ class WeightStream {
   static constexpr int64_t kRowBytes = kVectors * kVectorFilters;
 
   void split(int64_t count, uint8_t* nibbles) {
-    const __m256i low_nibbles = _mm256_set1_epi8(15);
+    const __m256i low_nibbles_u8x32 = _mm256_set1_epi8(15);
     for (; count > 0; --count, nibbles += 2 * kRowBytes, next_ += kRowBytes) {
       prefetch_next_chunk(next_, kRowBytes);
       for (int i = 0; i < kVectors; ++i) {
-        const __m256i bytes = load(next_ + 32 * i);
-        store(nibbles + 32 * i, _mm256_and_si256(bytes, low_nibbles));
-        store(nibbles + kRowBytes + 32 * i, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_nibbles));
+        const __m256i bytes_u8x32 = load(next_ + 32 * i);
+        store(nibbles + 32 * i, _mm256_and_si256(bytes_u8x32, low_nibbles_u8x32));
+        store(nibbles + kRowBytes + 32 * i, _mm256_and_si256(_mm256_srli_epi16(bytes_u8x32, 4), low_nibbles_u8x32));
       }
     }
   }
@@ -183,18 +183,20 @@ class WeightStream {
 
 // Writes the byte offsets 16 * (first + 16 * second) of the tables of the nibbles of kWords words of two pixels.
 template <int kWords>
-inline void store_offsets(__m128i first, __m128i second, uint16_t* offsets) {
-  const __m128i low_nibbles = _mm_set1_epi8(0x0f), high_nibbles = _mm_set1_epi8(static_cast<char>(0xf0));
-  const __m128i first_even = _mm_and_si128(_mm_slli_epi16(first, 4), high_nibbles);
-  const __m128i first_odd = _mm_and_si128(first, high_nibbles);
-  const __m128i second_even = _mm_and_si128(second, low_nibbles);
-  const __m128i second_odd = _mm_and_si128(_mm_srli_epi16(second, 4), low_nibbles);
-  const __m128i even[2] = {_mm_unpacklo_epi8(first_even, second_even), _mm_unpackhi_epi8(first_even, second_even)};
-  const __m128i odd[2] = {_mm_unpacklo_epi8(first_odd, second_odd), _mm_unpackhi_epi8(first_odd, second_odd)};
+inline void store_offsets(__m128i first_u8x16, __m128i second_u8x16, uint16_t* offsets) {
+  const __m128i low_nibbles_u8x16 = _mm_set1_epi8(0x0f), high_nibbles_u8x16 = _mm_set1_epi8(static_cast<char>(0xf0));
+  const __m128i first_even_u8x16 = _mm_and_si128(_mm_slli_epi16(first_u8x16, 4), high_nibbles_u8x16);
+  const __m128i first_odd_u8x16 = _mm_and_si128(first_u8x16, high_nibbles_u8x16);
+  const __m128i second_even_u8x16 = _mm_and_si128(second_u8x16, low_nibbles_u8x16);
+  const __m128i second_odd_u8x16 = _mm_and_si128(_mm_srli_epi16(second_u8x16, 4), low_nibbles_u8x16);
+  const __m128i even_u16x8[2] = {_mm_unpacklo_epi8(first_even_u8x16, second_even_u8x16),
+                                 _mm_unpackhi_epi8(first_even_u8x16, second_even_u8x16)};
+  const __m128i odd_u16x8[2] = {_mm_unpacklo_epi8(first_odd_u8x16, second_odd_u8x16),
+                                _mm_unpackhi_epi8(first_odd_u8x16, second_odd_u8x16)};
   __m128i* to = reinterpret_cast<__m128i*>(offsets);
   for (int i = 0; i < kWords; ++i) {
-    _mm_storeu_si128(to + 2 * i, _mm_unpacklo_epi16(even[i], odd[i]));
-    _mm_storeu_si128(to + 2 * i + 1, _mm_unpackhi_epi16(even[i], odd[i]));
+    _mm_storeu_si128(to + 2 * i, _mm_unpacklo_epi16(even_u16x8[i], odd_u16x8[i]));
+    _mm_storeu_si128(to + 2 * i + 1, _mm_unpackhi_epi16(even_u16x8[i], odd_u16x8[i]));
   }
 }
 
@@ -208,16 +210,16 @@ inline void store_offsets(const uint64_t* first, const uint64_t* second, int64_t
 
 // acc[0, 32) = scale * count + offset, or += where `add`.
 inline void store_counts(const PairSums& sums, int pixel, int32_t scale, int32_t offset, bool add, int32_t* acc) {
-  const __m256i scale_s32x8 = _mm256_set1_epi32(scale), offset_s32x8 = _mm256_set1_epi32(offset);
-  const __m256i high = load(sums.high[pixel]);
-  const __m256i low = _mm256_sub_epi16(load(sums.low[pixel]), _mm256_slli_epi16(high, 8));
-  const __m128i counts[4] = {_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1),
-                             _mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)};
+  const __m256i scale_i32x8 = _mm256_set1_epi32(scale), offset_i32x8 = _mm256_set1_epi32(offset);
+  const __m256i high_u16x16 = load(sums.high[pixel]);
+  const __m256i low_u16x16 = _mm256_sub_epi16(load(sums.low[pixel]), _mm256_slli_epi16(high_u16x16, 8));
+  const __m128i counts_u16x8[4] = {_mm256_castsi256_si128(low_u16x16), _mm256_extracti128_si256(low_u16x16, 1),
+                                   _mm256_castsi256_si128(high_u16x16), _mm256_extracti128_si256(high_u16x16, 1)};
   for (int i = 0; i < 4; ++i) {
-    const __m256i before = add ? load(acc + 8 * i) : offset_s32x8;
+    const __m256i before_i32x8 = add ? load(acc + 8 * i) : offset_i32x8;
     // Both 16-bit halves of a lane: count * scale + 0 * sign of scale. Cheaper than VPMULLD.
-    const __m256i scaled = _mm256_madd_epi16(_mm256_cvtepu16_epi32(counts[i]), scale_s32x8);
-    store(acc + 8 * i, _mm256_add_epi32(before, scaled));
+    const __m256i scaled_i32x8 = _mm256_madd_epi16(_mm256_cvtepu16_epi32(counts_u16x8[i]), scale_i32x8);
+    store(acc + 8 * i, _mm256_add_epi32(before_i32x8, scaled_i32x8));
   }
 }
 
@@ -226,7 +228,7 @@ struct Avx2Kernel {
   static constexpr int64_t kChunkTiles = 1;  // weights come from L2 at 1 byte a cycle: no need to keep them in L1
   static constexpr int64_t kLanes = kVectorFilters;
   static constexpr int64_t kPairs = kPixels / 2;
-  using Level = Avx2Epilogue;
+  using Epilogue = Avx2Epilogue;
   using Tile = PixelTile<kPixels>;
 
   // Bytes [taps][tap_bytes][filters in vectors of 32].

@@ -49,32 +49,33 @@ struct Work {
 // Carry-save counters of kPixels x (16 * kVectors) dot products: popc so far = 2 * total + popc(ones).
 template <int kPixels, int kVectors>
 struct Counters {
-  __m512i ones[kPixels][kVectors];
-  __m512i total[kPixels][kVectors];
+  __m512i ones_u32x16[kPixels][kVectors];
+  __m512i total_u32x16[kPixels][kVectors];
 
   [[gnu::always_inline]] inline void clear() {
 #pragma GCC unroll 8
     for (int pixel = 0; pixel < kPixels; ++pixel) {
 #pragma GCC unroll 8
-      for (int i = 0; i < kVectors; ++i) ones[pixel][i] = total[pixel][i] = _mm512_setzero_si512();
+      for (int i = 0; i < kVectors; ++i) ones_u32x16[pixel][i] = total_u32x16[pixel][i] = _mm512_setzero_si512();
     }
   }
 
   // Two words, at offsets a0 and a1 from each pixel's input.
   [[gnu::always_inline]] inline void add_pair(const uint8_t* const* input, int64_t a0, int64_t a1, const uint8_t* w0,
                                               const uint8_t* w1) {
-    __m512i weight0[kVectors], weight1[kVectors];
+    __m512i weight0_u32x16[kVectors], weight1_u32x16[kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) {
-      weight0[i] = _mm512_loadu_si512(w0 + kVectorBytes * i);
-      weight1[i] = _mm512_loadu_si512(w1 + kVectorBytes * i);
+      weight0_u32x16[i] = _mm512_loadu_si512(w0 + kVectorBytes * i);
+      weight1_u32x16[i] = _mm512_loadu_si512(w1 + kVectorBytes * i);
     }
 #pragma GCC unroll 8
     for (int pixel = 0; pixel < kPixels; ++pixel) {
-      const __m512i word0 = broadcast(input[pixel] + a0), word1 = broadcast(input[pixel] + a1);
+      const __m512i word0_u32x16 = broadcast(input[pixel] + a0), word1_u32x16 = broadcast(input[pixel] + a1);
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors; ++i) {
-        carry_save(&ones[pixel][i], &total[pixel][i], word0, word1, weight0[i], weight1[i]);
+        carry_save(&ones_u32x16[pixel][i], &total_u32x16[pixel][i], word0_u32x16, word1_u32x16, weight0_u32x16[i],
+                   weight1_u32x16[i]);
       }
     }
   }
@@ -82,27 +83,28 @@ struct Counters {
   [[gnu::always_inline]] inline void add_single(const uint8_t* const* input, int64_t a, const uint8_t* w) {
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) {
-      const __m512i weight = _mm512_loadu_si512(w + kVectorBytes * i);
+      const __m512i weight_u32x16 = _mm512_loadu_si512(w + kVectorBytes * i);
 #pragma GCC unroll 8
       for (int pixel = 0; pixel < kPixels; ++pixel) {
-        const __m512i sum = _mm512_ternarylogic_epi32(broadcast(input[pixel] + a), ones[pixel][i], weight, 0x96);
-        const __m512i carry = _mm512_andnot_si512(sum, ones[pixel][i]);
-        total[pixel][i] = _mm512_add_epi32(total[pixel][i], _mm512_popcnt_epi32(carry));
-        ones[pixel][i] = sum;
+        const __m512i sum_u32x16 =
+            _mm512_ternarylogic_epi32(broadcast(input[pixel] + a), ones_u32x16[pixel][i], weight_u32x16, 0x96);
+        const __m512i carry_u32x16 = _mm512_andnot_si512(sum_u32x16, ones_u32x16[pixel][i]);
+        total_u32x16[pixel][i] = _mm512_add_epi32(total_u32x16[pixel][i], _mm512_popcnt_epi32(carry_u32x16));
+        ones_u32x16[pixel][i] = sum_u32x16;
       }
     }
   }
 
   [[gnu::always_inline]] inline __m512i count(int pixel, int i) const {
-    return _mm512_add_epi32(_mm512_slli_epi32(total[pixel][i], 1), _mm512_popcnt_epi32(ones[pixel][i]));
+    return _mm512_add_epi32(_mm512_slli_epi32(total_u32x16[pixel][i], 1), _mm512_popcnt_epi32(ones_u32x16[pixel][i]));
   }
 
  private:
   // Assembly, because from intrinsics g++ 12 gives each new `ones` a register of its own and spills (670 operations a
   // cycle against 737). Moves cost no port: they are renamed away.
-  [[gnu::always_inline]] static inline void carry_save(__m512i* one, __m512i* sum, __m512i a0, __m512i a1, __m512i w0,
-                                                       __m512i w1) {
-    __m512i carry, u;
+  [[gnu::always_inline]] static inline void carry_save(__m512i* one_u32x16, __m512i* sum_u32x16, __m512i a0_u32x16,
+                                                       __m512i a1_u32x16, __m512i w0_u32x16, __m512i w1_u32x16) {
+    __m512i carry_u32x16, u_u32x16;
     asm("vmovdqa64 %[one], %[carry]\n\t"
         "vpternlogd $0x96, %[w0], %[a0], %[one]\n\t"
         "vmovdqa64 %[one], %[u]\n\t"                    // u = ones ^ p0
@@ -110,8 +112,8 @@ struct Counters {
         "vpternlogd $0x74, %[one], %[u], %[carry]\n\t"  // carry = u ? ~s : ones
         "vpopcntd %[carry], %[carry]\n\t"
         "vpaddd %[carry], %[sum], %[sum]"
-        : [one] "+v"(*one), [sum] "+v"(*sum), [carry] "=&v"(carry), [u] "=&v"(u)
-        : [a0] "v"(a0), [a1] "v"(a1), [w0] "v"(w0), [w1] "v"(w1));
+        : [one] "+v"(*one_u32x16), [sum] "+v"(*sum_u32x16), [carry] "=&v"(carry_u32x16), [u] "=&v"(u_u32x16)
+        : [a0] "v"(a0_u32x16), [a1] "v"(a1_u32x16), [w0] "v"(w0_u32x16), [w1] "v"(w1_u32x16));
   }
 };
 
@@ -152,15 +154,15 @@ template <int kPixels, int kVectors, bool kOdd>
   if constexpr (kOdd) {
     if (waiting_weight != nullptr) counters.add_single(input, waiting_input, waiting_weight);
   }
-  const __m512i shift = _mm512_set1_epi32(work.shift);
+  const __m512i shift_u32x16 = _mm512_set1_epi32(work.shift);
 #pragma GCC unroll 8
   for (int i = 0; i < kVectors; ++i) {
     const int64_t filter = (first + i) * kVectorFilters;
-    const __m512i base = _mm512_loadu_si512(work.base + filter);
+    const __m512i base_i32x16 = _mm512_loadu_si512(work.base + filter);
 #pragma GCC unroll 8
     for (int pixel = 0; pixel < kPixels; ++pixel) {
-      const __m512i differing = _mm512_sllv_epi32(counters.count(pixel, i), shift);
-      _mm512_storeu_si512(work.acc[pixel] + filter, _mm512_sub_epi32(base, differing));
+      const __m512i differing_i32x16 = _mm512_sllv_epi32(counters.count(pixel, i), shift_u32x16);
+      _mm512_storeu_si512(work.acc[pixel] + filter, _mm512_sub_epi32(base_i32x16, differing_i32x16));
     }
   }
 }
@@ -200,7 +202,7 @@ struct Avx512Kernel {
   static constexpr int64_t kPixels = kMaxPixels;
   static constexpr int64_t kChunkTiles = 8;
   static constexpr int64_t kLanes = kVectorFilters;
-  using Level = Avx512Epilogue;
+  using Epilogue = Avx512Epilogue;
   using Tile = PixelTile<kPixels>;
 
   // popc(w) int32 [1 + taps][row], first of all taps, then of each; words uint32 [taps][half_words][row].
@@ -260,8 +262,8 @@ struct Avx512Kernel {
     work.base = base;
     if (args.encoding == Encoding::sign) {
       work.shift = 1;
-      const __m512i channels = _mm512_set1_epi32(static_cast<int32_t>(tile.taps() * channels_per_group(shape)));
-      for (int64_t i = 0; i < kFilterBlock; i += kVectorFilters) _mm512_store_si512(base + i, channels);
+      const __m512i channels_i32x16 = _mm512_set1_epi32(static_cast<int32_t>(tile.taps() * channels_per_group(shape)));
+      for (int64_t i = 0; i < kFilterBlock; i += kVectorFilters) _mm512_store_si512(base + i, channels_i32x16);
     } else {
       work.shift = 0;
       if (tile.taps() == taps(shape)) {
@@ -285,14 +287,14 @@ struct Avx512Kernel {
                            int32_t* counts) {
     const int64_t row = row_bytes(filters);
     for (int64_t i = 0; i < row; i += kVectorBytes) {
-      __m512i sum = _mm512_setzero_si512();
+      __m512i sum_i32x16 = _mm512_setzero_si512();
       for (int64_t y = tile.rows.begin; y < tile.rows.end; ++y) {
         for (int64_t x = tile.columns.begin; x < tile.columns.end; ++x) {
           const uint8_t* tap = block + (1 + y * shape.kernel_width + x) * row;
-          sum = _mm512_add_epi32(sum, _mm512_loadu_si512(tap + i));
+          sum_i32x16 = _mm512_add_epi32(sum_i32x16, _mm512_loadu_si512(tap + i));
         }
       }
-      _mm512_store_si512(counts + i / 4, sum);
+      _mm512_store_si512(counts + i / 4, sum_i32x16);
     }
   }
 };

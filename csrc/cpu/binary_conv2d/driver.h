@@ -11,14 +11,13 @@
 // A Kernel has, all static:
 //   kPixels, kChunkTiles        most pixels of a tile, tiles of a chunk
 //   kLanes                      run() writes whole vectors of so many filters
-//   Level                       its epilogue (epilogue.h)
+//   Epilogue                    its epilogue (epilogue.h)
 //   int64_t block_bytes(shape, filters)                      of the weights of a block of `filters` <= 64 filters
 //   void block_weight(shape, words, filters, block)          words [filters, taps, words_per_group] of the block
 //   int64_t prepared_bytes(args)                             per tile, a multiple of 64; may be 0
 //   void prepare(args, tile, group, prepared)
 //   void run(args, tile, group, block, filters, prepared, acc)   writes acc[pixel][0, filters rounded up to kLanes),
 //                               the convolution over the tile's taps; the driver adds what padding contributes.
-// Anonymous namespace: see core/layout.h.
 #pragma once
 
 #include "cpu/binary_conv2d/binary_conv2d.h"
@@ -302,7 +301,7 @@ inline void run_items(const BinaryConv2dArgs& args, const BinaryConv2dPlan& plan
           const BitOutput output(args);
           for (int64_t pixel = 0; pixel < tile[i].count; ++pixel) output.clear(tile[i].output[pixel]);
         }
-        store_tile<typename Kernel::Level>(args, acc, tile[i].output, tile[i].count, first_filter, filters);
+        store_tile<typename Kernel::Epilogue>(args, acc, tile[i].output, tile[i].count, first_filter, filters);
       }
     }
   }

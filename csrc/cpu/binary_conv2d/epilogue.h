@@ -1,6 +1,5 @@
 // From accumulators to the destination: the output kinds of binary_conv2d.h, for one tile of pixels and one filter
-// block. Epilogue is the portable one; a level may bring its own with the same `store` (epilogue_avx512.h).
-// Anonymous namespace: see core/layout.h.
+// block. ScalarEpilogue is the portable one; a level may bring its own with the same `store` (epilogue_avx512.h).
 #pragma once
 
 #include <cstring>
@@ -41,7 +40,7 @@ struct BitOutput {
 };
 
 // Every output kind but int32, which store_tile copies. One pixel at a time.
-struct Epilogue {
+struct ScalarEpilogue {
   static inline void store(const BinaryConv2dArgs& args, const int32_t* const* acc, const int64_t* pixels,
                            int64_t count, int64_t filter, int64_t filters) {
     alignas(64) float value[64];
@@ -125,10 +124,10 @@ struct Epilogue {
 
 // Stores filters [filter, filter + filters) of the output pixels pixels[0, count). acc[i] points at the accumulators of
 // pixels[i]; with int32 output it may point at their destination, and then nothing is left to do.
-template <class Level>
+template <class Epilogue>
 inline void store_tile(const BinaryConv2dArgs& args, const int32_t* const* acc, const int64_t* pixels, int64_t count,
                        int64_t filter, int64_t filters) {
-  if (args.output_kind != ConvOutput::int32) return Level::store(args, acc, pixels, count, filter, filters);
+  if (args.output_kind != ConvOutput::int32) return Epilogue::store(args, acc, pixels, count, filter, filters);
   for (int64_t i = 0; i < count; ++i) {
     int32_t* out = static_cast<int32_t*>(args.output) + pixels[i] * args.shape.filters + filter;
     if (out != acc[i]) memcpy(out, acc[i], static_cast<size_t>(filters) * sizeof(int32_t));

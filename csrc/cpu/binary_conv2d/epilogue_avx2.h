@@ -19,21 +19,21 @@ struct Avx2Epilogue {
         return;
       case ConvOutput::float32: {
         float* out = static_cast<float*>(args.output);
-        return store_floats(args, tile, [=](int64_t offset, int64_t lanes, __m256 value) {
-          store_lanes(out + offset, lanes, _mm256_castps_si256(value));
+        return store_floats(args, tile, [=](int64_t offset, int64_t lanes, __m256 value_f32x8) {
+          store_lanes(out + offset, lanes, _mm256_castps_si256(value_f32x8));
         });
       }
       case ConvOutput::bfloat16: {
         uint16_t* out = static_cast<uint16_t*>(args.output);
-        return store_floats(args, tile, [=](int64_t offset, int64_t lanes, __m256 value) {
-          store_half_lanes(out + offset, lanes, to_bfloat16(value));
+        return store_floats(args, tile, [=](int64_t offset, int64_t lanes, __m256 value_f32x8) {
+          store_half_lanes(out + offset, lanes, to_bfloat16(value_f32x8));
         });
       }
       case ConvOutput::float16: {
         uint16_t* out = static_cast<uint16_t*>(args.output);
-        return store_floats(args, tile, [=](int64_t offset, int64_t lanes, __m256 value) {
-          const __m128i half = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-          store_half_lanes(out + offset, lanes, half);
+        return store_floats(args, tile, [=](int64_t offset, int64_t lanes, __m256 value_f32x8) {
+          const __m128i half_u16x8 = _mm256_cvtps_ph(value_f32x8, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+          store_half_lanes(out + offset, lanes, half_u16x8);
         });
       }
       case ConvOutput::bits_by_integer:
@@ -76,10 +76,11 @@ struct Avx2Epilogue {
                                const Put& put) {
     const int64_t first = tile.pixels[pixel] * args.shape.filters + tile.filter;
     const auto put_vector = [&](int64_t i, int64_t lanes) {
-      const __m256 acc = _mm256_cvtepi32_ps(load(tile.acc[pixel] + i));
-      __m256 value = _mm256_add_ps(_mm256_mul_ps(acc, _mm256_load_ps(terms.scale + i)), _mm256_load_ps(terms.bias + i));
-      if (args.residual != nullptr) value = _mm256_add_ps(value, load_residual(args, first + i, lanes));
-      put(first + i, lanes, value);
+      const __m256 acc_f32x8 = _mm256_cvtepi32_ps(load(tile.acc[pixel] + i));
+      __m256 value_f32x8 =
+          _mm256_add_ps(_mm256_mul_ps(acc_f32x8, _mm256_load_ps(terms.scale + i)), _mm256_load_ps(terms.bias + i));
+      if (args.residual != nullptr) value_f32x8 = _mm256_add_ps(value_f32x8, load_residual(args, first + i, lanes));
+      put(first + i, lanes, value_f32x8);
     };
     int64_t i = 0;
     for (; i + 8 <= tile.filters; i += 8) put_vector(i, 8);
@@ -114,8 +115,8 @@ struct Avx2Epilogue {
       const int32_t* value = tile.acc[pixel];
       if (kFloat) {
         int32_t* next = floats;
-        put_pixel(args, tile, terms, pixel, [&](int64_t, int64_t, __m256 vector) {
-          _mm256_store_si256(reinterpret_cast<__m256i*>(next), _mm256_castps_si256(vector));
+        put_pixel(args, tile, terms, pixel, [&](int64_t, int64_t, __m256 value_f32x8) {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(next), _mm256_castps_si256(value_f32x8));
           next += 8;
         });
         value = floats;
@@ -123,8 +124,8 @@ struct Avx2Epilogue {
       for (int64_t t = 0; t < args.thresholds; ++t) {
         uint64_t bits = 0;
         for (int64_t i = 0; i < tile.filters; i += 8) {
-          const __m256i flipped = _mm256_xor_si256(load(value + i), load(flip[t] + i));
-          bits |= at_least<kFloat>(flipped, load(limit[t] + i)) << i;
+          const __m256i flipped_i32x8 = _mm256_xor_si256(load(value + i), load(flip[t] + i));
+          bits |= at_least<kFloat>(flipped_i32x8, load(limit[t] + i)) << i;
         }
         const int64_t channel = t * args.shape.filters + tile.filter;
         output.put(tile.pixels[pixel], channel, tile.filters, bits & low_mask(tile.filters));
@@ -134,13 +135,14 @@ struct Avx2Epilogue {
 
   // Bit i = value[i] >= limit[i], of 8.
   template <bool kFloat>
-  static inline uint64_t at_least(__m256i value, __m256i limit) {
+  static inline uint64_t at_least(__m256i value_i32x8, __m256i limit_i32x8) {
     if (kFloat) {
-      const __m256 reached = _mm256_cmp_ps(_mm256_castsi256_ps(value), _mm256_castsi256_ps(limit), _CMP_GE_OQ);
-      return static_cast<uint64_t>(_mm256_movemask_ps(reached));
+      const __m256 reached_f32x8 =
+          _mm256_cmp_ps(_mm256_castsi256_ps(value_i32x8), _mm256_castsi256_ps(limit_i32x8), _CMP_GE_OQ);
+      return static_cast<uint64_t>(_mm256_movemask_ps(reached_f32x8));
     }
-    const __m256i below = _mm256_cmpgt_epi32(limit, value);
-    return static_cast<uint64_t>(_mm256_movemask_ps(_mm256_castsi256_ps(below)) ^ 0xff);
+    const __m256i below_i32x8 = _mm256_cmpgt_epi32(limit_i32x8, value_i32x8);
+    return static_cast<uint64_t>(_mm256_movemask_ps(_mm256_castsi256_ps(below_i32x8)) ^ 0xff);
   }
 
   static inline __m256i load(const int32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
@@ -150,35 +152,36 @@ struct Avx2Epilogue {
     if (args.residual_type == FloatType::float32) {
       const float* from = static_cast<const float*>(args.residual) + offset;
       if (lanes == 8) return _mm256_loadu_ps(from);
-      __m256 value = _mm256_setzero_ps();
-      memcpy(&value, from, static_cast<size_t>(lanes) * sizeof *from);
-      return value;
+      __m256 value_f32x8 = _mm256_setzero_ps();
+      memcpy(&value_f32x8, from, static_cast<size_t>(lanes) * sizeof *from);
+      return value_f32x8;
     }
-    __m128i half = _mm_setzero_si128();
-    memcpy(&half, static_cast<const uint16_t*>(args.residual) + offset, static_cast<size_t>(lanes) * sizeof(uint16_t));
-    if (args.residual_type == FloatType::float16) return _mm256_cvtph_ps(half);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    __m128i half_u16x8 = _mm_setzero_si128();
+    memcpy(&half_u16x8, static_cast<const uint16_t*>(args.residual) + offset,
+           static_cast<size_t>(lanes) * sizeof(uint16_t));
+    if (args.residual_type == FloatType::float16) return _mm256_cvtph_ps(half_u16x8);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_u16x8), 16));
   }
 
-  static inline void store_lanes(float* to, int64_t lanes, __m256i vector) {
-    if (lanes == 8) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), vector);
-    memcpy(to, &vector, static_cast<size_t>(lanes) * sizeof *to);
+  static inline void store_lanes(float* to, int64_t lanes, __m256i vector_i32x8) {
+    if (lanes == 8) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), vector_i32x8);
+    memcpy(to, &vector_i32x8, static_cast<size_t>(lanes) * sizeof *to);
   }
-  static inline void store_half_lanes(uint16_t* to, int64_t lanes, __m128i vector) {
-    if (lanes == 8) return _mm_storeu_si128(reinterpret_cast<__m128i*>(to), vector);
-    memcpy(to, &vector, static_cast<size_t>(lanes) * sizeof *to);
+  static inline void store_half_lanes(uint16_t* to, int64_t lanes, __m128i vector_u16x8) {
+    if (lanes == 8) return _mm_storeu_si128(reinterpret_cast<__m128i*>(to), vector_u16x8);
+    memcpy(to, &vector_u16x8, static_cast<size_t>(lanes) * sizeof *to);
   }
 
   // float_to_bfloat16 of half.h.
-  static inline __m128i to_bfloat16(__m256 value) {
-    const __m256i bits = _mm256_castps_si256(value);
-    const __m256i high = _mm256_srli_epi32(bits, 16);
-    const __m256i tie = _mm256_and_si256(high, _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), tie);
-    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-    const __m256i half = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), quiet, nan);
-    return _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  static inline __m128i to_bfloat16(__m256 value_f32x8) {
+    const __m256i bits_u32x8 = _mm256_castps_si256(value_f32x8);
+    const __m256i high_u32x8 = _mm256_srli_epi32(bits_u32x8, 16);
+    const __m256i tie_u32x8 = _mm256_and_si256(high_u32x8, _mm256_set1_epi32(1));
+    const __m256i rounded_u32x8 = _mm256_add_epi32(_mm256_add_epi32(bits_u32x8, _mm256_set1_epi32(0x7fff)), tie_u32x8);
+    const __m256i quiet_u32x8 = _mm256_or_si256(high_u32x8, _mm256_set1_epi32(0x40));
+    const __m256i nan_u32x8 = _mm256_castps_si256(_mm256_cmp_ps(value_f32x8, value_f32x8, _CMP_UNORD_Q));
+    const __m256i half_u32x8 = _mm256_blendv_epi8(_mm256_srli_epi32(rounded_u32x8, 16), quiet_u32x8, nan_u32x8);
+    return _mm_packus_epi32(_mm256_castsi256_si128(half_u32x8), _mm256_extracti128_si256(half_u32x8, 1));
   }
 };
 

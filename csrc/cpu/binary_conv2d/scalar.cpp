@@ -9,7 +9,7 @@ struct ScalarKernel {
   static constexpr int64_t kPixels = 4;
   static constexpr int64_t kChunkTiles = 8;
   static constexpr int64_t kLanes = 1;
-  using Level = Epilogue;
+  using Epilogue = ScalarEpilogue;
   using Tile = PixelTile<kPixels>;
 
   // The words as they come: [filters][taps][words_per_group].

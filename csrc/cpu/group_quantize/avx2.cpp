@@ -6,7 +6,7 @@
 namespace lowbit::avx2 {
 namespace {
 
-struct Level {
+struct Coder {
   static constexpr int64_t kLanes = 8;
 
   static Extremes extremes(const float* x) {
@@ -65,7 +65,7 @@ struct Level {
 }  // namespace
 
 void group_quantize(const GroupQuantizeArgs& args, int64_t begin, int64_t end) noexcept {
-  run_group_quantize<Level>(args, begin, end);
+  run_group_quantize<Coder>(args, begin, end);
 }
 
 }  // namespace lowbit::avx2

@@ -7,7 +7,7 @@
 namespace lowbit::avx512 {
 namespace {
 
-struct Level {
+struct Coder {
   static constexpr int64_t kLanes = 16;
 
   static Extremes extremes(const float* x) {
@@ -50,7 +50,7 @@ struct Level {
 }  // namespace
 
 void group_quantize(const GroupQuantizeArgs& args, int64_t begin, int64_t end) noexcept {
-  run_group_quantize<Level>(args, begin, end);
+  run_group_quantize<Coder>(args, begin, end);
 }
 
 }  // namespace lowbit::avx512

@@ -1,4 +1,5 @@
-// A group at a time: its extremes, then its codes, from the first-level cache. `Level` has both for whole groups:
+// A group at a time: its extremes, then its codes, from the first-level cache. `Coder`, a level's, has both for whole
+// groups:
 //   extremes(x): of those elements that are not NaN; low > high where there is none.
 //   encode(x, coding, thresholds, codes): codes, one a byte; thresholds: of each element, null for 1/2.
 #pragma once
@@ -55,14 +56,14 @@ struct ScaledGroup {
   GroupCoding coding;
 };
 
-template <class Level, class Type>
+template <class Coder, class Type>
 inline void scale_group(const GroupQuantizeArgs& args, int64_t group, ScaledGroup& scaled, Type type) {
   const auto* input = static_cast<const typename Type::type*>(args.input) + group * kGroup;
   scaled.count = min(args.count - group * kGroup, kGroup);
   // Padded by what counts for nothing.
   scaled.x = load_block(input, scaled.count, Whole{}, scaled.buffer, type, __builtin_nanf(""));
   const float last = static_cast<float>((1 << args.bits) - 1);
-  const Extremes found = Level::extremes(scaled.x);
+  const Extremes found = Coder::extremes(scaled.x);
   const GroupScale scale = group_scale(found.low, found.high, last, finite_limit(Type::value), args.positive);
   args.scale_minimum[2 * group] = scale.scale;
   args.scale_minimum[2 * group + 1] = scale.minimum;
@@ -75,26 +76,26 @@ inline void scale_group(const GroupQuantizeArgs& args, int64_t group, ScaledGrou
 
 // A group is encoded while the scale of the next, a chain of two divisions, is under way: 1.3 times as fast from
 // memory.
-template <class Level, class Type>
+template <class Coder, class Type>
 inline void quantize_groups(const GroupQuantizeArgs& args, int64_t begin, int64_t end, Type type) {
   alignas(64) float thresholds[kGroup];
   alignas(64) uint8_t codes[kGroup];
   ScaledGroup scaled[2];
-  if (begin < end) scale_group<Level>(args, begin, scaled[begin % 2], type);
+  if (begin < end) scale_group<Coder>(args, begin, scaled[begin % 2], type);
   for (int64_t group = begin; group < end; ++group) {
-    if (group + 1 < end) scale_group<Level>(args, group + 1, scaled[(group + 1) % 2], type);
+    if (group + 1 < end) scale_group<Coder>(args, group + 1, scaled[(group + 1) % 2], type);
     const ScaledGroup& now = scaled[group % 2];
     if (args.stochastic) {
       rounding_thresholds(args.seed, args.offset + static_cast<uint64_t>(group * kRoundingBlocks), thresholds);
     }
-    Level::encode(now.x, now.coding, args.stochastic ? thresholds : nullptr, codes);
+    Coder::encode(now.x, now.coding, args.stochastic ? thresholds : nullptr, codes);
     pack_block(codes, now.count, Whole{}, args.bits, args.codes + group * kGroup * args.bits / 8);
   }
 }
 
-template <class Level>
+template <class Coder>
 inline void run_group_quantize(const GroupQuantizeArgs& args, int64_t begin, int64_t end) {
-  for_type(args.type, [&](auto type) { quantize_groups<Level>(args, begin, end, type); });
+  for_type(args.type, [&](auto type) { quantize_groups<Coder>(args, begin, end, type); });
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 namespace lowbit::scalar {
 namespace {
 
-struct Level {
+struct Coder {
   static Extremes extremes(const float* x) {
     Extremes found{__builtin_inff(), -__builtin_inff()};
     for (int64_t i = 0; i < kGroup; ++i) {
@@ -24,7 +24,7 @@ struct Level {
 }  // namespace
 
 void group_quantize(const GroupQuantizeArgs& args, int64_t begin, int64_t end) noexcept {
-  run_group_quantize<Level>(args, begin, end);
+  run_group_quantize<Coder>(args, begin, end);
 }
 
 }  // namespace lowbit::scalar

@@ -11,8 +11,8 @@ struct Lanes32 {
   static __m512i load(uint64_t mask, const uint32_t* source) {
     return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(mask), source);
   }
-  static void store(uint64_t mask, uint32_t* destination, __m512i values) {
-    _mm512_mask_storeu_epi32(destination, static_cast<__mmask16>(mask), values);
+  static void store(uint64_t mask, uint32_t* destination, __m512i values_u32x16) {
+    _mm512_mask_storeu_epi32(destination, static_cast<__mmask16>(mask), values_u32x16);
   }
 };
 
@@ -21,8 +21,8 @@ struct Lanes16 {
   static __m512i load(uint64_t mask, const uint16_t* source) {
     return _mm512_maskz_loadu_epi16(static_cast<__mmask32>(mask), source);
   }
-  static void store(uint64_t mask, uint16_t* destination, __m512i values) {
-    _mm512_mask_storeu_epi16(destination, static_cast<__mmask32>(mask), values);
+  static void store(uint64_t mask, uint16_t* destination, __m512i values_u16x32) {
+    _mm512_mask_storeu_epi16(destination, static_cast<__mmask32>(mask), values_u16x32);
   }
 };
 

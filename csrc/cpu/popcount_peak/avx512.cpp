@@ -14,21 +14,21 @@ constexpr int kWeights = 12;
 }  // namespace
 
 int64_t popcount_peak(int64_t iterations) noexcept {
-  __m512i activation = _mm512_setzero_si512();
-  __m512i weight[kWeights];
+  __m512i activation_u32x16 = _mm512_setzero_si512();
+  __m512i weight_u32x16[kWeights];
   __m512i ones_u32x16[kWeights];
   for (int w = 0; w < kWeights; ++w) {
-    weight[w] = _mm512_set1_epi32(0x01234567 * (w + 1));
+    weight_u32x16[w] = _mm512_set1_epi32(0x01234567 * (w + 1));
     ones_u32x16[w] = _mm512_setzero_si512();
   }
   // Constants that the compiler cannot see through stay in registers and are not folded.
-  for (__m512i& bits : weight) __asm__ volatile("" : "+v"(bits));
+  for (__m512i& bits_u32x16 : weight_u32x16) __asm__ volatile("" : "+v"(bits_u32x16));
   for (int64_t i = 0; i < iterations; ++i) {
     // Unknown to the compiler from here on, so that nothing leaves the loop.
-    __asm__ volatile("" : "+v"(activation));
+    __asm__ volatile("" : "+v"(activation_u32x16));
     for (int w = 0; w < kWeights; ++w) {
-      const __m512i differing = _mm512_xor_si512(activation, weight[w]);
-      ones_u32x16[w] = _mm512_add_epi32(ones_u32x16[w], _mm512_popcnt_epi32(differing));
+      const __m512i differing_u32x16 = _mm512_xor_si512(activation_u32x16, weight_u32x16[w]);
+      ones_u32x16[w] = _mm512_add_epi32(ones_u32x16[w], _mm512_popcnt_epi32(differing_u32x16));
     }
   }
   for (__m512i& sum : ones_u32x16) __asm__ volatile("" : "+v"(sum));

@@ -20,9 +20,9 @@ struct LanesU32 {
   static LanesU32 min(LanesU32 a, LanesU32 b) { return {_mm256_min_epu32(a.u32x8, b.u32x8)}; }
   static LanesU32 max(LanesU32 a, LanesU32 b) { return {_mm256_max_epu32(a.u32x8, b.u32x8)}; }
   static LanesU32 multiply(uint32_t a, LanesU32 b, LanesU32& high) {
-    const __m256i factor = broadcast(a).u32x8;
-    const __m256i even_u64x4 = _mm256_mul_epu32(b.u32x8, factor);
-    const __m256i odd_u64x4 = _mm256_mul_epu32(_mm256_srli_epi64(b.u32x8, 32), factor);
+    const __m256i factor_u32x8 = broadcast(a).u32x8;
+    const __m256i even_u64x4 = _mm256_mul_epu32(b.u32x8, factor_u32x8);
+    const __m256i odd_u64x4 = _mm256_mul_epu32(_mm256_srli_epi64(b.u32x8, 32), factor_u32x8);
     high.u32x8 = _mm256_blend_epi32(_mm256_srli_epi64(even_u64x4, 32), odd_u64x4, 0xaa);
     return {_mm256_blend_epi32(even_u64x4, _mm256_slli_epi64(odd_u64x4, 32), 0xaa)};
   }

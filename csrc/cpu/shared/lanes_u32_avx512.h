@@ -18,9 +18,9 @@ struct LanesU32 {
   static LanesU32 min(LanesU32 a, LanesU32 b) { return {_mm512_min_epu32(a.u32x16, b.u32x16)}; }
   static LanesU32 max(LanesU32 a, LanesU32 b) { return {_mm512_max_epu32(a.u32x16, b.u32x16)}; }
   static LanesU32 multiply(uint32_t a, LanesU32 b, LanesU32& high) {
-    const __m512i factor = broadcast(a).u32x16;
-    const __m512i even_u64x8 = _mm512_mul_epu32(b.u32x16, factor);
-    const __m512i odd_u64x8 = _mm512_mul_epu32(_mm512_srli_epi64(b.u32x16, 32), factor);
+    const __m512i factor_u32x16 = broadcast(a).u32x16;
+    const __m512i even_u64x8 = _mm512_mul_epu32(b.u32x16, factor_u32x16);
+    const __m512i odd_u64x8 = _mm512_mul_epu32(_mm512_srli_epi64(b.u32x16, 32), factor_u32x16);
     constexpr __mmask16 kOdd = 0xaaaa;
     high.u32x16 = _mm512_mask_blend_epi32(kOdd, _mm512_srli_epi64(even_u64x8, 32), odd_u64x8);
     return {_mm512_mask_blend_epi32(kOdd, even_u64x8, _mm512_slli_epi64(odd_u64x8, 32))};

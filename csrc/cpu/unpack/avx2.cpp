@@ -15,7 +15,7 @@ struct Lanes32 {
   using Bits = uint8_t;
   static __m256i broadcast(uint32_t value) { return _mm256_set1_epi32(static_cast<int>(value)); }
   static __m256i own_bit() { return _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128); }
-  static __m256i equal(__m256i a, __m256i b) { return _mm256_cmpeq_epi32(a, b); }
+  static __m256i equal(__m256i a_u32x8, __m256i b_u32x8) { return _mm256_cmpeq_epi32(a_u32x8, b_u32x8); }
 };
 
 struct Lanes16 {
@@ -25,7 +25,7 @@ struct Lanes16 {
   static __m256i own_bit() {
     return _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
   }
-  static __m256i equal(__m256i a, __m256i b) { return _mm256_cmpeq_epi16(a, b); }
+  static __m256i equal(__m256i a_u16x16, __m256i b_u16x16) { return _mm256_cmpeq_epi16(a_u16x16, b_u16x16); }
 };
 
 template <class Lanes>
@@ -35,7 +35,7 @@ void unpack_range(const UnpackArgs& args, typename Lanes::Value low, typename La
   constexpr int64_t kLanes = sizeof(__m256i) / sizeof(Value);
   const __m256i low_lanes = Lanes::broadcast(low);
   const __m256i high_lanes = Lanes::broadcast(high);
-  const __m256i own_bit = Lanes::own_bit();
+  const __m256i own_bit_lanes = Lanes::own_bit();
   const int64_t full_vectors = args.channels / kLanes;
   const int64_t tail = args.channels % kLanes;
   for (int64_t pixel = begin; pixel < end; ++pixel) {
@@ -44,8 +44,9 @@ void unpack_range(const UnpackArgs& args, typename Lanes::Value low, typename La
     const auto vector = [&](int64_t i) {
       typename Lanes::Bits bits;
       memcpy(&bits, bytes + i * int64_t{sizeof bits}, sizeof bits);
-      const __m256i is_high = Lanes::equal(_mm256_and_si256(Lanes::broadcast(bits), own_bit), own_bit);
-      return _mm256_blendv_epi8(low_lanes, high_lanes, is_high);
+      const __m256i is_high_lanes =
+          Lanes::equal(_mm256_and_si256(Lanes::broadcast(bits), own_bit_lanes), own_bit_lanes);
+      return _mm256_blendv_epi8(low_lanes, high_lanes, is_high_lanes);
     };
     for (int64_t i = 0; i < full_vectors; ++i) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(output + i * kLanes), vector(i));

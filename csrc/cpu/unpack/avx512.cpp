@@ -13,16 +13,24 @@ struct Lanes32 {
   using Value = uint32_t;
   using Mask = __mmask16;
   static __m512i broadcast(uint32_t value) { return _mm512_set1_epi32(static_cast<int>(value)); }
-  static __m512i blend(Mask mask, __m512i low, __m512i high) { return _mm512_mask_blend_epi32(mask, low, high); }
-  static void store(uint32_t* output, Mask mask, __m512i values) { _mm512_mask_storeu_epi32(output, mask, values); }
+  static __m512i blend(Mask mask, __m512i low_u32x16, __m512i high_u32x16) {
+    return _mm512_mask_blend_epi32(mask, low_u32x16, high_u32x16);
+  }
+  static void store(uint32_t* output, Mask mask, __m512i values_u32x16) {
+    _mm512_mask_storeu_epi32(output, mask, values_u32x16);
+  }
 };
 
 struct Lanes16 {
   using Value = uint16_t;
   using Mask = __mmask32;
   static __m512i broadcast(uint16_t value) { return _mm512_set1_epi16(static_cast<short>(value)); }
-  static __m512i blend(Mask mask, __m512i low, __m512i high) { return _mm512_mask_blend_epi16(mask, low, high); }
-  static void store(uint16_t* output, Mask mask, __m512i values) { _mm512_mask_storeu_epi16(output, mask, values); }
+  static __m512i blend(Mask mask, __m512i low_u16x32, __m512i high_u16x32) {
+    return _mm512_mask_blend_epi16(mask, low_u16x32, high_u16x32);
+  }
+  static void store(uint16_t* output, Mask mask, __m512i values_u16x32) {
+    _mm512_mask_storeu_epi16(output, mask, values_u16x32);
+  }
 };
 
 template <class Lanes>

@@ -11,7 +11,7 @@ from lowbit_ext import _native, _oplib
 from lowbit_ext._native import pointer
 from lowbit_ext.packed import FLOAT_TYPES, words_for
 
-LEVELS = {"sign": 0, "step": 1, "ternary": 2}  # csrc/core/ops/quantized_activation.h
+LEVELS: dict[str, int] = _native.cpu.ACTIVATIONS
 
 
 def _in_order_of(x: Tensor, output: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ from lowbit_ext.binary.ops.geometry import (
 )
 from lowbit_ext.packed import FLOAT_TYPES, words_for
 
-# What the convolution writes (csrc/core/ops/binary_conv2d.h).
-_OUTPUT_KINDS = {torch.int32: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_BITS_BY_INTEGER, _BITS_BY_FLOAT = 4, 5
+# What the convolution writes: values of a type, or bits by thresholds.
+_CONV_OUTPUTS: dict[str, int] = _native.cpu.CONV_OUTPUTS
+_OUTPUT_KINDS = {getattr(torch, name): kind for name, kind in _CONV_OUTPUTS.items() if hasattr(torch, name)}
 
 
 def aligned_groups(words: Tensor, channels: int, groups: int) -> Tensor:
@@ -141,7 +141,7 @@ def output_kind(
         check_residual(residual, out_size, FLOAT_TYPES)
     if threshold is not None:
         _check_thresholds(filters, threshold, flip, exact)
-        return _BITS_BY_INTEGER if exact else _BITS_BY_FLOAT
+        return _CONV_OUTPUTS["bits_by_integer" if exact else "bits_by_float"]
     if flip is not None:
         raise ValueError("binary_conv2d: flip needs a threshold")
     if out_dtype not in _OUTPUT_KINDS:

@@ -12,7 +12,7 @@ import torch
 from lowbit_ext import _native
 from lowbit_ext.packed import words_for
 
-ENCODINGS = {"sign": 0, "step": 1}  # csrc/core/layout.h
+ENCODINGS: dict[str, int] = _native.cpu.ENCODINGS
 MOST_STEP = 2**31  # csrc/core/checks.h
 
 Pair = int | Sequence[int]
