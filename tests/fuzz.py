@@ -5,8 +5,8 @@ makes call 17 of a seed again.
 
 A fuzzer is a module with `run(seed, count, start, on_call, only)`, which makes calls start .. start + count - 1, tells
 `on_call` the number of each before it is made, and yields a Finding for each that did what it must not; the first
-result of `drawn(seed, index, only)` is the name of a call's target. Where a process ends by a signal or stays in a call
-for too long, that call is a finding, and another process goes on behind it.
+result of `drawn(seed, index, only)` names a call's target. Where a process ends by a signal or stays in a call for too
+long, that call is a finding, and another process goes on behind it.
 """
 
 from __future__ import annotations

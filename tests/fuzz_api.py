@@ -689,7 +689,7 @@ def hostile(value: Any, r: random.Random) -> Any:
 
 def dense(value: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
-        raise TypeError("a transformation puts dense tensors in place of tensors, or what nobody calls with")
+        raise TypeError("a transformation puts dense tensors in place of tensors")
     return value
 
 
