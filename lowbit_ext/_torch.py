@@ -1,8 +1,8 @@
 """What the package uses of torch without torch's promise: where to look when another version of torch breaks something.
 
-A name that torch no longer has fails here, when the package is imported. `.ci/run oldest_torch` tests with the oldest
-version that pyproject.toml allows. Methods and attributes with a leading underscore (`Module._apply`,
-`Module._load_from_state_dict`, `Tensor._version`, `UntypedStorage._cdata`) are named where they are used.
+A name that torch no longer has fails here, when the package is imported; `.ci/run other_torch` tests with other versions.
+Methods and attributes with a leading underscore (`Module._apply`, `Module._load_from_state_dict`, `Tensor._version`,
+`UntypedStorage._cdata`) are named where they are used.
 """
 
 from torch import _batch_norm_impl_index as batch_norm_impl_index  # F.batch_norm, which returns its statistics as well
