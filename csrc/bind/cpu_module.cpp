@@ -6,6 +6,7 @@
 #include <string>
 
 #include "bind/arguments.h"
+#include "core/checks.h"
 #include "bind/constants.h"
 #include "cpu/launch.h"
 
