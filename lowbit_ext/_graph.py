@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -118,12 +119,40 @@ def pool_of(kind: Any, options: Mapping[str, Any]) -> Pool | None:
 # --- tracing ----------------------------------------------------------------------------------------------------------
 
 
+_DEVICES = ("cpu", "cuda")
+
+
+def _modes() -> tuple[Any, ...]:
+    return torch.is_grad_enabled(), *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES)
+
+
+@contextlib.contextmanager
+def _marked_modes() -> Iterator[None]:
+    """Gradients, and autocast to what nobody casts to: switching either on or off shows as another state."""
+    before = {device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _DEVICES}
+    try:
+        for device in _DEVICES:
+            torch.set_autocast_enabled(device, True)
+            torch.set_autocast_dtype(device, torch.float32)
+        with torch.enable_grad():
+            yield
+    finally:
+        for device, (enabled, dtype) in before.items():
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+
+
 class _Tracer(fx.Tracer):
     """Torch's layers, those of this library and those that `is_whole` names are one node each."""
 
-    def __init__(self, is_whole: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, is_whole: Callable[[nn.Module], bool], modes: tuple[Any, ...] | None) -> None:
         super().__init__()
-        self.is_whole = is_whole
+        self.is_whole, self.modes = is_whole, modes
+
+    def create_node(self, *arguments: Any, **options: Any) -> fx.Node:
+        if self.modes not in (None, _modes()):
+            raise fx.proxy.TraceError("it switches gradients or autocast on or off, which a graph does not record")
+        return super().create_node(*arguments, **options)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return super().is_leaf_module(module, qualified_name) or _is_own_layer(module) or self.is_whole(module)
@@ -134,17 +163,22 @@ def _is_own_layer(module: nn.Module) -> bool:
     return ours and not any(True for _ in module.children())
 
 
-def trace(model: nn.Module, is_whole: Callable[[nn.Module], bool] = lambda module: False) -> fx.Graph:
+def trace(
+    model: nn.Module, is_whole: Callable[[nn.Module], bool] = lambda module: False, inference: bool = False
+) -> fx.Graph:
     """The model's graph, with sizes spelled x.size(axis) and the input of a call as its first argument.
 
     Args:
         model: whose layers are one node each: torch's, this library's and those derived from this library's.
         is_whole: other modules that tracing does not look into.
+        inference: the graph will run without gradients and is compared with the model on an example.
 
     Raises:
-        Whatever torch.fx or the model's own forward raises.
+        Whatever torch.fx or the model's own forward raises; TraceError unless `inference` if the forward switches
+        gradients or autocast, as `with torch.no_grad()` does, which a graph would lose.
     """
-    graph = _Tracer(is_whole).trace(model)
+    with contextlib.nullcontext() if inference else _marked_modes():
+        graph = _Tracer(is_whole, None if inference else _modes()).trace(model)
     modules = dict(model.named_modules())
     for node in graph.nodes:
         if not node.args and "input" in node.kwargs and _has_input_first(node, modules):

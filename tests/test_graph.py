@@ -1,5 +1,6 @@
 """The vocabulary of graph rewriting: what each node of a traced model is, over every spelling."""
 
+import contextlib
 import operator
 
 import pytest
@@ -250,6 +251,40 @@ def test_own_layers_are_one_node_and_own_containers_are_not():
     assert nn.Sequential not in kinds
     whole = trace(model, lambda module: isinstance(module, nn.Sequential))
     assert [str(node.target) for node in whole.nodes if node.op == "call_module"] == ["0", "1", "2", "3"]
+
+
+def _without_gradients(x):
+    with torch.no_grad():
+        return x.relu()
+
+
+def _in_inference_mode(x):
+    with torch.inference_mode():
+        return x.relu()
+
+
+def _in_bfloat16(x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return x.relu()
+
+
+def _in_full_precision(x):
+    with torch.autocast("cpu", enabled=False):
+        return x.relu()
+
+
+@pytest.mark.parametrize("call", [
+    _without_gradients, torch.no_grad()(lambda x: x.relu()), _in_inference_mode, _in_bfloat16, _in_full_precision,
+])  # fmt: skip
+@pytest.mark.parametrize("around", [contextlib.nullcontext, torch.no_grad, lambda: torch.autocast("cpu")])
+def test_modes_that_a_graph_would_lose(call, around):
+    with around():
+        before = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        with pytest.raises(torch.fx.proxy.TraceError, match="it switches gradients or autocast on or off"):
+            trace(Calls(call))
+        trace(Calls(call), inference=True)
+        trace(Calls(lambda x: x.relu()))
+        assert before == (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
 
 
 def test_inputs_by_name_come_first():

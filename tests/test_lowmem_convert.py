@@ -408,6 +408,37 @@ def test_models_that_cannot_be_traced():
     assert torch.equal(model.eval()(torch.ones(2, 3, 4, 4)), torch.ones(2, 3, 4, 4))
 
 
+class Switching(nn.Module):
+    """A backbone without gradients, and a layer in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+        self.head, self.fc = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3)), nn.Linear(5, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.backbone(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.head(x).float()
+        return self.fc(x.mean((2, 3)))
+
+
+def test_modes_within_a_forward_stay():
+    plain = Switching()
+    model = convert(copy.deepcopy(plain), 8, 12.0)
+    assert "it switches gradients or autocast on or off" in left(model)[""]
+    assert {"backbone.1", "head.0", "head.2"} <= converted(model).keys()
+    results = []
+    for network in (model, plain):
+        network.zero_grad()
+        out = network(torch.ones(4, 3, 12, 12) * torch.arange(12))
+        out.square().sum().backward()
+        results.append((out, {name for name, p in network.named_parameters() if p.grad is not None}))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1] == {name for name, _ in plain.named_parameters() if "backbone" not in name}
+
+
 def test_nested_converted_models():
     inner, shape = make("preact")
     once = convert(inner)

@@ -43,7 +43,7 @@ class Model(Traced):
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         try:
-            graph = trace(model)
+            graph = trace(model, inference=True)
         except Exception as error:
             raise ValueError(f"pack: torch.fx cannot trace the model: {first_line(error)}") from error
         super().__init__(model, graph)
