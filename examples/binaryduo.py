@@ -19,7 +19,7 @@ from lowbit_ext import binary, duo, models
 OUT = Path("examples_out")
 WIDTHS = (32, 32, 64, 64, 128, 128)
 COUPLED_WIDTHS = (23, 23, 45, 45, 70, 128)  # 1/sqrt(2) or so: decoupling doubles the channels that a layer reads
-COUPLED_EPOCHS, FINE_TUNING_EPOCHS = 8, 4
+COUPLED_EPOCHS, FINE_TUNING_EPOCHS = 6, 3
 
 
 def train(network: nn.Module, data: tuple[Tensor, ...], epochs: int, rate: float) -> list[float]:

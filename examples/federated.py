@@ -20,7 +20,7 @@ from lowbit_ext import federated
 OUT = Path("examples_out")
 USERS = 10
 SETTINGS = federated.Settings(
-    rounds=10, steps=8, groups=2, batch=32, learning_rate=0.1, threshold=0.8, warm_up=150, flip=False
+    rounds=8, steps=8, groups=2, batch=32, learning_rate=0.05, threshold=0.9, warm_up=100, flip=False
 )
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     is_test = torch.arange(len(images)) % 5 == 0
     test = images[is_test], labels[is_test]
     images, labels = images[~is_test], labels[~is_test]
-    split = federated.partition(labels, USERS, non_iid=0.4, labelled=60, generator=torch.Generator().manual_seed(0))
+    split = federated.partition(labels, USERS, non_iid=0.4, labelled=100, generator=torch.Generator().manual_seed(0))
     server = images[split.server], labels[split.server]
     print(f"{len(split.server)} labelled images on the server, {[len(user) for user in split.users]} on the users")
 

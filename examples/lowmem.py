@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowbit_ext import lowmem, models
 
 OUT = Path("examples_out")
-STEPS, BATCH = 80, 64
+STEPS, BATCH = 100, 64
 
 
 def train(network: nn.Module, images: Tensor, labels: Tensor, context: Any) -> tuple[list[float], lowmem.Ledger]:
@@ -50,7 +50,7 @@ def main() -> None:
 
     def network() -> nn.Module:
         torch.manual_seed(0)  # the same weights for all
-        return models.preact_resnet(14, in_channels=1, num_classes=10, widths=(16, 32, 64))
+        return models.preact_resnet(14, in_channels=1, num_classes=10, widths=(8, 16, 32))
 
     converted = lowmem.convert(network(), bits=4)
     print(f"converted: {sum(layer.converted for layer in lowmem.report(converted))} of the network's layers\n")
