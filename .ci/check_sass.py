@@ -14,42 +14,30 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 ARCHITECTURES = ("sm_80", "sm_90a")
 TABLE = Path(__file__).with_name("sass_registers.txt")
 LOCAL_MEMORY = re.compile(r"\b(LDL|STL)\b")
 
-# Kernels by name, and what each of them must hold. Those whose addresses may be aligned to one element only are not
-# listed: the launchers take them where the listed ones do not fit.
-REQUIRED = [
-    (r"binarize_channels_last_kernel<.*, true>", r"LDG\.E\.128"),
-    (r"binarize_planar_kernel<.*, true>", r"LDG\.E\.128"),
-    (r"binary_conv2d_kernel<MmaEngine>", r"LDGSTS\.E\.BYPASS\.128"),
-    (r"binary_conv2d_kernel<MmaEngine>", r"BMMA\.168256\.AND\.POPC"),
-    (r"^popcount_peak_kernel", r"BMMA\.168256\.AND\.POPC"),
-    (r"unpack_kernel<.*, [48]>", r"STG\.E\.128"),
-    (r"quantized_activation_kernel", r"LDG\.E\.128"),
-    (r"quantized_activation_kernel", r"STG\.E\.128"),
-    (r"masked_gradient_kernel", r"LDG\.E\.128"),
-    (r"masked_gradient_kernel", r"STG\.E\.128"),
-    (r"batch_norm_relu_quantize_kernel", r"LDG\.E\.128"),
-    (r"batch_norm_relu_quantize_kernel", r"STG\.E\.128"),
-    (r"batch_norm_relu_backward_kernel", r"LDG\.E\.128"),
-    (r"batch_norm_relu_backward_kernel", r"STG\.E\.128"),
-    (r"sum_(pixels|rows)_kernel", r"LDG\.E\.128"),
-    (r"channel_dequantize_kernel", r"STG\.E\.128"),
-    (r"group_quantize_kernel", r"LDG\.E\.128"),
-    (r"group_dequantize_kernel", r"STG\.E\.128"),
-]
-# The same of single architectures.
-REQUIRED_ON = {
-    "sm_90a": [
-        (r"binary_conv2d_kernel<WgmmaEngine>", r"LDGSTS\.E\.BYPASS\.128"),
-        (r"binary_conv2d_kernel<WgmmaEngine>", r"BGMMA\.64x144x256\.AND\.POPC"),
-        (r"warpgroup_popcount_peak_kernel", r"BGMMA\.64x144x256\.AND\.POPC"),
-    ],
-}
+# What a kernel must hold, said above it: // SASS of KERNEL: INSTRUCTION, ... or, for a single architecture, // SASS on
+# ARCHITECTURE of ...; KERNEL is a pattern. Those whose addresses may be aligned to one element only have no such line:
+# the launchers take them where the others do not fit.
+REQUIREMENT = re.compile(r"// SASS (?:on (sm_\w+) )?of (.+): ([\w.]+(?:, [\w.]+)*)")
+SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+
+
+def required(architecture: str) -> Iterator[tuple[str, str]]:
+    """Patterns of kernels, and the instructions that each of them must hold."""
+    for path in sorted(SOURCES.glob("*.cu")):
+        for line in path.read_text().splitlines():
+            if not line.startswith("// SASS"):
+                continue
+            match = REQUIREMENT.fullmatch(line) or sys.exit(f"{path}: cannot read {line!r}")
+            only, kernel, instructions = match.groups()
+            if only in (None, architecture):
+                yield from ((kernel, instruction) for instruction in instructions.split(", "))
 
 
 def run(*command: str) -> str:
@@ -102,14 +90,14 @@ def main() -> None:
         for kernel, text in code.items():
             if LOCAL_MEMORY.search(text):
                 faults.append(f"{architecture} {kernel}: uses local memory")
-        for pattern, instruction in [*REQUIRED, *REQUIRED_ON.get(architecture, [])]:
-            matching = {kernel: text for kernel, text in code.items() if re.search(pattern, kernel)}
+        for pattern, instruction in required(architecture):
+            matching = {kernel: text for kernel, text in code.items() if re.match(pattern, kernel)}
             if not matching:
                 faults.append(f"{architecture}: no kernel {pattern}")
             faults += [
                 f"{architecture} {kernel}: no {instruction}"
                 for kernel, text in matching.items()
-                if not re.search(instruction, text)
+                if instruction not in text
             ]
         counts = registers(options.module, architecture)
         if counts.keys() != code.keys():

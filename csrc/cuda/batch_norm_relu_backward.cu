@@ -103,6 +103,7 @@ struct Teams {
   };
 };
 
+// SASS of sum_rows_kernel: LDG.E.128
 template <FloatType kType>
 __global__ void __launch_bounds__(kThreads) sum_rows_kernel(RowSumsKernelArgs args) {
   constexpr int kCount = Values<kType>::kCount;
@@ -189,6 +190,7 @@ struct PixelSumsKernelArgs {
   bool vector;
 };
 
+// SASS of sum_pixels_kernel: LDG.E.128
 template <FloatType kType>
 __global__ void __launch_bounds__(kThreads) sum_pixels_kernel(PixelSumsKernelArgs args) {
   constexpr int kCount = Values<kType>::kCount;
@@ -296,6 +298,7 @@ struct InputKernelArgs {
   ChannelPacks packs;
 };
 
+// SASS of batch_norm_relu_backward_kernel: LDG.E.128, STG.E.128
 template <FloatType kType>
 __global__ void __launch_bounds__(kThreads) batch_norm_relu_backward_kernel(InputKernelArgs args) {
   constexpr int kCount = Values<kType>::kCount;

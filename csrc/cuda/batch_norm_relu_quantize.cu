@@ -16,6 +16,7 @@ struct QuantizeKernelArgs {
   ChannelPacks packs;
 };
 
+// SASS of batch_norm_relu_quantize_kernel: LDG.E.128, STG.E.128
 template <FloatType kType>
 __global__ void __launch_bounds__(kThreads) batch_norm_relu_quantize_kernel(QuantizeKernelArgs args) {
   constexpr int kCount = Values<kType>::kCount;

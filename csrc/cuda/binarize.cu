@@ -87,6 +87,7 @@ constexpr int kHalfBits = 32;
 
 // A warp makes 32 neighbouring halves, one a lane, in kRounds rounds: in each, kLanes lanes load what one half takes.
 // kVector: rows and addresses allow loads of 16 bytes.
+// SASS of binarize_channels_last_kernel<.*, true>: LDG.E.128
 template <FloatType kType, bool kVector>
 __global__ void __launch_bounds__(kThreads) binarize_channels_last_kernel(BinarizeKernelArgs args) {
   using Bits = BitsOf<kType>;
@@ -167,6 +168,7 @@ struct Planar {
   };
 };
 
+// SASS of binarize_planar_kernel<.*, true>: LDG.E.128
 template <FloatType kType, bool kVector>
 __global__ void __launch_bounds__(kThreads) binarize_planar_kernel(BinarizeKernelArgs args) {
   using Bits = BitsOf<kType>;

@@ -251,6 +251,8 @@ __device__ inline void store_block(const ConvKernelArgs& args, const ConvBlock& 
   }
 }
 
+// SASS of binary_conv2d_kernel<MmaEngine>: LDGSTS.E.BYPASS.128, BMMA.168256.AND.POPC
+// SASS on sm_90a of binary_conv2d_kernel<WgmmaEngine>: LDGSTS.E.BYPASS.128, BGMMA.64x144x256.AND.POPC
 template <class Engine>
 __global__ void __launch_bounds__(kThreads, 2) binary_conv2d_kernel(ConvKernelArgs args) {
   if constexpr (Engine::kCompiled) {

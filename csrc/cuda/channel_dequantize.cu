@@ -17,6 +17,7 @@ struct DequantizeKernelArgs {
   float floor;  // of the values
 };
 
+// SASS of channel_dequantize_kernel: STG.E.128
 template <FloatType kType>
 __global__ void __launch_bounds__(kThreads) channel_dequantize_kernel(DequantizeKernelArgs args) {
   constexpr int kCount = Values<kType>::kCount;

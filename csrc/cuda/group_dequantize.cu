@@ -16,6 +16,7 @@ struct DequantizeKernelArgs {
   bool vector;  // whether the addresses allow whole packs
 };
 
+// SASS of group_dequantize_kernel: STG.E.128
 template <FloatType kType>
 __global__ void __launch_bounds__(kThreads) group_dequantize_kernel(DequantizeKernelArgs args) {
   constexpr int kCount = Values<kType>::kCount;

@@ -29,6 +29,7 @@ struct Shared {
   } groups[kGroups];
 };
 
+// SASS of group_quantize_kernel: LDG.E.128
 template <FloatType kType>
 __global__ void __launch_bounds__(kThreads) group_quantize_kernel(QuantizeKernelArgs args) {
   constexpr int kCount = Values<kType>::kCount;

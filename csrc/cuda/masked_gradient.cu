@@ -20,6 +20,7 @@ struct MaskedGradientKernelArgs {
   bool vector;  // whether the addresses allow packs
 };
 
+// SASS of masked_gradient_kernel: LDG.E.128, STG.E.128
 template <class Bits>
 __global__ void __launch_bounds__(kThreads) masked_gradient_kernel(MaskedGradientKernelArgs<Bits> args) {
   using Values = Pack<Bits>;

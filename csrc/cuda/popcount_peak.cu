@@ -11,6 +11,7 @@ constexpr int kBlocksPerMultiprocessor = 2;  // 4 warps a scheduler
 constexpr int kRows = 2, kColumns = 8;
 constexpr int64_t kOperations = 2 * 16 * 8 * 256;  // of one instruction
 
+// SASS of popcount_peak_kernel: BMMA.168256.AND.POPC
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) popcount_peak_kernel(PopcountPeakArgs args) {
   if constexpr (kBitMatrices) {
     // A quarter of the bits meets: 64 of 256.
@@ -46,6 +47,7 @@ struct WarpgroupOperands {
   uint64_t b[kWarpgroupColumns * 4];
 };
 
+// SASS on sm_90a of warpgroup_popcount_peak_kernel: BGMMA.64x144x256.AND.POPC
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     warpgroup_popcount_peak_kernel(PopcountPeakArgs args) {
   if constexpr (kWarpgroupBitMatrices) {

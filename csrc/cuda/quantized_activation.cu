@@ -24,6 +24,7 @@ struct ActivationKernelArgs {
   bool vector;     // whether the addresses allow packs
 };
 
+// SASS of quantized_activation_kernel: LDG.E.128, STG.E.128
 template <class Key, class Bits>
 __global__ void __launch_bounds__(kThreads) quantized_activation_kernel(ActivationKernelArgs<Key, Bits> args) {
   using Values = Pack<Bits>;

@@ -23,6 +23,7 @@ struct UnpackKernelArgs {
 constexpr int stores_per_thread(int values) { return values == 1 ? 16 : 4; }
 
 // kValues: elements of one store; 1 or a divisor of 64.
+// SASS of unpack_kernel<.*, [48]>: STG.E.128
 template <class Value, int kValues>
 __global__ void __launch_bounds__(kThreads) unpack_kernel(UnpackKernelArgs<Value> args) {
   constexpr int kStores = stores_per_thread(kValues);
