@@ -1,6 +1,6 @@
 """What the package uses of torch without torch's promise: where to look when another version of torch breaks something.
 
-A name that torch no longer has fails here, when the package is imported; `.ci/run other_torch` tests with other versions.
+A name that torch no longer has fails here, when the package is imported; `.ci/run other_torch` tests other versions.
 Methods and attributes with a leading underscore (`Module._apply`, `Module._load_from_state_dict`, `Tensor._version`,
 `UntypedStorage._cdata`) are named where they are used.
 """
