@@ -514,7 +514,7 @@ def test_refused_arguments():
 )
 def test_names_the_first_layer_that_differs(monkeypatch, function, layer):
     # The package's attribute of this name is the function.
-    module = importlib.import_module("lowbit_ext.duo.decouple")
+    module = importlib.import_module("lowbit_ext.duo._decouple")
     make = getattr(module, function)
 
     def wrong(*arguments, **options):
