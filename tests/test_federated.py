@@ -787,7 +787,7 @@ with Checkpoint(sys.argv[1], {}):
 @pytest.mark.parametrize("end", ["killed", "finished"])
 def test_one_process_a_checkpoint(end, tmp_path):
     path = tmp_path / "run.pt"
-    command = [sys.executable, "-c", HOLDER, str(path)]
+    command = [sys.executable, "-I", "-c", HOLDER, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         why = rf"^simulate: .*run.pt is the checkpoint of a run that goes on in process {holder.pid}; wait for it"

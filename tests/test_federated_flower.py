@@ -284,7 +284,7 @@ HANG = 1800  # seconds: nothing waits for so long but what would wait for ever
 
 def through_ray(tmp_path, bits, faults=None):
     environment = {**os.environ, "HOME": str(tmp_path), "FLWR_HOME": str(tmp_path / "flwr")}
-    command = [sys.executable, "-c", PROGRAM, str(bits), json.dumps(faults or {}), str(tmp_path / "over")]
+    command = [sys.executable, "-I", "-c", PROGRAM, str(bits), json.dumps(faults or {}), str(tmp_path / "over")]
     run = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=HANG, check=False
     )
