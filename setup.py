@@ -70,7 +70,7 @@ class CMakeBuild(build_ext):
         shutil.copytree(
             Path(pybind11.__file__).parent, pybind, copy_function=copy_if_different, dirs_exist_ok=True,
             ignore=shutil.ignore_patterns("__pycache__"),
-        )  # fmt: skip
+        )
         configure = [
             "cmake",
             f"-S{ROOT}",

@@ -68,7 +68,7 @@ class Gpu:
             _native.kernels = before
 
     def measure(self, contenders: dict[str, Callable[[], Any]], graphs: dict[str, Callable[[], Any]],
-                seconds: float) -> Timings:  # fmt: skip
+                seconds: float) -> Timings:
         """Times calls under their names, and graphs of calls under theirs with " graph" behind."""
         replays = {f"{name} graph": self.graph(call) for name, call in graphs.items()}
         return measure(contenders | replays, seconds, synchronize=self.synchronize)
@@ -242,7 +242,7 @@ def conv_row(case: Case, engine: str, gpu: Gpu, peak: Peak | None, seconds: floa
         torch_bfloat16_graph_us=_graph_us(timings, "bfloat16"),
         torch_float16_graph_us=_graph_us(timings, "float16"),
         torch_int8_graph_us=_graph_us(timings, "int8"),
-    )  # fmt: skip
+    )
 
 
 def conv_rows(gpu: Gpu, seconds: float) -> Iterator[Row]:
@@ -303,16 +303,16 @@ def memory_rows(gpu: Gpu, seconds: float, shape: tuple[int, ...] = (256, 64, 56,
                 if layout == torch.contiguous_format:
                     continue  # the rest is elementwise, or writes channels-last
                 yield memory_row(f"unpack {what}", lambda packed=packed, dtype=dtype: packed.unpack(dtype),
-                                 size + bits, x, gpu, seconds)  # fmt: skip
+                                 size + bits, x, gpu, seconds)
                 arguments = ("ternary", 0.0, 1.0, False)
                 values, mask = ops.quantized_activation_with_mask(x, *arguments)
                 require_equal(f"activation {what}", values, ((x >= 0.25).to(dtype) + (x >= 0.75).to(dtype)) / 2)
                 yield memory_row(f"quantized_activation {what}",
                                  lambda x=x, arguments=arguments: ops.quantized_activation_with_mask(x, *arguments),
-                                 2 * size + bits, x, gpu, seconds)  # fmt: skip
+                                 2 * size + bits, x, gpu, seconds)
                 require_equal(f"masked gradient {what}", ops.masked_gradient(x, mask), x * ((x > 0) & (x < 1)))
                 yield memory_row(f"masked_gradient {what}", lambda x=x, mask=mask: ops.masked_gradient(x, mask),
-                                 2 * size + bits, x, gpu, seconds)  # fmt: skip
+                                 2 * size + bits, x, gpu, seconds)
 
 
 def code_rows(gpu: Gpu, seconds: float, shape: tuple[int, ...] = (256, 64, 56, 56)) -> Iterator[Row]:
@@ -340,7 +340,7 @@ def code_rows(gpu: Gpu, seconds: float, shape: tuple[int, ...] = (256, 64, 56, 5
                     "batch_norm_relu_backward": (3 * size + 2 * codes.numel(), lambda x=x, codes=codes: (
                         lowmem.batch_norm_relu_backward(x, codes, ones, zeros, ones, *settings, True, True)
                     )),
-                }  # fmt: skip
+                }
                 if not last:  # the rest does not see the order
                     groups = lowmem.group_quantize(x, 4, False, None, 0)
                     moved = size + sum(part.numel() * part.element_size() for part in groups)
@@ -350,7 +350,7 @@ def code_rows(gpu: Gpu, seconds: float, shape: tuple[int, ...] = (256, 64, 56, 5
                         "group_dequantize": (moved, lambda groups=groups, out=out: (
                             lowmem.group_dequantize_into(*groups, 4, out)
                         )),
-                    }  # fmt: skip
+                    }
                 for name, (moved, call) in calls.items():
                     yield memory_row(f"{name} {what}", call, moved, x, gpu, seconds)
 
@@ -396,9 +396,9 @@ def main() -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), metavar="NAME",
-                        help=f"of {', '.join(BENCHMARKS)}")  # fmt: skip
+                        help=f"of {', '.join(BENCHMARKS)}")
     parser.add_argument("--engines", nargs="+", choices=_native.CUDA_ENGINES, default=_native.CUDA_ENGINES,
-                        metavar="NAME", help=f"of the convolution: {', '.join(_native.CUDA_ENGINES)}")  # fmt: skip
+                        metavar="NAME", help=f"of the convolution: {', '.join(_native.CUDA_ENGINES)}")
     parser.add_argument("--seconds", type=float, default=0.2, help="that the blocks of a row take, at least")
     parser.add_argument("--out", type=Path, default=Path("bench_out"), metavar="DIR", help="default: bench_out")
     options = parser.parse_args()

@@ -130,7 +130,7 @@ def _speedups(timings: Timings) -> dict[str, float | None]:
     return {
         f"{way}_speedup_over_{name}": timings.speedup(f"{peer} {way}", way)
         for way in ("pack", "unpack") for name, peer in named.items()
-    }  # fmt: skip
+    }
 
 
 def rows(config: Config) -> Iterator[Row]:

@@ -50,7 +50,7 @@ def rows(config: Config) -> Iterator[Row]:
             packed.words, weight.blocked, None, None, None, None, None, CHANNELS, CHANNELS, geometry, "sign", 0,
             torch.int32,
         ),
-    ]  # fmt: skip
+    ]
     bare()
     for name, call in zip(cases(config.quick), calls, strict=True):
         require_equal(name, call(), output)

@@ -27,9 +27,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     size.add_argument("--quick", action="store_true", help="the small set, under 3 minutes on two cores (default)")
     size.add_argument("--full", action="store_true", help="every case")
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, metavar="NAME",
-                        help=f"of {', '.join(BENCHMARKS)}")  # fmt: skip
+                        help=f"of {', '.join(BENCHMARKS)}")
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, cores}), metavar="N",
-                        help="thread counts to run with (default: 1 and all cores)")  # fmt: skip
+                        help="thread counts to run with (default: 1 and all cores)")
     parser.add_argument("--out", type=Path, default=Path("bench_out"), metavar="DIR", help="default: bench_out")
     parser.add_argument("--no-peers", action="store_true", help="only ours and the limits")
     return parser.parse_args(arguments)

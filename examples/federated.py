@@ -29,7 +29,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10),
-    )  # fmt: skip
+    )
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
         result = federated.simulate(
             network(), server, [images[user] for user in split.users], dataclasses.replace(SETTINGS, bits=bits),
             test=test, test_every=1, on_round=show,
-        )  # fmt: skip
+        )
         curve = [100 * report.measures["accuracy"] for report in result.history]
         plt.plot(range(1, len(curve) + 1), curve, "o-", label=f"messages of {bits} bits")
     plt.xlabel("round")

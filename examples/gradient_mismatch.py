@@ -21,7 +21,7 @@ OUT = Path("examples_out")
 FEATURES, SAMPLES, EPS = 12, 2000, 0.1
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "float, clipped": lambda: nn.Hardtanh(0.0, 1.0), "ternary": TernaryActivation, "binary": StepActivation,
-}  # fmt: skip
+}
 
 
 def perceptron(activation: Callable[[], nn.Module], seed: int) -> nn.Sequential:

@@ -109,7 +109,7 @@ def watch(bar: common.Bar, steps: int, limit_s: float) -> Callable[[int], None]:
 def fit(
     model: nn.Module, name: str, sets: tuple[data.Set, data.Set], options: argparse.Namespace, bar: common.Bar,
     limit_s: float = math.inf,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Adam with a cosine schedule. What training.train returns, or expected_s where that is more than limit_s."""
     count = len(sets[0][0])
     batch = min(options.batch, count)
@@ -126,7 +126,7 @@ def fit(
             checkpoint=common.checkpoint(options.out, f"binary_vgg_{options.data}_{name.split()[0]}", key),
             on_step=watch(bar, steps, limit_s),
             on_epoch=lambda curve: bar.label(f"train {name}: epoch {len(curve)}, test {curve[-1]:.1f} %"),
-        )  # fmt: skip
+        )
     except TooSlow as slow:
         return {"expected_s": slow.expected_s}
 
@@ -156,17 +156,17 @@ def result_table(results: dict[str, Any]) -> common.Table:
     float_name, unpacked, packed = CONTENDERS
     training, accuracy, count = results["training"], results["test_accuracy_percent"], results["test_images"]
     row("test accuracy", {name: f"{accuracy[name]:.1f} %" for name in accuracy}
-        | ({} if float_name in accuracy else {float_name: "not trained"}))  # fmt: skip
+        | ({} if float_name in accuracy else {float_name: "not trained"}))
     row("identical predictions", {packed: f"{results['identical_predictions']} of {count}"})
     row("... saved and loaded", {packed: f"{results['identical_after_loading']} of {count}"})
     row("training time", {name: f"{training[name]['seconds']:.0f} s" if "seconds" in training[name] else
-        f"would be {training[name]['expected_s']:.0f} s" for name in training}, end_section=True)  # fmt: skip
+        f"would be {training[name]['expected_s']:.0f} s" for name in training}, end_section=True)
     for batch, times in results["seconds_per_batch"].items():
         row(f"batch {batch}: latency", {name: f"{1e3 * times[name]:.3g} ms" for name in times})
         row("  throughput", {name: f"{int(batch) / times[name]:,.0f} images/s" for name in times})
         row("  speed-up",
             {name: f"{times[float_name] / times[name]:.1f} x" for name in (unpacked, packed)},
-            end_section=True)  # fmt: skip
+            end_section=True)
     stored = results["stored_bytes"]
     row("file", {name: f"{size / 1e6:.2f} MB" for name, size in stored.items()})
     row("smaller", {packed: f"{stored[float_name] / stored[packed]:.1f} x"})
@@ -219,7 +219,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=common.positive, default=5, help="passes over the training set")
     parser.add_argument("--batch", type=common.positive, default=50, help="images in a training step")
     parser.add_argument("--width", type=common.positive, default=128,
-                        help="channels of the first layer; the last has four times as many")  # fmt: skip
+                        help="channels of the first layer; the last has four times as many")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the images")
     return common.parse(parser)
 
@@ -263,7 +263,7 @@ def run(options: argparse.Namespace, sets: tuple[data.Set, data.Set]) -> dict[st
         }
     float_bytes = len(safetensors.torch.save(
         {name: value.contiguous() for name, value in fold_batch_norm(twin).state_dict().items()}
-    ))  # fmt: skip
+    ))
     widths = "-".join(str(channels) for channels in (options.width, *(after for _, after, _ in _body(options.width))))
     return {
         "title": f"VGG {widths} on {options.data}",

@@ -78,7 +78,7 @@ def build(stage: str, images: Tensor, options: argparse.Namespace, seed: int) ->
     return models.vgg7(
         stage, in_channels=images.shape[1], image_size=images.shape[-1], num_classes=data.CLASSES,
         widths=coupled_widths(widths, images.shape[-1]) if stage == "coupled" else widths,
-    ).to(memory_format=torch.channels_last)  # fmt: skip
+    ).to(memory_format=torch.channels_last)
 
 
 def binary_parameters(model: nn.Module) -> int:
@@ -108,13 +108,13 @@ def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> A
 def fit(
     model: nn.Module, phase: str, recipe: Recipe, sets: tuple[data.Set, data.Set], seed: int, key: dict[str, Any],
     options: argparse.Namespace, bar: common.Bar,
-) -> list[float]:  # fmt: skip
+) -> list[float]:
     """Trains or goes on from the checkpoint under `key`; returns the test accuracy in percent after every epoch."""
     count = len(sets[0][0])
     label = f"seed {seed}, {phase}"
     optimizer = _optimizer(model, recipe)
     key = {"phase": phase, **dataclasses.asdict(recipe), "seed": seed, "data": options.data, "images": count,
-           "width": options.width, **key}  # fmt: skip
+           "width": options.width, **key}
     bar.label(label)
     return train(
         model, optimizer, _schedule(optimizer, recipe, count // recipe.batch * recipe.epochs), sets,
@@ -124,7 +124,7 @@ def fit(
         checkpoint=common.checkpoint(options.out, f"binaryduo_{options.data}_seed{seed}_{phase.split()[-1]}", key),
         on_step=bar.advance,
         on_epoch=lambda curve: bar.label(f"{label}: epoch {len(curve)}, {curve[-1]:.1f} %"),
-    )["test_accuracy_percent"]  # fmt: skip
+    )["test_accuracy_percent"]
 
 
 def recipes(options: argparse.Namespace) -> dict[str, Recipe]:
@@ -190,7 +190,7 @@ def pack_and_time(network: nn.Module, widths: Sequence[int], images: Tensor) -> 
             x = images[:batch]
             last = x.contiguous(memory_format=torch.channels_last)
             calls = {"float twin": faster_layout(twin, x), "unpacked": lambda x=last: network(x),
-                     "packed": lambda x=last: packed(x)}  # fmt: skip
+                     "packed": lambda x=last: packed(x)}
             seconds[str(batch)] = median_seconds(calls, TIMING_S)
     return packed, seconds
 
@@ -223,7 +223,7 @@ def print_results(results: dict[str, Any]) -> None:
             phase, str(chosen[phase]["epochs"]) if phase in chosen else "-", f"{weights:,}" if weights else "-",
             spread(values), " ".join(f"{value:.2f}" for value in values),
             style="bold" if phase in (BASELINE, TUNED) else "",
-        )  # fmt: skip
+        )
     common.console.print(table)
     gains = [run["accuracy_percent"][TUNED] - run["accuracy_percent"][BASELINE] for run in runs]
     better = sum(gain > 0 for gain in gains)
@@ -272,7 +272,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = common.arguments(__doc__)
     parser.add_argument("--data", choices=data.DATASETS, default="mnist5k", help="dataset")
     parser.add_argument("--epochs", type=int, default=12,
-                        help="of the baseline, and of coupled and fine-tuned together")  # fmt: skip
+                        help="of the baseline, and of coupled and fine-tuned together")
     parser.add_argument("--fine-tune-part", type=float, default=0.3, help="part of the epochs for fine-tuning")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each a run of both arms")
     parser.add_argument("--width", type=float, default=0.25, help="hidden widths as a part of the paper's")
@@ -284,7 +284,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--fine-tune-learning-rate", type=float, default=3e-3, help="of the decoupled network")
     parser.add_argument("--weight-decay", type=float, default=0.0, help="of all three")
     parser.add_argument("--search", nargs="+", type=float, metavar="RATE",
-                        help="only compare these learning rates on a part of the training set")  # fmt: skip
+                        help="only compare these learning rates on a part of the training set")
     options = common.parse(parser)
     if options.epochs < 2:
         parser.error(f"--epochs must be at least 2, got {options.epochs}")

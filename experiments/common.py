@@ -149,7 +149,7 @@ def environment() -> dict[str, Any]:
     return {
         "lowbit_ext": lowbit_ext.__version__, "torch": torch.__version__, "isa": lowbit_ext.active_isa(),
         "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    }
 
 
 class Record:
@@ -169,7 +169,7 @@ class Record:
 
     def run(
         self, key: Mapping[str, Any], make: Callable[[], Any], on_found: Callable[[], None] = lambda: None
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """The result under a key as JSON gives it back; made, and the file written, where it is not there yet."""
         whole = {**key, **environment()}
         place = _canonical(whole)

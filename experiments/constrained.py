@@ -113,7 +113,7 @@ def solvers(matrix: np.ndarray, points: np.ndarray) -> dict[str, tuple[Callable[
 
         solver = osqp.OSQP()
         solver.setup(scipy.sparse.identity(PIXELS, format="csc"), -points[0], scipy.sparse.csc_matrix(matrix),
-                     np.full(len(matrix), -np.inf), np.zeros(len(matrix)), verbose=False)  # fmt: skip
+                     np.full(len(matrix), -np.inf), np.zeros(len(matrix)), verbose=False)
 
         def by_osqp() -> np.ndarray:
             found = []
@@ -180,7 +180,7 @@ def projection_times(layers: dict[str, nn.Module], constraints: cone.Cone, test:
 
 def learn_projection(
     layer: nn.Module, constraints: cone.Cone, images: Images, epochs: int, seed: int, bar: common.Bar
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Trains a layer; its test error by epoch, largest violation, time, and pictures."""
     train, test = images.train, images.test
     optimizer = torch.optim.Adam(layer.parameters(), lr=2e-3)
@@ -201,7 +201,7 @@ def learn_projection(
     with torch.no_grad():
         pictures = layer(test[shown(test)]).tolist()
     return {"curve": curve, "violation": float(constraints.violation(x).max()),
-            "training_s": time.perf_counter() - start, "pictures": pictures}  # fmt: skip
+            "training_s": time.perf_counter() - start, "pictures": pictures}
 
 
 def shown(test: Tensor) -> Tensor:
@@ -219,14 +219,14 @@ def projection(options: argparse.Namespace, images: Images, record: common.Recor
     with common.progress(len(layers) * epochs) as bar:
         bar.label("projection: times")
         rows = record.run({"what": "times", "data": images.name},
-                          lambda: projection_times(layers, constraints, test))  # fmt: skip
+                          lambda: projection_times(layers, constraints, test))
         for name, layer in layers.items():
             bar.label(f"projection: {name}")
             key = {"what": "learning", "layer": name, "data": images.name, "epochs": epochs, "seed": options.seed}
             learned[name] = record.run(
                 key, lambda layer=layer: learn_projection(layer, constraints, images, epochs, options.seed, bar),
                 on_found=lambda: bar.advance(epochs),
-            )  # fmt: skip
+            )
     curves = {name: found["curve"] for name, found in learned.items()}
     for name, found in learned.items():
         rows[name] |= {"mse": found["curve"][-1], "violation": found["violation"], "training_s": found["training_s"]}
@@ -245,7 +245,7 @@ def projection_table(result: dict[str, Any]) -> common.Table:
         [name, f"{row['mse']:.4f}" if "mse" in row else "", f"{row['violation']:.1e}", f"{1e6 * row['seconds']:,.1f}",
          f"{row['seconds'] / ours_s:.3g}x", f"{row['training_s']:.0f}" if "training_s" in row else ""]
         for name, row in result["rows"].items()
-    ]  # fmt: skip
+    ]
     headings = ("", "test MSE", "largest A x", "µs a sample", "of ConeLinear |.|", "training s")
     title = f"Projection of MNIST digits onto the checkerboard, batch {BATCH}"
     return table(title, headings, lines, [i for i, line in enumerate(lines) if line[0].startswith("Cone")])
@@ -268,7 +268,7 @@ def projection_plot(path: Path, result: dict[str, Any]) -> None:
     colours = [OURS if name.startswith("Cone") else GREY for _, name in times]
     drawn = bars.barh([name for _, name in times], [1e6 * value for value, _ in times], color=colours)
     bars.bar_label(drawn, [f"{1e6 * value:,.3g}" if value < 1e-3 else f"{1e6 * value:,.0f}" for value, _ in times],
-                   padding=3)  # fmt: skip
+                   padding=3)
     bars.set(xscale="log", xlabel="µs a sample (log scale)", title=f"Time at batch {BATCH}, ours in blue")
     bars.invert_yaxis()
     bars.set_xlim(right=4e6 * times[-1][0])
@@ -309,7 +309,7 @@ class Vae(nn.Module):
 def train_vae(
     head: Callable[[], nn.Module], weight: float, constraints: cone.Cone, images: Images, epochs: int, seed: int,
     bar: common.Bar,
-) -> tuple[Vae, float]:  # fmt: skip
+) -> tuple[Vae, float]:
     """An autoencoder, trained with a penalty of this weight on violations; and the seconds that took."""
     rows = torch.from_numpy(constraints._a).float()
     torch.manual_seed(seed)
@@ -339,13 +339,13 @@ def vae_report(
             "violation": float(constraints.violation(x).max()),
             "sample_violation": float(constraints.violation(generated).max()),
             "valid_percent": 100 * float(constraints.contains(generated).double().mean()), "training_s": seconds,
-        }  # fmt: skip
+        }
 
     torch.manual_seed(seed)
     reconstruction, bound, divergence = model(test)
     sampled = model.decoder(torch.randn(SAMPLES, LATENT))
     result = {"as it is": measures(reconstruction, sampled, bound), "reconstructions": reconstruction[:8].tolist(),
-              "samples": sampled[:8].tolist()}  # fmt: skip
+              "samples": sampled[:8].tolist()}
     if projects:
         projected = constraints.project(reconstruction)
         # The variance that suits the projected reconstructions, which are farther from the images.
@@ -376,14 +376,14 @@ def vae(options: argparse.Namespace, images: Images, record: common.Record) -> d
 
             def make(
                 name: str = name, head: Callable[[], nn.Module] = head, weight: float = weight
-            ) -> dict[str, Any]:  # fmt: skip
+            ) -> dict[str, Any]:
                 model, seconds = train_vae(head, weight, constraints, images, epochs, options.seed, bar)
                 return vae_report(
                     model, constraints, images.test, options.seed, seconds, projects=name == "unconstrained"
                 )
 
             key = {"what": "vae", "head": name, "data": images.name, "images": len(images.train), "epochs": epochs,
-                   "seed": options.seed}  # fmt: skip
+                   "seed": options.seed}
             found = record.run(key, make, on_found=lambda: bar.advance(epochs))
             results[name] = found["as it is"]
             if name == "unconstrained":
@@ -399,7 +399,7 @@ def vae_table(result: dict[str, Any]) -> common.Table:
         [name, f"{run['bound_nats']:.1f}", f"{run['mse']:.4f}", f"{run['violation']:.1e}",
          f"{run['sample_violation']:.1e}", f"{run['valid_percent']:.1f} %", f"{run['training_s']:.0f}"]
         for name, run in result["results"].items()
-    ]  # fmt: skip
+    ]
     headings = ("", "bound (nats)", "MSE", "largest A x", "... of samples", "valid samples", "training s")
     title = f"Variational autoencoder of {result['data']} with a checkerboard: test set and {SAMPLES} samples"
     return table(title, headings, rows, [len(rows) - 1])
@@ -514,7 +514,7 @@ def regression(options: argparse.Namespace, images: None, record: common.Record)
         patients[:, BODY_MASS] = np.tile(grid, len(test))
         predicted = predict(patients).reshape(len(test), -1)
         return {"mse": float(np.mean((predict(x[test]) - y[test]) ** 2)),
-                "fall": float(-np.diff(predicted, axis=1).min()), "curves": predicted[:PATIENTS].tolist()}  # fmt: skip
+                "fall": float(-np.diff(predicted, axis=1).min()), "curves": predicted[:PATIENTS].tolist()}
 
     results: dict[str, Any] = {name: {"mse": [], "fall": 0.0} for name in METHODS}
     curves: dict[str, Any] = {}

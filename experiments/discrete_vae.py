@@ -29,11 +29,11 @@ HIDDEN = {"linear": (), "nonlinear": (200, 200)}
 LABELS = {
     "reinforce": "REINFORCE", "loorf": "LOORF", "disarm": "DisARM", "arms_d": "ARMS-D", "arms_n": "ARMS-N",
     "arms_s": "ARMS-S", "vimco": "VIMCO", "straight_through": "straight-through", "double_cv": "Double CV",
-}  # fmt: skip
+}
 COLOURS = {
     "reinforce": "#999999", "loorf": "#7f8c9a", "disarm": "#d1863a", "arms_d": "#1f5fa8", "arms_n": "#8fbbe0",
     "arms_s": "#2a8f5b", "vimco": "#8a4fa3", "straight_through": "#c0504d", "double_cv": "#b8a12e",
-}  # fmt: skip
+}
 BOUND_ESTIMATORS = ("vimco", "disarm", "arms_d", "arms_s")  # of the importance-weighted bound
 CURVE_POINTS, CURVE_IMAGES = 25, 1000  # evaluations along a run, of as many images
 EVALUATION_SAMPLES = 16  # of the bounds in the tables
@@ -297,7 +297,7 @@ def plot_images(path: Path, model: BernoulliVAE, images: Tensor, title: str) -> 
     lines = {
         "image": images[:count], "reconstruction": model.reconstruct(x),
         "drawn from the prior": model.generate(count, generator=torch.Generator().manual_seed(5)),
-    }  # fmt: skip
+    }
     figure, axes = plt.subplots(len(lines), 1, figsize=(count * 0.8, len(lines) * 1.05))
     for axis, (name, pictures) in zip(axes, lines.items(), strict=True):
         strip = pictures.reshape(count, side, side).permute(1, 0, 2).reshape(side, count * side).numpy()
@@ -317,15 +317,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = common.arguments(__doc__)
     parser.add_argument("--full", action="store_true", help="both data sets and models, n = 2 and 4, three seeds")
     parser.add_argument("--data", nargs="+", choices=("digits", "mnist5k", "fashion"),
-                        help="default mnist5k, with --full fashion too")  # fmt: skip
+                        help="default mnist5k, with --full fashion too")
     parser.add_argument("--model", nargs="+", choices=tuple(HIDDEN), help="default nonlinear, with --full both")
     parser.add_argument("--estimators", nargs="+", choices=tuple(antithetic.ESTIMATORS), metavar="NAME",
                         default=["loorf", "disarm", "arms_d", "arms_s"],
-                        help=f"of {', '.join(antithetic.ESTIMATORS)}")  # fmt: skip
+                        help=f"of {', '.join(antithetic.ESTIMATORS)}")
     parser.add_argument("--samples", nargs="+", type=common.positive, metavar="N",
-                        help="samples n of each estimator: default 4, with --full 2 and 4")  # fmt: skip
+                        help="samples n of each estimator: default 4, with --full 2 and 4")
     parser.add_argument("--importance-samples", type=common.positive, default=5,
-                        help="K of the importance-weighted bound")  # fmt: skip
+                        help="K of the importance-weighted bound")
     parser.add_argument("--seeds", nargs="+", type=int, help="default 0, with --full 0 1 2")
     parser.add_argument("--steps", type=common.positive, help="of every run: default 3000, with --full 5000")
     parser.add_argument("--batch", type=common.positive, default=50, help="images in a step")
@@ -357,7 +357,7 @@ def settings_of(options: argparse.Namespace, name: str, model: str) -> list[Sett
 def make_runs(
     name: str, model_name: str, sets: tuple[Tensor, Tensor], options: argparse.Namespace, record: common.Record,
     bar: common.Bar,
-) -> list[Result]:  # fmt: skip
+) -> list[Result]:
     """The runs on one data set with one model. The first one's model stands for all: its variances and pictures."""
     results = []
     shaping = {key: getattr(options, key) for key in SHAPING}
@@ -372,7 +372,7 @@ def make_runs(
                 bar.label(f"{name}, {model_name}: variance on one model")
                 result.variances = variances_on(model, sets[1], **analysis)
                 plot_images(options.out / f"discrete_vae_{name}_{model_name}.png", model, sets[1],
-                            f"{name}, {model_name}")  # fmt: skip
+                            f"{name}, {model_name}")
             return dataclasses.asdict(result)
 
         key = {**dataclasses.asdict(setting), **shaping, "analysis": analysis}

@@ -30,7 +30,7 @@ USERS = 10
 SERVER_ONLY = "server alone"
 # Options that change every run.
 SHAPING = ("data", "labelled", "non_iid", "rounds", "steps", "warm_up", "batch", "learning_rate", "threshold",
-           "test_every")  # fmt: skip
+           "test_every")
 MIRRORED = {"fashion", "cifar10"}  # whose mirror images are of the same class
 NORMS = {"BN": nn.BatchNorm2d, "GN": lambda channels: nn.GroupNorm(8, channels)}
 
@@ -60,7 +60,7 @@ FULL = [
     *(Configuration(objective, norm, groups)
       for objective in ("consistency", "self_training") for norm in ("GN", "BN") for groups in (2, 1)),
     Configuration(groups=1, alternate=8), Configuration(alternate=8), Configuration(bits=4), Configuration(bits=1),
-]  # fmt: skip
+]
 
 
 def network(channels: int, size: int, norm: str) -> nn.Sequential:
@@ -105,7 +105,7 @@ def settings_of(configuration: Configuration, options: argparse.Namespace, seed:
         rounds=options.rounds, steps=options.steps, groups=configuration.groups, objective=configuration.objective,
         threshold=options.threshold, learning_rate=options.learning_rate, batch=options.batch, warm_up=options.warm_up,
         alternate=configuration.alternate, bits=configuration.bits, flip=options.data in MIRRORED, seed=seed,
-    )  # fmt: skip
+    )
 
 
 def model_of(given: Problem, norm: str, seed: int) -> nn.Sequential:
@@ -123,11 +123,11 @@ def run(
         model_of(given, configuration.norm, seed), given.server, given.users,
         settings_of(configuration, options, seed), user_labels=given.user_labels, test=given.test,
         test_every=options.test_every, on_round=lambda report: on_round(),
-    )  # fmt: skip
+    )
     return {
         "name": str(configuration), "seed": seed, "seconds": time.perf_counter() - began,
         "rounds": [dataclasses.asdict(report) for report in result.history],
-    }  # fmt: skip
+    }
 
 
 def run_server_alone(
@@ -188,11 +188,11 @@ def run_flower(given: Problem, options: argparse.Namespace) -> None:
         return federated.GroupedAveraging(
             start, server, minimum=USERS, groups=configuration.groups, seed=seed, bits=configuration.bits,
             skip=federated.norm_parameters(model), on_round=show,
-        )  # fmt: skip
+        )
 
     def show(report: federated.RoundReport[int]) -> None:
         print(f"round {report.round}: diversity {report.normalised_diversity:.2f}, lost {len(report.lost)}, "
-              f"{report.bytes_down + report.bytes_up:,} bytes", flush=True)  # fmt: skip
+              f"{report.bytes_down + report.bytes_up:,} bytes", flush=True)
 
     def end(strategy: federated.GroupedAveraging) -> None:
         tested = Trainer(model_of(given, configuration.norm, seed), settings)
@@ -202,7 +202,7 @@ def run_flower(given: Problem, options: argparse.Namespace) -> None:
     run_simulation(
         federated.server_app(strategy, settings.rounds, end), federated.client_app(training, bits=configuration.bits),
         num_supernodes=USERS, backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
-    )  # fmt: skip
+    )
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_runs(
     problems: dict[int, Problem], options: argparse.Namespace, record: common.Record
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """The server alone and every configuration with every seed."""
     configurations = [None, *(FULL if options.full else QUICK)]
     shaping = {key: getattr(options, key) for key in SHAPING}

@@ -38,7 +38,7 @@ def _clip() -> nn.Module:
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "float": _clip, "2-bit": TwoBitActivation, "ternary": TernaryActivation, "binary": StepActivation,
-}  # fmt: skip
+}
 COLOURS = {"float": "#7f8c9a", "2-bit": "#2a8f5b", "ternary": "#1f5fa8", "binary": "#d1863a"}
 FEATURES = 16
 STUDENT_WEIGHTS = 2 * FEATURES**2 + FEATURES
@@ -82,12 +82,12 @@ def on_perceptrons(options: argparse.Namespace, record: common.Record, bar: comm
             cosines = []
             for seed in range(options.students):
                 key = {"network": "perceptron", "eps": eps, "activation": name, "seed": seed,
-                       "samples": options.samples}  # fmt: skip
+                       "samples": options.samples}
                 arguments = eps, activation, seed
                 cosines.append(record.run(
                     key, lambda arguments=arguments: cosines_of(*arguments),
                     on_found=lambda: bar.advance(STUDENT_WEIGHTS),
-                ))  # fmt: skip
+                ))
             results[str(eps)][name] = [list(values) for values in zip(*cosines, strict=True)]
     return results
 
@@ -116,7 +116,7 @@ def on_images(
         found = gradient_mismatch(
             network(activation, images), F.cross_entropy, (images[chosen], labels[chosen]), eps=options.eps,
             max_weights=options.weights, generator=torch.Generator().manual_seed(0), progress=bar.advance,
-        )  # fmt: skip
+        )
         return [layer.cosine for layer in found.layers]
 
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: options.images]
@@ -124,11 +124,11 @@ def on_images(
     for name, activation in ACTIVATIONS.items():
         bar.label(f"convolutions, {name}")
         key = {"network": "convolutions", "activation": name,
-               **{name: getattr(options, name) for name in ("data", "images", "weights", "eps")}}  # fmt: skip
+               **{name: getattr(options, name) for name in ("data", "images", "weights", "eps")}}
         results[name] = record.run(
             key, lambda activation=activation: cosines_of(activation),
             on_found=lambda: bar.advance(sampled_weights(images, options)),
-        )  # fmt: skip
+        )
     return results
 
 
@@ -161,7 +161,7 @@ def print_results(options: argparse.Namespace, perceptrons: dict[str, Any], imag
 def plot(path: Path, options: argparse.Namespace, perceptrons: dict[str, Any], images: dict[str, Any]) -> None:
     """Cosine by layer, one panel a window and one for the images."""
     panels = [(f"perceptrons, eps {eps}", {name: [statistics.fmean(c) for c in values] for name, values in by.items()})
-              for eps, by in perceptrons.items()]  # fmt: skip
+              for eps, by in perceptrons.items()]
     panels.append((f"convolutions on {options.data}, eps {options.eps}", images))
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), sharey=True, layout="constrained")
     for axis, (title, curves) in zip(axes, panels, strict=True):

@@ -129,7 +129,7 @@ def contenders(problem: Problem, options: argparse.Namespace) -> list[Contender]
         Contender("logistic", one_against_others(lambda: LogisticRegression(max_iter=300)), some),
         Contender(WEIGHTED, one_against_others(
             lambda: LogisticRegression(max_iter=300, class_weight="balanced")), some),
-    ]  # fmt: skip
+    ]
     if BornClassifier is not None:
         chosen.append(Contender("Born", one_against_others(BornClassifier), some))
     if most > some:
@@ -157,7 +157,7 @@ def scores(predicted: np.ndarray, problem: Problem) -> dict[str, list[float]]:
     precision, recall, f1, _ = precision_recall_fscore_support(actual, predicted, zero_division=0.0)
     specificity = recall_score(~actual, ~predicted, average=None, zero_division=0.0)
     return dict(zip(METRICS, (list(map(float, m)) for m in (precision, recall, f1, (recall + specificity) / 2)),
-                    strict=True))  # fmt: skip
+                    strict=True))
 
 
 def measure(contender: Contender, problem: Problem) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def measure(contender: Contender, problem: Problem) -> dict[str, Any]:
     result = {
         "name": contender.name, "samples": len(problem.labels), "fit_s": fitted - start, "predict_s": end - fitted,
         "model_mb": len(pickle.dumps(model)) / 1e6, "scores": scores(predicted, problem),
-    }  # fmt: skip
+    }
     if ours and contender.name == OURS and problem.features is not None:
         result["explanation"] = model.explain(top=8, feature_names=problem.features)
     return result
@@ -196,7 +196,7 @@ def mean_table(result: dict[str, Any]) -> common.Table:
     table = common.table(
         f"{result['problem']}, {result['features']} bits: each of {count} categories against the others, means",
         "classifier", "train", *HEADINGS.values(), "least", "fit s", "test s", "MB",
-    )  # fmt: skip
+    )
     best = {metric: max(np.mean(row["scores"][metric]) for row in result["rows"]) for metric in METRICS}
     for row in result["rows"]:
         means = {metric: np.mean(row["scores"][metric]) for metric in METRICS}
@@ -205,7 +205,7 @@ def mean_table(result: dict[str, Any]) -> common.Table:
             row["name"], f"{row['samples']:,}", *cells, f"{min(row['scores']['recall']):.3f}", f"{row['fit_s']:.2f}",
             f"{row['predict_s']:.2f}", f"{row['model_mb']:.1f}",
             style="cyan" if row["name"].startswith("Helstrom") else "",
-        )  # fmt: skip
+        )
     return table
 
 
@@ -215,7 +215,7 @@ def others(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         row for row in result["rows"]
         if not row["name"].startswith("Helstrom") and row["name"] != WEIGHTED and row["samples"] == ours["samples"]
-    ]  # fmt: skip
+    ]
 
 
 def named(result: dict[str, Any], name: str) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def category_table(result: dict[str, Any]) -> common.Table:
     table = common.table(
         f"{result['problem']}: {OURS} by category, and the best of the others",
         "category", *HEADINGS.values(), "best recall", "best F1",
-    )  # fmt: skip
+    )
     ours = named(result, OURS)["scores"]
     for index, category in enumerate(result["categories"]):
         cells = [f"{ours[metric][index]:.3f}" for metric in METRICS]
@@ -283,7 +283,7 @@ def plot(path: Path, results: list[dict[str, Any]]) -> None:
         sweep.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, -0.36))
         plane.plot([row["recall"] for row in rows], [row["precision"] for row in rows], "-", c="#8fbbe0", zorder=0)
         points = sorted((*(float(np.mean(row["scores"][m])) for m in ("precision", "recall")), row["name"])
-                        for row in result["rows"])  # fmt: skip
+                        for row in result["rows"])
         for rank, (y, x, name) in enumerate(points):
             colour = "#1f5fa8" if name.startswith("Helstrom") else "#7f8c9a"
             plane.plot(x, y, "o", ms=5, c=colour)
@@ -292,7 +292,7 @@ def plot(path: Path, results: list[dict[str, Any]]) -> None:
                 name, (x, y), xytext=(1.06, (rank + 0.5) / len(points)), textcoords="axes fraction", fontsize=8,
                 color=colour, va="center",
                 arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "relpos": (0, 0.5)},
-            )  # fmt: skip
+            )
         plane.set(xlabel="mean recall", ylabel="mean precision", title="recall and precision (line: by price)")
     common.save(figure, path)
 
@@ -306,11 +306,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="digits and mnist5k alone, fewer samples")
     parser.add_argument("--data", nargs="+", choices=(*IMAGES, "text"), help="default: all, text with --texts only")
     parser.add_argument("--texts", type=Path, help="vaderSentiment-3.3.2.tar.gz, or a folder with a folder for each "
-                        "category, such as 20 Newsgroups")  # fmt: skip
+                        "category, such as 20 Newsgroups")
     parser.add_argument("--samples", type=common.positive, default=6000,
-                        help="most training samples for most classifiers")  # fmt: skip
+                        help="most training samples for most classifiers")
     parser.add_argument("--gram-samples", type=common.positive, default=800, help="most training samples for 2 copies, "
-                        "whose work grows with their cube")  # fmt: skip
+                        "whose work grows with their cube")
     parser.add_argument("--words", type=common.positive, default=1000, help="words of the texts that are features")
     parser.add_argument("--prices", type=common.positive, default=9, help="prior ratios in the sweep from 1/4 to 4")
     options = common.parse(parser)
@@ -334,10 +334,10 @@ def problems_of(options: argparse.Namespace) -> list[Problem]:
 
 def compare(
     problem: Problem, options: argparse.Namespace, record: common.Record, bar: common.Bar
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Trains and tests every contender, and ours by price."""
     shape = {"data": problem.name, "size": problem.train.shape,
-             "texts": str(options.texts) if problem.name == "text" else None}  # fmt: skip
+             "texts": str(options.texts) if problem.name == "text" else None}
     rows = []
     for contender in contenders(problem, options):
         bar.label(f"{problem.name}: {contender.name}")
@@ -353,7 +353,7 @@ def compare(
     return {
         "problem": problem.name, "categories": problem.categories.tolist(), "features": problem.train.shape[1],
         "rows": rows, "prices": prices,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

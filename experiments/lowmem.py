@@ -425,7 +425,7 @@ def print_results(title: str, cases: Sequence[Case], results: Results) -> None:
                 continue
             runs, memory = results.runs[case], results.memory[case]
             values = {"ms": statistics.median(run.step_ms for run in runs), "stored": memory.stored / 1e6,
-                      "peak": memory.peak / 1e6}  # fmt: skip
+                      "peak": memory.peak / 1e6}
             cells = [beside(value, exact.get(name)) for name, value in values.items()]
             cells += [] if gpu else [f"{memory.default_peak / 1e6:.3g}"]
             accuracy = spread([run.test_accuracy[-1] for run in runs])
@@ -520,7 +520,7 @@ def run_audit(options: argparse.Namespace, name: str, sets: tuple[data.Set, data
                     bar.label(f"depth {depth}, seed {seed}, {method}({bits})")
                     key = {"data": name, "depth": depth, "widths": widths, "batch": batch, "seed": seed,
                            "method": method, "bits": bits, "layout": options.layout,
-                           "device": options.device}  # fmt: skip
+                           "device": options.device}
                     arguments = depth, seed, method, bits
                     errors = record.run(key, lambda arguments=arguments: measure(*arguments))
                     found.setdefault((depth, method), []).append([e for e in errors if "conv" in e["name"]])
@@ -564,7 +564,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--network", nargs="+", choices=("resnet", "vgg"), help="default both; paper: resnet")
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), metavar="NAME",
                         default=list(DEFAULT_VARIANTS),
-                        help=f"of {', '.join(VARIANTS)} (s: stochastic rounding)")  # fmt: skip
+                        help=f"of {', '.join(VARIANTS)} (s: stochastic rounding)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="each a run of every variant")
     for field in dataclasses.fields(Recipe):
         name = f"--{field.name.replace('_', '-')}"
@@ -574,7 +574,7 @@ def parse_arguments() -> argparse.Namespace:
             kind = common.positive if field.type == "int" else float
             parser.add_argument(name, type=kind, help="in place of the recipe's")
     parser.add_argument("--layout", choices=tuple(MEMORY_FORMATS),
-                        help="default channels_last on CPUs, which makes exact training faster")  # fmt: skip
+                        help="default channels_last on CPUs, which makes exact training faster")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = common.parse(parser)
     options.asked = options.data is not None
@@ -593,7 +593,7 @@ def cases_of(options: argparse.Namespace, name: str, images: Tensor, classes: in
     common = dict(
         recipe, widths=tuple(recipe["widths"]), data=name, image=tuple(images.shape[1:]), classes=classes,
         layout=options.layout, device=options.device,
-    )  # fmt: skip
+    )
     cases = [Case(**common, network=network, variant=v) for network in options.network for v in options.variants]
     if cases[0].batch > len(images):
         sys.exit(f"lowmem: --batch {cases[0].batch} is more than the {len(images)} training images")

@@ -21,7 +21,7 @@ def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, sets: tuple[data.Set, data.Set], *,
     epochs: int, batch: int, orders: Iterable[Tensor], checkpoint: Path, on_step: Callable[[int], None],
     on_epoch: Callable[[list[float]], None],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Trains a classifier on cross-entropy, from the checkpoint if there is one.
 
     Args:

@@ -17,7 +17,7 @@ _DROPOUTS = (
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, F.dropout,
     F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
     torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout,
-)  # fmt: skip
+)
 _FLATTENS = (nn.Flatten, torch.flatten, "flatten")
 _SIZED = (torch.reshape, "reshape", "view")
 _RESHAPES = (*_FLATTENS, *_SIZED, "reshape_as", "view_as")
@@ -113,7 +113,7 @@ def pool_of(kind: Any, options: Mapping[str, Any]) -> Pool | None:
         name, kernel, sizes("stride", kernel), sizes("padding", (0,)), bool(options.get("ceil_mode")),
         bool(options.get("count_include_pad", True)), options.get("divisor_override"), sizes("dilation", (1,)),
         sizes("output_size", ()),
-    )  # fmt: skip
+    )
 
 
 # --- tracing ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from lowbit_ext import _native
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []),
-           *(["host_cuda"] if os.environ.get("LOWBIT_HOST_CUDA") else [])]  # fmt: skip
+           *(["host_cuda"] if os.environ.get("LOWBIT_HOST_CUDA") else [])]
 BACKENDS = [*_native.available_isas(), *DEVICES[1:]]
 
 

@@ -37,7 +37,7 @@ MEMORY = 6 << 30  # bytes beyond those of torch itself, so that a call for 2^40 
 def fuzzers() -> list[str]:
     """Names of the fuzzers: NAME of fuzz_NAME.py."""
     return sorted(path.stem.removeprefix("fuzz_") for path in Path(__file__).parent.glob("fuzz_*.py")
-                  if "def run(" in path.read_text())  # fmt: skip
+                  if "def run(" in path.read_text())
 
 
 def work(fuzzer: str, seed: int, start: int, count: int, only: str, current: Any, results: Connection) -> None:
@@ -97,7 +97,7 @@ class Run:
 def fuzz(
     fuzzer: str, calls: int, seed: int, jobs: int = 1, only: str = "", seconds: float = float("inf"),
     on_progress: Callable[[int], None] = lambda done: None,
-) -> tuple[list[Any], int]:  # fmt: skip
+) -> tuple[list[Any], int]:
     """All findings and the number of calls made: `calls`, or as many as there is time for."""
     module = importlib.import_module(f"fuzz_{fuzzer}")
     found: list[Any] = []

@@ -157,7 +157,7 @@ def layer_options(r: random.Random) -> Arguments:
     return chosen(
         r, bias=[True, False], dtype=[torch.float32, torch.float64], device=["cpu", torch.device("cpu")],
         weight_scale=["channel", "layer", None],
-    )  # fmt: skip
+    )
 
 
 def signs_or_floats(r: random.Random) -> Any:
@@ -178,21 +178,21 @@ def conv_layer(r: random.Random, binary_options: bool) -> Arguments:
 def linear_layer(r: random.Random, binary_options: bool) -> Arguments:
     made = {"in_features": 5, "out_features": 3} | layer_options(r)
     return made | chosen(r, **({"encoding": ENCODINGS, "surrogate": ["clip"]} if binary_options else
-                               {"save_codes": [True, False]}))  # fmt: skip
+                               {"save_codes": [True, False]}))
 
 
 def binary_network() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), binary.BinaryConv2d(8, 8, 3), nn.BatchNorm2d(8), nn.MaxPool2d(2),
         binary.BinaryConv2d(8, 4, 1), nn.Flatten(), binary.BinaryLinear(16, 3),
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def coupled_network() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), duo.TernaryActivation(), duo.CoupledConv2d(4, 4, 3), nn.BatchNorm2d(4),
         duo.TernaryActivation(), nn.Flatten(), duo.CoupledLinear(4 * 16, 3),
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def float_network() -> nn.Module:
@@ -569,7 +569,7 @@ TARGETS: dict[str, Target] = {
         lambda r: {"self": helstrom.HelstromClassifier().fit(**rows(r)), "X": rows(r)["X"]},
         raises=SKLEARN, share=3,
     ),
-}  # fmt: skip
+}
 
 # Public, and only ever made by the functions above.
 RESULTS = {"duo.GradientMismatch", "duo.LayerMismatch", "lowmem.Conversion", "lowmem.LayerError"}
@@ -608,7 +608,7 @@ ODDITIES: tuple[Callable[[], Any], ...] = (
     lambda: torch.randn(2, 5, 3), lambda: torch.empty(0), lambda: torch.randn(2, 4, 5, 5), lambda: nn.Linear(2, 2),
     lambda: binary.binarize(torch.randn(2, 5, 3, 3)), lambda: binary.pack_weight(torch.randn(4, 5, 3, 3)),
     lambda: iter([1, 2]), lambda: torch.nn.Parameter(torch.randn(5)), torch.Generator,
-)  # fmt: skip
+)
 
 
 def of_layout(x: Tensor, layout: Callable[[Tensor], Tensor]) -> Tensor:
@@ -661,7 +661,7 @@ def changed_number(value: Any, r: random.Random) -> Any:
         lambda: float(value), lambda: np.int64(value), lambda: np.float64(value), lambda: np.array(value),
         lambda: bool(value), lambda: str(value), lambda: [value], lambda: (value, value), lambda: torch.tensor(value),
         lambda: (value, 2**62),
-    ])()  # fmt: skip
+    ])()
 
 
 def hostile(value: Any, r: random.Random) -> Any:
@@ -681,7 +681,7 @@ def hostile(value: Any, r: random.Random) -> Any:
         return r.choice([
             lambda: value[:-1], lambda: value * 2, lambda: list(value), lambda: np.array(value), lambda: value[0],
             lambda: (*value[:at], hostile(value[at], r), *value[at + 1 :]),
-        ])()  # fmt: skip
+        ])()
     if isinstance(value, str):
         return r.choice([value.upper(), value + " ", value.encode(), [value], np.str_(value)])
     return r.choice(ODDITIES)()
@@ -709,7 +709,7 @@ def changed_packed(value: PackedTensor, r: random.Random) -> Any:
         lambda: value.to("meta"),
         lambda: value.words,
         lambda: value.unpack(),
-    ])()  # fmt: skip
+    ])()
 
 
 def changed_weight(value: binary.PackedWeight, r: random.Random) -> Any:
@@ -720,7 +720,7 @@ def changed_weight(value: binary.PackedWeight, r: random.Random) -> Any:
         lambda: value.words,
         lambda: value.unpack(),
         lambda: torch.utils._pytree.tree_map(torch.clone, value),
-    ])()  # fmt: skip
+    ])()
 
 
 NO_MEMORY = "can't allocate memory|not enough memory|out of memory"
@@ -743,7 +743,7 @@ def plain_call(name: str, seed: int, index: int) -> Finding | None:
 def _call(
     name: str, seed: int, index: int, r: random.Random,
     spoil: Callable[[Arguments, random.Random], tuple[Arguments, tuple[str, ...]]],
-) -> Finding | None:  # fmt: skip
+) -> Finding | None:
     torch.manual_seed(r.randrange(2**31))
     target, arguments, changed = TARGETS[name], {}, ()
 
@@ -856,7 +856,7 @@ def state() -> Mapping[str, Any]:
         "default dtype": torch.get_default_dtype(), "gradients": torch.is_grad_enabled(),
         "threads": torch.get_num_threads(), "inference": torch.is_inference_mode_enabled(),
         "hooks": torch._C._autograd._saved_tensors_hooks_is_enabled(),
-    }  # fmt: skip
+    }
 
 
 def run(

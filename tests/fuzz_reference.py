@@ -187,7 +187,7 @@ def conv(a: Arguments, result: Any, dims: int) -> str:
         (*ones, *stride), (sides[0][0], sides[1][0], sides[0][1], sides[1][1]), (*ones, *dilation),
         int(a.get("groups", 1)), a.get("padding_value", 0) * (float(input.scale) if packed and input.scale is not None
                                                               else 1),
-    )  # fmt: skip
+    )
     acc = acc.reshape(*acc.shape[:2], *acc.shape[4 - dims :]) if dims else acc.reshape(*leading, acc.shape[1])
     axis = acc.dim() - 1 if dims == 0 else 1
     value = acc

@@ -66,26 +66,26 @@ def _npy(claimed: tuple[int, ...]) -> bytes:
 FOREIGN = (
     b"", b"\0", b"lowbit", _zip(), pickle.dumps({"w": 1}), _npy((2**34,)), wire.MAGIC * 100, b"\xff" * 64,
     _PREFIX.pack(wire.MAGIC, wire.VERSION, 2**32 - 1), _PREFIX.pack(wire.MAGIC, wire.VERSION, 0),
-)  # fmt: skip
+)
 HEADERS = (
     b"", b"{}", b"[]", b"null", b"\xff\xfe{}", b'"\\ud800"', b"[" * 200_000, b'{"a":' * 50_000, b"1" * 5000, b"NaN",
     b'{"round":0,"bits":4,"tensors":{}}', b'{"round":0,"bits":4,"tensors":[],"more":1}', b"{" + b" " * 100_000,
-)  # fmt: skip
+)
 NUMBERS = (
     -1, 0, 1, 2, 3, 4, 5, 7, 8, 32, 64, 255, 2**31, 2**34, 2**62, 2**63, 2**64, 10**4000, -(2**63), 0.5, 4.0, 1e300,
     math.inf, -math.inf, math.nan, True, False, None, "4", "", [], [4], {},
-)  # fmt: skip
+)
 NAMES = (
     "", "conv.weight", "bn.running_var", "weight", "w" * 10_000, "\ud800", "\0", "../../etc", 3, None, [], "fc.bias",
-)  # fmt: skip
+)
 DTYPES = (
     "load", "float", "float32", "float64", "bfloat16", "int64", "bool", "object", "Tensor", "__class__", "complex64",
     "uint8", "qint8", "", 3, None, [], "torch.float32",
-)  # fmt: skip
+)
 SHAPES = (
     [], [0], [-1], [216], [8, 27], [2**34], [2**33, 2], [-2, -108], [2**62], [2**32, 2**32], [0, 2**61], [0, 2**70],
     [1] * 65, [1] * 1000, [math.inf], [math.nan], [1.5], ["8"], [None], [[8]], [True], None, "216", 216, {},
-)  # fmt: skip
+)
 VALUES = (math.nan, math.inf, -math.inf, 3e38, -3e38, 1e300, -1.0, 1e-40, 0.0)
 
 

@@ -167,7 +167,7 @@ NETWORKS = {
     ), _SMALL),
     "unbatched": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3)), (3, 8, 8)),
     "one layer": (lambda: nn.BatchNorm2d(3), _SMALL),
-}  # fmt: skip
+}
 
 
 def make(name):

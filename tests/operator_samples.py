@@ -43,6 +43,7 @@ def samples(layout):
         "lowbit::binary_conv2d_block_weight": [(weight.words, 70, 1)],
         "lowbit::binary_conv2d": [
             (words, weight.blocked, None, None, None, None, None, *conv, torch.int32),
+            (words, weight.words, None, None, None, None, None, *conv, torch.int32),
             (words, weight.blocked, torch.ones(5), torch.ones(5), grad, None, None, *conv, torch.float32),
             (words, weight.blocked, None, None, None, thresholds, None, *conv, torch.int32),
         ],

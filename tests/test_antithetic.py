@@ -287,7 +287,7 @@ def test_variance_in_three_dimensions_agrees_with_monte_carlo(n):
 @given(
     coupling=st.sampled_from(COUPLINGS), half=st.integers(1, 32), odd=st.booleans(), rows=st.integers(0, 5),
     dimensions=st.sampled_from([1, 2, 63, 64, 65, 127, 128, 129, 200]), seed=st.integers(0, 2**63 - 1),
-)  # fmt: skip
+)
 def test_layouts_hold_the_same_samples(coupling, half, odd, rows, dimensions, seed):
     n = 2 * half - (1 if odd and half > 1 and coupling != "antithetic_pairs" else 0)
     logits = torch.randn(rows, dimensions, generator=torch.Generator().manual_seed(seed & 0xFFFF)) * 2
@@ -374,7 +374,7 @@ def test_gradient_cancels_a_large_common_part():
 
 # Every way in which one, two or all of three values are not finite.
 NOT_FINITE = [pattern for pattern in itertools.product((1.5, math.inf, -math.inf, math.nan), repeat=3)
-              if not all(map(math.isfinite, pattern))]  # fmt: skip
+              if not all(map(math.isfinite, pattern))]
 
 
 @pytest.mark.parametrize("layout", ["sample", "dimension"])
@@ -645,7 +645,7 @@ WRONG_CALLS = [
      "multi_sample_bound: log_weight must return shape (4, 3), got ()"),
     (lambda: ops.antithetic_gradient(S.bits, torch.zeros(3, 4), None, 6, "sample"), ValueError,
      "antithetic_gradient: bits must be torch.uint8 (3, 6) for 4 samples and 6 dimensions, got torch.uint8 (3, 5)"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("call", "error", "message"), WRONG_CALLS)

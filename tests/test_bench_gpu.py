@@ -60,7 +60,7 @@ def test_command_by_host_cuda(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "machine", lambda: {"gpu": "none"})
     monkeypatch.setattr(bench, "conv_cases", lambda: [bench.Case(64, 1, 1, 1)])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "popcount_peak", "binary_conv2d", "--engines", "mma",
-                                      "--seconds", "0", "--out", str(tmp_path)])  # fmt: skip
+                                      "--seconds", "0", "--out", str(tmp_path)])
     bench.main()
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert written["machine"] == {"gpu": "none"}
@@ -82,9 +82,9 @@ def test_commands_without_a_gpu(tmp_path):
         ([sys.executable, BENCH / "gpu.py"], "bench/gpu.py: torch finds no GPU here"),
         ([BENCH / "gpu_check.sh"], f"bench/gpu_check.sh: torch of {sys.executable} finds no GPU here; "
                                    "set PYTHON to one that does"),
-    ):  # fmt: skip
+    ):
         done = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path / "out")},
-                              capture_output=True, text=True, check=False)  # fmt: skip
+                              capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert done.stderr == message + "\n"
         assert done.stdout == ""

@@ -47,7 +47,7 @@ POLYTOPE = (np.array([[1, 1], [-1, 2], [-1, -3], [2, -1]]), [4, 3, 6, 5])
 
 # Entries between 0 and 2 / 5 that sum to 1.
 CAPPED_SIMPLEX = (np.concatenate([-np.eye(5, dtype=int), np.eye(5, dtype=int)]), [0] * 5 + [Fraction(2, 5)] * 5,
-                  ([[1] * 5], [1]))  # fmt: skip
+                  ([[1] * 5], [1]))
 
 CONES = {
     "checkerboard": lambda: cone.checkerboard(8, 8, 4),
@@ -71,7 +71,7 @@ CONES = {
     "bounds beside a row and its opposite": lambda: Cone(
         [[1, -2, 3, 0], [-1, 2, -3, 0], [1, 0, 0, 0], [0, -1, 0, 0], [0, 1, 0, 0], [0, 0, -1, 0]], [3, 1, 1, 2, 2, 1]),
     "without interior": lambda: Cone([[1, 1, 0], [-1, 0, 0], [0, -1, 0], [1, 0, 1], [0, 2, 1], [1, 1, 1]]),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=CONES)
@@ -95,7 +95,7 @@ def same_cone(matrix, rays, lines):
     assert len(rays) == len(expected_rays), f"{len(rays)} rays, expected {len(expected_rays)}"
     assert len(lines) == len(expected_lines), f"{len(lines)} lines, expected {len(expected_lines)}"
     sets = [np.array(part, dtype=np.float64).reshape(-1, len(matrix[0])) for part in
-            (rays, lines, expected_rays, expected_lines)]  # fmt: skip
+            (rays, lines, expected_rays, expected_lines)]
     generate(*sets)
     generate(*sets[2:], *sets[:2])
 
@@ -151,7 +151,7 @@ def test_checkerboard_of_the_paper():
     (lambda: cone.simplex(6), (0, 0, 6)),
     (lambda: cone.box(3, 0, 1), (0, 0, 6)),
     (lambda: Cone([[1, 0, 0]]), (1, 2, 0)),
-])  # fmt: skip
+])
 def test_counts(build, counts):
     """Check 2."""
     assert build().coefficient_counts == counts
@@ -243,7 +243,7 @@ def constraints(draw):
 @hypothesis.example((  # one point, by rows whose right sides are 0 but for rounding
     [[-2, -1, 0, -1], [-2, -2, 2, 2], [1, -1, 0, -2], [2, 0, 2, -1], [-1, 1, 1, -2], [-2, 1, -2, 1], [1, -1, -1, -2]],
     [0, 4, 0, 1, 4, 0, 0], [[0, 2, 0, -2], [2, -2, 1, 2]], [-1, 1],
-))  # fmt: skip
+))
 def test_constraints_give_the_polyhedron_of_double_description(chosen):
     """Generators, refusals, membership, projection and inverse map, against exact double description."""
     a, b, e, f = chosen
@@ -268,7 +268,7 @@ def test_constraints_give_the_polyhedron_of_double_description(chosen):
     assert c.predicted_rays >= len(rays)
     assert (len(c.rays), len(c.lines), len(c.vertices)) == (len(rays), len(lines), len(vertices))
     numbers = {value for s in c.summands for part in (s.rays, s.lines, s.vertices) for row in part
-               for value in row.values()}  # fmt: skip
+               for value in row.values()}
     assert all(type(value) is int or value.denominator > 1 for value in numbers)
     ours, exact = lifted(c.rays.tolist(), c.lines.tolist(), c.vertices.tolist()), lifted(rays, lines, vertices)
     generate(*ours, *exact)
@@ -483,7 +483,7 @@ def test_projection(example):
 
 
 @pytest.mark.parametrize("name", ["checkerboard", "monotone", "convex", "cube", "random", "polytope", "unbounded",
-                                  "independent, b", "apex elsewhere", "float64"])  # fmt: skip
+                                  "independent, b", "apex elsewhere", "float64"])
 def test_projection_agrees_with_enumeration_or_nnls(name):
     """Check 5, against a solver of another kind."""
     c = CONES[name]()
@@ -511,7 +511,7 @@ def capped_simplex(dimension, most):
     return Polyhedron(
         np.concatenate([-np.eye(dimension, dtype=int), np.eye(dimension, dtype=int)]),
         [0] * dimension + [most] * dimension, (np.ones((1, dimension)), [1]),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("dimension", [20, 300])
@@ -808,7 +808,7 @@ def test_too_many_rays_is_answered_at_once():
     start = time.perf_counter()
     with pytest.raises(ValueError, match=r"^Cone: 3\d inequalities of rank 12 may have up to \d+ rays, more than "
                                          r"max_rays=100000; use fewer inequalities, a larger max_rays or, to project "
-                                         r"alone, Polyhedron$"):  # fmt: skip
+                                         r"alone, Polyhedron$"):
         Cone(matrix)
     assert time.perf_counter() - start < 5
 
@@ -906,7 +906,7 @@ WRONG_CALLS = {
     "box NaN": (lambda: cone.box(2, 0, NAN), ValueError, "box: high holds NaN"),
     "box without bounds": (lambda: cone.box(2, -math.inf, math.inf), ValueError,
                            "Cone: A has no row other than 0: there is nothing to constrain, x may be all of R^d"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG_CALLS)

@@ -80,7 +80,7 @@ def every_operator(t):
         "groups": groups,
         "scales": scales,
         "group value": lowmem_ops.group_dequantize(groups, scales, list(t["x"].shape), False, torch.float32, 4),
-    }  # fmt: skip
+    }
 
 
 def scalar_results(seed=0):

@@ -106,7 +106,7 @@ def test_what_becomes_of_each_layer():
     modules = dict(decoupled.named_modules())
     assert [type(modules[name]) for name in ("conv1", "act2", "conv2", "fc5", "act6", "fc7")] == [
         nn.Conv2d, StepActivation, BinaryConv2d, BinaryLinear, nn.ReLU, nn.Linear,
-    ]  # fmt: skip
+    ]
     conv = modules["conv3"]
     weight = coupled.conv3.weight.detach()
     assert (conv.encoding, conv.surrogate, conv.weight_scale) == ("step", "identity", "layer")
@@ -213,7 +213,7 @@ class Reshaped(nn.Module):
 @pytest.mark.parametrize(("reshape", "features", "node"), [
     (lambda x: x.permute(0, 2, 3, 1).flatten(1), 48, "permute"), (lambda x: x[:, :, 0, 0], 3, "getitem"),
     (lambda x: torch.cat([x, x], 1).flatten(1), 96, "cat"), (lambda x: x.view(-1, x.size(-1)), 4, "view"),
-])  # fmt: skip
+])
 def test_what_stays_coupled_is_named(reshape, features, node):
     model, x = Reshaped(reshape, features).eval(), torch.randn(2, 3, 4, 4)
     message = rf"decouple: fc \(CoupledLinear\) stays coupled: {node} \(\w+\) may mix a ternary activation's channels"
@@ -493,7 +493,7 @@ class FunctionalDropout(nn.Module):
         (lambda: nn.Sequential(nn.BatchNorm1d(4), TernaryActivation(), CoupledLinear(4, 4, weight_scale=None)),
          r"2 \(CoupledLinear\) has weight_scale=None"),
     ],
-)  # fmt: skip
+)
 def test_refused_structures(build, message):
     with pytest.raises(ValueError, match=f"decouple: .*{message}") as info:
         decouple(build())

@@ -221,4 +221,4 @@ def test_weight_of_other_sizes_is_refused():
         ops.binary_conv2d(
             WORDS, other.blocked, None, None, None, None, None, 6, 4,
             ops.Geometry(3, 3, 1, 1, 0, 0, 0, 0, 1, 1, 1), "sign", 0, torch.int32,
-        )  # fmt: skip
+        )

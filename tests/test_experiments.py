@@ -161,7 +161,7 @@ def test_a_full_disk_is_one_line(common):
 
 def test_an_interrupted_experiment_goes_on(tmp_path):
     command = [sys.executable, EXPERIMENTS / "federated.py", "--data", "digits", "--rounds", "2", "--steps", "1",
-               "--warm-up", "1", "--threads", "1", "--out", tmp_path, "--seeds"]  # fmt: skip
+               "--warm-up", "1", "--threads", "1", "--out", tmp_path, "--seeds"]
     many = [str(seed) for seed in range(1000)]
     record = tmp_path / "federated.json"
     with subprocess.Popen([*command, *many], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

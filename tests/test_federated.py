@@ -89,7 +89,7 @@ def test_consistency_loss():
     total = sum(
         -torch.log_softmax(strong[i], 0)[weak[i].argmax()]
         for i in range(40) if torch.softmax(weak[i], 0).max() >= 0.7
-    )  # fmt: skip
+    )
     assert torch.allclose(some, total / 40)  # of the whole batch
     assert federated.consistency_loss(torch.zeros(0, 3), torch.zeros(0, 3)) == 0
 
@@ -172,7 +172,7 @@ def test_gradient_diversity():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Sequential(nn.GroupNorm(1, 2)))
     assert federated.norm_parameters(model) == {
         "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked", "2.0.weight", "2.0.bias"
-    }  # fmt: skip
+    }
 
 
 def test_replace_batchnorm():
@@ -268,7 +268,7 @@ def test_bytes_of_a_message(bits):
     (4, b"".join(bytes([16 * (k + 1) + k]) for k in range(0, 16, 2)) * 4 + b"\x80\x3f\x00\xc1"),
     (1, b"\x00\xff" * 4 + b"\x80\x40"),
     (32, torch.arange(-8.0, 8.0).repeat(4).numpy().tobytes()),
-])  # fmt: skip
+])
 def test_format_of_version_2(bits, codes):
     """Byte for byte: another format needs another version."""
     state = {"fc.w": torch.arange(-8.0, 8.0).repeat(4).view(8, 8), "n": torch.tensor(3)}
@@ -337,7 +337,7 @@ DESCRIBES = "the header describes a tensor by name, type, shape and whether it i
     (described("v", "float32", [100], False), "the message has other tensors than the server's model: v, w"),
     (with_header(tensors=[["w", "float32", [100], False]] * 2), "the header names a tensor twice"),
     (with_header() + b"0", "the tensors take 400 bytes, got 401"),
-], ids=range(19))  # fmt: skip
+], ids=range(19))
 def test_wrong_messages(data, message):
     with pytest.raises(ValueError, match=r"^from_bytes: ") as caught:
         wire.from_bytes(data, {"w": torch.zeros(100)})
@@ -435,7 +435,7 @@ FAULTS = {
     "overflow": (lambda state, number: {"w": state["w"] - 1.7e308},
                  "its change has the norm 1.7e+308, where 5 is usual in the round"),
     "not a state": (lambda state, number: 3, "AttributeError: 'int' object has no attribute 'items'"),
-}  # fmt: skip
+}
 
 
 class Clock:
@@ -499,7 +499,7 @@ def test_a_lost_user_of_packed_messages(fault, bits):
 @pytest.mark.parametrize(("server", "users", "why"), [
     ({"w"}, (), "w must be torch.float32 (128,), got torch.float32 (128,) in codes"),
     ((), {"w"}, "w must be torch.float32 (128,) in codes, got torch.float32 (128,)"),
-])  # fmt: skip
+])
 def test_both_ends_must_agree_on_what_is_coded(server, users, why):
     """Otherwise a value would be taken for a difference. Round 0 sends states, round 1 differences."""
     first = {"w": torch.zeros(128)}
@@ -562,7 +562,7 @@ def test_messages_of_no_use_are_named_and_dropped():
     report = coordinator.finish(scalar_state(5))
     assert report.dropped == {
         first: "answered before", stranger: "was not drawn", 99: "was not drawn", second: "answers round 7 instead of 0"
-    }  # fmt: skip
+    }
     assert report.lost == {second: "no answer"}
     assert float(coordinator.state["w"]) == 3
     coordinator.begin([[first, second]])
@@ -664,7 +664,7 @@ BASE = Settings(rounds=3, steps=2, groups=2, batch=16, flip=False, threshold=0.5
     {}, {"statistics": "local"}, {"statistics": "recompute"}, {"bits": 4}, {"bits": 1, "groups": 1},
     {"objective": "self_training", "warm_up": 5, "participants": 3}, {"alternate": 2}, {"alternate": 2, "groups": 1},
     {"drop": 0.3},
-], ids=str)  # fmt: skip
+], ids=str)
 def test_simulation_is_deterministic_and_resumes(changes, tmp_path):
     model, server, users, labels = small_problem()
     chosen = dataclasses.replace(BASE, **changes)
@@ -731,7 +731,7 @@ def test_failed_rounds_count_over_interruptions(tmp_path, monkeypatch):
     ({"data": 0.1}, "data.*data: images of user 3 is torch.float32 .* there and torch.float32 .* here"),
     ({"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 10))}, r"model.*model: 1.weight is .* there and .* here"),
     ({"data": 0.1, "bits": 1}, "settings, data; .*settings: bits is 4 there and 1 here; data: "),
-], ids=["settings", "users", "data", "model", "two"])  # fmt: skip
+], ids=["settings", "users", "data", "model", "two"])
 def test_another_runs_checkpoint_is_refused(changes, what, tmp_path):
     path = tmp_path / "run.pt"
     checkpointed(path, rounds=1)
@@ -889,7 +889,7 @@ LABELS = torch.arange(4).repeat(10)
     (lambda: Settings(rounds=-1), ValueError, "Settings: rounds must not be negative, got -1"),
     (lambda: simulate(nn.ReLU(), (torch.zeros(1), torch.zeros(1)), [], Settings(1)), ValueError,
      "simulate: there must be users, and each must have images"),
-])  # fmt: skip
+])
 def test_wrong_calls(call, error, message):
     with pytest.raises(error) as caught:
         call()

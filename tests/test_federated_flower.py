@@ -119,7 +119,7 @@ CONTENTS = {
             f"user {NODES[1]}: p has a NaN or an infinity"),
     "3e38": (to_content(wire.compress({**first_state(), "p": torch.full((1,), 3e38).double()}, 32)[0], 1),
              "its change has the norm 3e+38, where "),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", CONTENTS)

@@ -117,7 +117,7 @@ def test_sampled_weights_and_layers():
         gradient_mismatch(student, nn.functional.mse_loss, batch, eps=0.1, layers=["2.weight"], max_weights=10,
                           generator=torch.Generator().manual_seed(seed))
         for seed in (0, 0, 1)
-    ]  # fmt: skip
+    ]
     assert [layer.name for layer in draws[0].layers] == ["2.weight"]
     assert torch.equal(draws[0].layers[0].indices, draws[1].layers[0].indices)
     assert not torch.equal(draws[0].layers[0].indices, draws[2].layers[0].indices)
@@ -132,7 +132,7 @@ def test_the_model_and_the_random_state_stay_as_they_are():
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), StepActivation(), nn.Dropout(0.2), nn.Flatten(),
         BinaryLinear(4 * 36, 3, encoding="step", surrogate="identity"),
-    )  # fmt: skip
+    )
     before = copy.deepcopy(model.state_dict())
     x, y = torch.randn(20, 1, 8, 8), torch.randint(3, (20,))
     state = torch.get_rng_state()
@@ -141,7 +141,7 @@ def test_the_model_and_the_random_state_stay_as_they_are():
         gradient_mismatch(model, nn.functional.cross_entropy, (x, y), eps=0.1, max_weights=12,
                           generator=torch.Generator().manual_seed(0), progress=done.append)
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in model.state_dict().items():

@@ -80,7 +80,7 @@ STEP = binary.binarize(torch.ones(2, 5), "step")
         (lambda: gram(STEP, out=[1]), TypeError, "gram: out must be a tensor, got list"),
         (lambda: transpose([1]), TypeError, "transpose: a must be a PackedTensor, got list"),
     ],
-)  # fmt: skip
+)
 def test_wrong_calls(call, error, message):
     with pytest.raises(error) as caught:
         call()

@@ -108,7 +108,7 @@ def test_names_of_arguments_are_no_calls():
     (lambda x: x.view(-1, 4), (3, 4), False), (lambda x: x.view(-1, 12), (1, 12), True),
     (lambda x: x.flatten(-3), (1, 12), True), (lambda x: x.flatten(1, 2), (1, 6, 2), False),
     (lambda x: x.view(-1, x.size(1) * x.size(2) * x.size(3)), (1, 12), True),
-])  # fmt: skip
+])
 def test_shapes_tell_where_they_are_known(call, result, is_flatten):
     graph, node = last(call)
     graph.shapes = {node.args[0]: (1, 3, 2, 2), node: result}
@@ -134,7 +134,7 @@ def test_sizes_have_one_spelling(spelling):
 
 
 @pytest.mark.parametrize("call", [lambda x: x.size(1), lambda x: x.shape[1], lambda x: x.shape, lambda x: x.shape[1:],
-                                  lambda x: x[0]])  # fmt: skip
+                                  lambda x: x[0]])
 def test_other_sizes_are_not_the_batchs(call):
     assert not reads_batch_size(last(call)[1])
 
@@ -172,7 +172,7 @@ POOLS = [
      [nn.AdaptiveMaxPool2d((None, 3)), lambda x: F.adaptive_max_pool2d(x, (None, 3))]),
     (Pool("average", (), (), (0,), dilation=(1,), output=(4,)),
      [nn.AdaptiveAvgPool1d(4), lambda x: torch.adaptive_avg_pool1d(x, 4)]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("pool", "call"), [(pool, call) for pool, calls in POOLS for call in calls])
@@ -186,7 +186,7 @@ def test_pools(pool, call):
 @pytest.mark.parametrize("call", [
     nn.MaxPool2d(2, return_indices=True), lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
     nn.AdaptiveMaxPool2d(2, return_indices=True), nn.LPPool2d(2, 2), nn.ReLU(), lambda x: x.mean((2, 3)),
-])  # fmt: skip
+])
 def test_no_pools(call):
     graph = traced(call)
     assert all(graph.pool(node) is None for node in graph.graph.nodes)
@@ -204,7 +204,7 @@ def test_windows_that_the_call_computes():
 @pytest.mark.parametrize(("module", "is_mean"), [
     (nn.AvgPool2d(2), True), (nn.AvgPool2d(3, 1, 1), False), (nn.AvgPool2d(3, 1, 1, count_include_pad=False), True),
     (nn.AvgPool2d(2, divisor_override=3), False), (nn.AdaptiveAvgPool2d(2), True), (nn.MaxPool2d(2), False),
-])  # fmt: skip
+])
 def test_means(module, is_mean):
     pool = pool_of(type(module), vars(module))
     assert pool.is_mean == is_mean
@@ -221,7 +221,7 @@ def test_means(module, is_mean):
     (lambda x: F.dropout2d(x, 0.1, True), {"dropout"}), (lambda x: torch.dropout(x, 0.1, False), {"dropout"}),
     (nn.BatchNorm1d(3), {"batch_norm"}), (nn.BatchNorm3d(3), {"batch_norm"}), (nn.SyncBatchNorm(3), set()),
     (nn.InstanceNorm2d(3), set()), (nn.ReLU(), set()), (lambda x: x + 1, set()), (nn.Flatten(), {"flatten", "reshape"}),
-])  # fmt: skip
+])
 def test_kinds(call, words):
     graph, node = last(call)
     known = ("identity", "dropout", "batch_norm", "flatten", "reshape")
@@ -275,7 +275,7 @@ def _in_full_precision(x):
 
 @pytest.mark.parametrize("call", [
     _without_gradients, torch.no_grad()(lambda x: x.relu()), _in_inference_mode, _in_bfloat16, _in_full_precision,
-])  # fmt: skip
+])
 @pytest.mark.parametrize("around", [contextlib.nullcontext, torch.no_grad, lambda: torch.autocast("cpu")])
 def test_modes_that_a_graph_would_lose(call, around):
     with around():

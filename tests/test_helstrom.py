@@ -302,7 +302,7 @@ SETTINGS = [
     dict(solver="gram", encoding="stereographic", copies=2), dict(state="pure"),
     dict(state="pure", multi_class="pgm", copies=1.5), dict(multi_class="pgm", solver="gram"),
     dict(encoding="stereographic"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("arguments", SETTINGS)
@@ -318,7 +318,7 @@ def test_packed_dense_sparse_and_torch_inputs_agree(arguments, features):
         "dense": np.asarray, "float32": np.float32, "boolean": lambda x: x > 0, "csr": scipy.sparse.csr_array,
         "csc": scipy.sparse.csc_matrix, "torch": torch.from_numpy, "bfloat16": lambda x: torch.from_numpy(x).bfloat16(),
         "frame": lambda x: x.tolist(),
-    }  # fmt: skip
+    }
     for name, form in forms.items():
         other = HelstromClassifier(**arguments).fit(form(X), torch.from_numpy(y) if name == "torch" else y)
         np.testing.assert_array_equal(other.decision_function(packed_test), expected, err_msg=name)
@@ -370,7 +370,7 @@ def test_many_samples_go_through_in_blocks():
 @pytest.mark.parametrize("arguments", [
     {}, dict(state="pure"), dict(multi_class="pgm"), dict(copies=2, encoding="stereographic"),
     dict(state="pure", encoding="amplitude", copies=0.5, prior="empirical"), dict(state="pure", multi_class="pgm"),
-])  # fmt: skip
+])
 @pytest.mark.parametrize("classes", [2, 3])
 def test_partial_fit_equals_fit(arguments, classes):
     X, y = make_bits(14, classes=classes)
@@ -497,7 +497,7 @@ ESTIMATORS = [
     HelstromClassifier(encoding="stereographic", copies=2),
     HelstromClassifier(encoding="amplitude", solver="gram", copies=3),
     HelstromClassifier(multi_class="pgm", prior="empirical"),
-]  # fmt: skip
+]
 
 
 def unfit_checks(estimator):
@@ -551,7 +551,7 @@ WRONG_CALLS = [
     ({}, (samples.pack(BITS[:0] > 0), LABELS[:0]), "X must hold a sample and a feature, got (0, 12)"),
     ({}, (BITS, LABELS, -np.ones(60)), "sample_weight must not be negative, the smallest is -1.0"),
     (dict(solver="gram"), (scipy.sparse.csr_array(BITS * 1e200), LABELS), "squares overflow float64; scale the"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("arguments", "data", "message"), WRONG_CALLS)

@@ -51,7 +51,7 @@ def test_block_has_the_formulas_gradients(bits, layout):
     expected = reference.block(
         x.detach(), norm.weight.detach(), norm.bias.detach(), conv.weight.detach(), grad, norm.eps, bits,
         codes.RANGES[bits], padding=1,
-    )  # fmt: skip
+    )
     for got, want in zip(found, expected, strict=True):
         # float32 sums of some 400 terms
         torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6 * float(want.abs().max()))
@@ -61,7 +61,7 @@ def test_block_has_the_formulas_gradients(bits, layout):
 @pytest.mark.parametrize("pool", [
     None, nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.MaxPool2d((1, 3)),
     nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AvgPool2d(2, divisor_override=3),
-])  # fmt: skip
+])
 def test_block_with_pooling_is_the_plain_one(pool, training):
     """Forward to the bit; with wide and fine codes the gradients of the plain layers, through the pooling exactly."""
     norm, conv = odd_norm(), nn.Conv2d(9, 4, 3, padding=1)
@@ -96,7 +96,7 @@ def test_large_activations_share_memory(monkeypatch, name, layout):
 
 @pytest.mark.parametrize("width", [7, 127, 128, 254, 255, 256, 300])
 @pytest.mark.parametrize("pool", [((2, 2), (2, 2), (0, 0)), ((3, 3), (1, 2), (1, 1)), ((1, 7), (1, 3), (0, 3)),
-                                  ((7, 1), (3, 1), (3, 0))])  # fmt: skip
+                                  ((7, 1), (3, 1), (3, 0))])
 def test_places_of_maxima_fit_a_byte(pool, width):
     """Wide images, where a step to the window's next line is more than a byte holds."""
     x = torch.randn(2, 3, 9, width).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -204,7 +204,7 @@ WRONG_CALLS = [
        "dequantize4: expected codes of 4 bits, got 2"),
     at("dequantize4 channels", lambda: dequantize4(quantize_channels(X)), TypeError,
        "dequantize4: quantized must be Codes, got ChannelCodes"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("call", "error", "message"), WRONG_CALLS)
@@ -234,7 +234,7 @@ def test_quantize4_and_back():
 @pytest.mark.parametrize("bits", ops.BITS)
 def test_quantize_channels_and_back(bits, dtype, layout):
     x = (torch.randn(8, 5, 6, 7) * torch.tensor([0.1, 1, 10, 1, 0]).view(-1, 1, 1)
-         + torch.tensor([0.0, 0.3, -4, 3, 0.5]).view(-1, 1, 1))  # fmt: skip
+         + torch.tensor([0.0, 0.3, -4, 3, 0.5]).view(-1, 1, 1))
     x = x.to(dtype).contiguous(memory_format=layout)
     quantized = quantize_channels(x, bits)
     assert isinstance(quantized, lowmem.ChannelCodes)

@@ -87,7 +87,7 @@ def network():
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.GELU(), nn.BatchNorm2d(8),
         nn.Flatten(), nn.Linear(8 * 36, 64), nn.Sigmoid(), nn.Linear(64, 8),
-    )  # fmt: skip
+    )
 
 
 SHAPE = (16, 3, 16, 16)
@@ -102,7 +102,7 @@ def kept(model, context):
     return [
         tensor for tensor in out.grad_fn.saved_tensors
         if tensor.numel() >= 1024 and tensor.untyped_storage().data_ptr() not in parameters
-    ]  # fmt: skip
+    ]
 
 
 def test_hooks_round_a_compiled_model(compiled):

@@ -173,7 +173,7 @@ def sequential_models(draw):
             shape = (shape[0], *((edge + ceil) // 2 for edge in shape[1:]))
         else:
             layers.append({"relu": nn.ReLU(), "relu in place": nn.ReLU(True), "identity": nn.Identity(),
-                           "dropout": nn.Dropout(0.3)}[kind])  # fmt: skip
+                           "dropout": nn.Dropout(0.3)}[kind])
     # In place on the input itself would change what the two models read.
     return nn.Sequential(nn.Conv2d(channels, channels, 1), *layers), (draw(st.integers(2, 4)), channels, size, size)
 
@@ -219,7 +219,7 @@ def test_codes_that_no_longer_hold_are_not_read():
             return self.conv(y)
 
     changes = [lambda y: y.mul_(-2), lambda y: y.flatten().add_(3), lambda y: y.view(-1)[::2].neg_(),
-               lambda y: y.__setitem__(0, 1.0), lambda y: y.detach().add_(3)]  # fmt: skip
+               lambda y: y.__setitem__(0, 1.0), lambda y: y.detach().add_(3)]
     for change in changes:
         plain = Changed(change)
         got, expected = step(convert(copy.deepcopy(plain)), (4, 3, 6, 6)), step(plain, (4, 3, 6, 6))
@@ -271,7 +271,7 @@ def test_codes_go_through_every_flatten(spelling):
 @pytest.mark.parametrize("reshape", [
     lambda x: x.view(-1, 6), lambda x: x.flatten(0, 2), lambda x: x.reshape(2, -1, 6), lambda x: x.view_as(x),
     lambda x: x.clone(),
-])  # fmt: skip
+])
 def test_linear_layers_read_codes_through_any_reshape(reshape):
     """Rows of six pixels, in channels-last memory too: only the order of elements counts."""
     plain = Flattened(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)), "x.flatten(1)", 1, nn.Linear(6, 2))
@@ -337,7 +337,7 @@ def test_binary_resnet(stem):
     (BinaryConv1d(4, 2, 1, surrogate="identity"), (3, 4, 5), True), (TernaryActivation(), (3, 4), True),
     (TernaryActivation("polynomial"), (3, 4), False),
     (CoupledConv2d(4, 2, 1), (3, 4, 5, 5), True), (CoupledConv2d(4, 2, 1, save_codes=False), (3, 4, 5, 5), False),
-])  # fmt: skip
+])
 def test_own_layers_say_what_they_keep(layer, shape, converted):
     """As the ledger sees it, of ternary values; alone and in a model."""
     alone, within = convert(layer), convert(nn.Sequential(nn.Identity(), layer))
@@ -590,7 +590,7 @@ def test_a_module_compiled_in_place_is_converted():
     ((nn.ReLU(), 4, "6"), TypeError, "convert: range must be a number or None, got str"),
     ((nn.ReLU(), 4, -1.0), ValueError, "convert: range must be a positive number of standard deviations, got -1.0"),
     ((nn.ReLU(), 4, float("nan")), ValueError, "convert: range must be a positive number"),
-])  # fmt: skip
+])
 def test_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
         convert(*arguments)
@@ -614,7 +614,7 @@ def test_retain_graph_gives_the_same_gradients():
     ((nn.BatchNorm2d(3),), "batch norm"), ((nn.ReLU(), nn.Flatten()), "ReLU"),
     ((nn.ReLU(), nn.Conv2d(3, 2, 1)), "convolution"), ((nn.ReLU(), nn.Linear(8, 2)), "linear layer"),
     ((nn.ReLU(), nn.MaxPool2d(2)), "max-pooling"), ((nn.ReLU(), nn.AvgPool2d(2)), "average pooling"),
-])  # fmt: skip
+])
 def test_second_derivative_is_refused(layers, name):
     x = torch.randn(2, 3, 8, 8).requires_grad_()
     out = convert(nn.Sequential(*layers, nn.Identity()))(x)

@@ -32,7 +32,7 @@ def gradients(function, *inputs, context=None, **options):
 
 def transformer():
     return nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 24), nn.Softmax(-1),
-                         nn.Linear(24, 24), nn.SiLU(), nn.Linear(24, 8)).train()  # fmt: skip
+                         nn.Linear(24, 24), nn.SiLU(), nn.Linear(24, 8)).train()
 
 
 # --- accuracy and size ------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_layouts(layout, dtype):
     x = {
         "contiguous": x, "channels_last": x.to(memory_format=torch.channels_last), "transposed": x.transpose(0, 2),
         "sliced": x[:, ::2, 1:], "expanded": x[:, :1].expand(-1, 3, -1, -1), "scalar": x[0, 0, 0, 0], "empty": x[:0],
-    }[layout]  # fmt: skip
+    }[layout]
     seen = []
 
     class Square(torch.autograd.Function):
@@ -171,7 +171,7 @@ class Buffer(nn.Module):
 @pytest.mark.parametrize("build", [
     lambda: nn.Linear(64, 64), lambda: nn.Conv1d(64, 64, 3, padding=1), Buffer,
     lambda: nn.Sequential(nn.Linear(64, 64, bias=False), nn.Conv1d(64, 64, 1), Buffer()),
-])  # fmt: skip
+])
 def test_weights_are_not_coded(build, autocast, frozen):
     """The input's gradient reads weights and buffers alone: it is exact, under autocast too, where they are casts."""
     model = build().requires_grad_(not frozen)
@@ -199,7 +199,7 @@ def test_tensors_to_keep():
     nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)),
     nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8)),
     nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Unflatten(1, (4, 4, 4)), nn.Conv2d(4, 4, 1)),
-])  # fmt: skip
+])
 def test_what_relu_and_the_next_layer_keep_is_packed_once(model):
     x = torch.randn(64, 64)
     with ledger(model) as book, saved_tensors(4):
@@ -397,7 +397,7 @@ def test_stochastic_rounding_is_unbiased():
     (dict(compiled=True, keep=[torch.ones(1)]), ValueError,
      "saved_tensors: compiled hooks take neither a generator nor tensors to keep"),
     (dict(compiled=True, generator=torch.Generator()), ValueError, "compiled hooks take neither a generator"),
-])  # fmt: skip
+])
 def test_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
         saved_tensors(**arguments)

@@ -100,7 +100,7 @@ def test_resnet_164_stores_fifteen_times_less():
     ratio = exact.stored / book.stored
     with_buffers = (exact.stored + buffers) / (book.stored + buffers)
     print(f"ResNet-164: {exact.stored / 2e6:.2f} -> {book.stored / 2e6:.2f} MB an image, {ratio:.1f} times; "
-          f"with two buffers {with_buffers:.1f} times")  # fmt: skip
+          f"with two buffers {with_buffers:.1f} times")
     assert book.equivalent == exact.stored
     assert ratio > 15
     assert with_buffers >= 12
@@ -146,7 +146,7 @@ def test_full_precision_names_who_keeps_it():
     # GELU's input is conv 3's result; the square keeps GELU's.
     assert [(e.module, e.shape) for e in book.full_precision] == [
         ("0", (2, 3, 8, 8)), ("4", (2, 4, 4, 4)), ("outside of modules", (2, 4, 4, 4))
-    ]  # fmt: skip
+    ]
     text = str(book)
     assert text.startswith(f"stored {book.stored:,} bytes, peak {book.peak:,}; plain torch {book.equivalent:,} (")
     assert "full precision: 4, torch.float32 (2, 4, 4, 4), 512 bytes" in text
@@ -160,7 +160,7 @@ def test_nested_ledgers_and_hooks_in_any_order():
     x = torch.randn(64, 64)
     books = []
     for contexts in ([ledger, ledger, lambda: saved_tensors(4)], [lambda: saved_tensors(4), ledger, ledger],
-                     [ledger, lambda: saved_tensors(4), ledger]):  # fmt: skip
+                     [ledger, lambda: saved_tensors(4), ledger]):
         with contextlib.ExitStack() as stack:
             entered = [stack.enter_context(context()) for context in contexts]
             out = model(x)
@@ -253,7 +253,7 @@ def test_audit_measures_the_difference():
             difference = float((p.grad - exact[name]).norm() / exact[name].norm())
             assert middle[name].relative == pytest.approx(difference, rel=1e-3, abs=1e-6)
             assert middle[name].cosine == pytest.approx(float(F.cosine_similarity(
-                p.grad.flatten(), exact[name].flatten(), dim=0)), abs=1e-5)  # fmt: skip
+                p.grad.flatten(), exact[name].flatten(), dim=0)), abs=1e-5)
     assert fine["4.weight"].relative < middle["4.weight"].relative < coarse["4.weight"].relative
     assert fine["12.bias"].relative == 0
 
@@ -289,7 +289,7 @@ def test_audit_of_a_gradient_that_is_zero():
     (dict(range=6.0, method="hooks"), ValueError,
      "gradient_audit: method 'hooks' has no range: its codes span minimum to maximum"),
     (dict(stochastic=True), ValueError, "gradient_audit: method 'convert' rounds to the nearest code alone"),
-])  # fmt: skip
+])
 def test_audit_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
         gradient_audit(**{"model": nn.ReLU(), "loss": cross_entropy, "batch": None, **arguments})

@@ -334,7 +334,7 @@ def test_finite_groups_stay_finite(backend, dtype, bits, positive):
     """Both ends of the type's range, of bfloat16's and of normal numbers, alone and with one another."""
     info = torch.finfo(dtype)
     numbers = [0.0, 1.0, info.max, info.max * (1 - info.eps), info.max * (1 - 2.0**-9), info.max / 3, info.tiny,
-               info.smallest_normal / 8, 2.0**-149, 3e-39]  # fmt: skip
+               info.smallest_normal / 8, 2.0**-149, 3e-39]
     numbers = torch.tensor([sign * value for value in numbers for sign in (1, -1)]).to(dtype)
     pairs = torch.cartesian_prod(numbers, numbers).repeat(1, 128)  # groups
     mixed = numbers.repeat(13)[:256]
@@ -508,7 +508,7 @@ WRONG_CALLS = [
        ValueError, "group_dequantize: scale_minimum must be on the CPU like the input, got meta"),
     at("group out", lambda: ops.group_dequantize_into(FLAT, SCALES, 4, X.transpose(1, 2)), ValueError,
        "group_dequantize: out must be contiguous or channels_last, got strides (12, 1, 4) for (2, 4, 3)"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("call", "error", "message"), WRONG_CALLS)

@@ -64,7 +64,7 @@ def test_describe_counts_by_hand():
         nn.Conv2d(3, 4, (3, 5), padding=(1, 2), bias=False), nn.BatchNorm2d(4),
         BinaryConv2d(4, 6, 3, stride=2, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), shared, shared,
         BinaryLinear(6, 2),
-    )  # fmt: skip
+    )
     model[1].eval()
     training = [module.training for module in model.modules()]
     description = models.describe(model, torch.zeros(5, 3, 9, 7))
@@ -73,7 +73,7 @@ def test_describe_counts_by_hand():
     assert rows == [
         ("0", "Conv2d", (4, 9, 7)), ("1", "BatchNorm2d", (4, 9, 7)), ("2", "BinaryConv2d", (6, 4, 3)),
         ("5", "Linear", (6,)), ("7", "BinaryLinear", (2,)),
-    ]  # fmt: skip
+    ]
     counts = [
         (row.binary_parameters, row.float_parameters, row.binary_operations, row.float_operations)
         for row in description.layers
@@ -81,7 +81,7 @@ def test_describe_counts_by_hand():
     assert counts == [
         (0, 4 * 3 * 15, 0, 4 * 9 * 7 * 3 * 15), (0, 8, 0, 0), (6 * 2 * 9, 6, 6 * 4 * 3 * 2 * 9, 0),
         (0, 42, 0, 2 * 36), (12, 2, 12, 0),
-    ]  # fmt: skip
+    ]
     totals = (description.binary_parameters, description.float_parameters)
     assert totals == tuple(sum(column) for column in list(zip(*counts, strict=True))[:2])
     lines = str(description).splitlines()
@@ -129,10 +129,10 @@ def test_order_of_layers():
     kinds = [type(module).__name__ for module in SMALL["vgg7"]("binary")]
     assert kinds[:7] == [
         "Conv2d", "BatchNorm2d", "StepActivation", "BinaryConv2d", "MaxPool2d", "BatchNorm2d", "StepActivation",
-    ]  # fmt: skip
+    ]
     assert kinds[-7:] == [
         "BinaryLinear", "BatchNorm1d", "StepActivation", "BinaryLinear", "BatchNorm1d", "ReLU", "Linear",
-    ]  # fmt: skip
+    ]
     kinds = [type(module).__name__ for module in models.resnet18("coupled", widths=(4, 4, 4, 4, 4)).stem]
     assert kinds == ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d", "BatchNorm2d"]
 
@@ -255,7 +255,7 @@ def test_preact_resnet_has_the_papers_layers(depth, convolutions):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(depth=21), "depth must be 6n"), (dict(depth=165), "depth must be 6n"), (dict(widths=(16, 32)), "3 positive"),
-])  # fmt: skip
+])
 def test_preact_resnet_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         models.preact_resnet(**arguments)

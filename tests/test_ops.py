@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from lowbit_ext import PackedTensor, _oplib
+from lowbit_ext import PackedTensor, _native, _oplib
 from lowbit_ext.binary import binarize, conv2d, linear, max_pool2d, pack_weight
+from conftest import running_on
 from operator_samples import samples
 
 
@@ -39,6 +40,16 @@ def test_compiled_forward(device, rng):
     dynamic = torch.compile(network, fullgraph=True, dynamic=True)
     assert torch.equal(dynamic(x, w, v), expected)
     assert torch.equal(dynamic(batch, w, v), network(batch, w, v))
+
+
+def test_compiled_graph_serves_every_level(rng):
+    """torch keeps compiled graphs on disk, where a process that runs another level finds them."""
+    x, w, v = torch.randn(2, 40, 8, 8), torch.randn(70, 40, 3, 3), torch.randn(6, 70, 3, 3)
+    expected = network(x, w, v)
+    compiled = torch.compile(network, fullgraph=True)
+    for level in _native.available_isas():
+        with running_on(level), torch.compiler.set_stance("fail_on_recompile" if level != "scalar" else "default"):
+            assert torch.equal(compiled(x, w, v), expected), level
 
 
 def test_compiled_with_packed_arguments(device):

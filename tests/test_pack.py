@@ -259,7 +259,7 @@ class Scaled(BinaryLinear):
 @pytest.mark.parametrize(("layer", "shape", "message"), [
     (BinaryLinear(20, 6), (3, 20), r"1 \(BinaryLinear\) stays as it is: its result is \(2, 3, 6\)"),
     (Scaled(20, 6), (20,), r"1 \(Scaled\) stays as it is: its class is derived from a packable one"),
-])  # fmt: skip
+])
 def test_what_is_not_packed_is_named(layer, shape, message):
     model = nn.Sequential(nn.LayerNorm(20), layer, nn.Flatten(), BinaryLinear(layer(torch.ones(1, *shape)).numel(), 4))
     x = torch.randn(2, *shape)
@@ -487,7 +487,7 @@ def damage_by_addition(state):
         damage_word, damage_threshold, damage_flip, damage_checksum, damage_shape, damage_dtype, damage_by_removal,
         damage_by_addition,
     ],
-)  # fmt: skip
+)
 def test_damaged_state_is_refused_and_nothing_written(damage):
     source, target = packed_mlp(), packed_mlp()
     state, before = snapshot(source), snapshot(target)

@@ -114,7 +114,7 @@ def test_numpy_integers_are_channels():
 def test_a_weight_from_words_has_its_own_filters():
     words = torch.randint(-(2**63), 2**63 - 1, (5, 1, 1, 1))
     with pytest.raises(ValueError, match=r"from_words: words of a weight of shape \(8, 64, 1, 1\) must have shape "
-                                         r"\(8, 1, 1, 1\), got \(5, 1, 1, 1\)"):  # fmt: skip
+                                         r"\(8, 1, 1, 1\), got \(5, 1, 1, 1\)"):
         binary.PackedWeight.from_words(words, (8, 64, 1, 1))
     with pytest.raises(ValueError, match="groups must divide the 5 filters, got 2"):
         binary.PackedWeight.from_words(words, (5, 64, 1, 1), 2)
@@ -189,4 +189,4 @@ def test_a_private_copy_of_a_weight_is_contiguous_bytes():
     with pytest.raises(ValueError, match="weight was not packed for 4 filters"):
         ops.binary_conv2d(
             p.words, expanded, None, None, None, None, None, 5, 4, geometry, "sign", 0, torch.int32
-        )  # fmt: skip
+        )

@@ -83,7 +83,7 @@ def test_gradient_is_the_surrogate(device, activation, surrogate, dtype, rng):
 @given(
     shape=st.lists(st.integers(0, 9), min_size=0, max_size=5), order=st.randoms(use_true_random=False),
     strided=st.booleans(), surrogate=st.sampled_from(["clip", "steep", "identity", "polynomial"]),
-)  # fmt: skip
+)
 def test_any_shape_and_memory_order(shape, order, strided, surrogate):
     axes = list(range(len(shape)))
     order.shuffle(axes)
@@ -148,7 +148,7 @@ def test_coupled_layers_keep_two_bits_of_their_input(kind, dtype, autocast, rng)
         x = torch.randn(5, 70, generator=rng)
     else:
         options = {"conv": {"padding": 1}, "strided": {"stride": 2, "groups": 2, "bias": False}, "circular": {
-            "padding": 1, "padding_mode": "circular"}}[kind]  # fmt: skip
+            "padding": 1, "padding_mode": "circular"}}[kind]
         make = partial(duo.CoupledConv2d, 70, 8, 3, **options)
         x = torch.randn(2, 70, 9, 5, generator=rng)
         if kind == "conv":
@@ -211,7 +211,7 @@ def test_coupled_layers_use_binary_weights(weight_scale):
     dict(encoding="sign", padding_value=-1, weight_scale="channel"),
     dict(encoding="step", surrogate="identity", weight_scale="layer"),
     dict(encoding="sign", padding_value=0, weight_scale=None, surrogate="swish_sign"),
-])  # fmt: skip
+])
 def test_float64_layers_equal_the_kernels(options, rng):
     """Binary layers in float64, by torch's operators, against the same layers in float32 by the kernels."""
     torch.manual_seed(0)

@@ -215,7 +215,7 @@ def test_symbolic_trace():
     layers = torch.nn.Sequential(
         BinaryConv2d(3, 8, 3), torch.nn.BatchNorm2d(8), BinaryActivation(), BinaryConv2d(8, 8, 3), torch.nn.Flatten(),
         BinaryLinear(128, 5),
-    ).eval()  # fmt: skip
+    ).eval()
     x = torch.randn(2, 3, 8, 8)
     traced = torch.fx.symbolic_trace(layers)
     assert torch.equal(traced(x + 1), layers(x + 1))

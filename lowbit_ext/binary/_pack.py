@@ -206,7 +206,7 @@ class _Packer:
         module = PackedConv2d(
             packed, geometry, layer.encoding, getattr(layer, "padding_value", 0), out_dims=len(model.shape(node)),
             one_pixel=one_pixel, **options,
-        )  # fmt: skip
+        )
         inputs = (words.node,) if residual is None else (words.node, residual)
         output = self._add(node, "", module, *inputs)
         if bits is not None:

@@ -21,7 +21,7 @@ BINARY_LAYERS = (layers.BinaryConv2d, layers.BinaryConv1d, layers.BinaryLinear)
 _MONOTONE = (
     nn.ReLU, nn.ReLU6, nn.Hardtanh, layers.BinaryActivation, F.relu, torch.relu, F.relu6, F.hardtanh, torch.clamp,
     "relu", "clamp",
-)  # fmt: skip
+)
 
 
 def _binary_twin(layer: Any) -> nn.Module:
@@ -33,7 +33,7 @@ def _binary_twin(layer: Any) -> nn.Module:
         twin = layers.BinaryConv2d(
             layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
             layer.groups, **options,
-        )  # fmt: skip
+        )
     twin.weight, twin.bias = layer.weight, layer.bias
     return twin.eval()
 

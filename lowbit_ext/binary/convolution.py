@@ -149,15 +149,14 @@ class _BinaryConv2d(torch.autograd.Function):
         else:
             words = ops.binarize(input, None, None, DEFAULT_THRESHOLDS[encoding], encoding)
         if packed_weight is not None:
-            weight_words, blocked = packed_weight.words, packed_weight.blocked
+            weight_words, kernel_weight = packed_weight.words, packed_weight.blocked
         else:
             assert weight is not None
-            weight_words = sign_words(weight)
-            blocked = ops.binary_conv2d_block_weight(weight_words, channels, geometry.groups)
+            weight_words = kernel_weight = sign_words(weight)
         output = ops.binary_conv2d(
-            words, blocked, scale, bias, residual, None, None, channels, weight_words.shape[0], geometry, encoding,
-            padding_value, out_dtype,
-        )  # fmt: skip
+            words, kernel_weight, scale, bias, residual, None, None, channels, weight_words.shape[0], geometry,
+            encoding, padding_value, out_dtype,
+        )
         keeps_input = surrogate not in ("clip", "identity") and ctx.needs_input_grad[0]
         ctx.save_for_backward(words, mask, weight_words, scale, input if keeps_input else None)
         ctx.call = (channels, geometry, encoding, surrogate, padding_value)
@@ -356,15 +355,12 @@ def conv2d(
     if threshold is not None:
         exact = scale is None and bias is None and residual is None
         threshold, flip = thresholds_of(threshold, flip, filters, exact, words)
-    if isinstance(weight, PackedWeight):
-        blocked = weight.blocked
-    else:
-        blocked = ops.binary_conv2d_block_weight(sign_words(weight), channels, groups)
+    kernel_weight = weight.blocked if isinstance(weight, PackedWeight) else sign_words(weight)
     if not isinstance(input, PackedTensor):
         words = ops.binarize(words, None, None, DEFAULT_THRESHOLDS[encoding], encoding)
     output = ops.binary_conv2d(
-        words, blocked, scale, bias, residual, threshold, flip, channels, filters, geometry, encoding, padding_value,
-        out_dtype,
+        words, kernel_weight, scale, bias, residual, threshold, flip, channels, filters, geometry, encoding,
+        padding_value, out_dtype,
     )
     return output if threshold is None else packed_words(output, threshold.shape[0] * filters, encoding)
 

@@ -64,7 +64,7 @@ def thresholds_of(
         )
     if flip is not None and (flip.dim() > 2 or any(
         size not in (1, wanted) for size, wanted in zip(reversed(flip.shape), (filters, rows), strict=False)
-    )):  # fmt: skip
+    )):
         raise ValueError(
             f"binary_conv2d: flip must have shape ({filters},) or that of threshold, got {tuple(flip.shape)}"
         )

@@ -35,7 +35,7 @@ def check_factory(layer: str, device: Any, dtype: Any) -> None:
 def check_conv(
     layer: str, dims: int, *, in_channels: Any, out_channels: Any, kernel_size: Any, stride: Any, padding: Any,
     dilation: Any, groups: Any, bias: Any, device: Any, dtype: Any,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """torch's arguments of a convolution, checked: torch itself fails in the midst of some of them."""
 
     def sizes(name: str, value: Any, least: int) -> Any:
@@ -66,7 +66,7 @@ def check_conv(
         **channels, "kernel_size": kernel_size, "stride": stride, "padding": padding,
         "dilation": sizes("dilation", dilation, 1), "bias": _arguments.flag(layer, "bias", bias), "device": device,
         "dtype": dtype,
-    }  # fmt: skip
+    }
 
 
 def _check_elements(layer: str, names: str, *sizes: int) -> None:
@@ -91,7 +91,7 @@ def check_linear(
     return {
         "in_features": int(in_features), "out_features": int(out_features),
         "bias": _arguments.flag(layer, "bias", bias), "device": device, "dtype": dtype,
-    }  # fmt: skip
+    }
 
 
 @_arguments.overridable
@@ -237,7 +237,7 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
                 type(self).__name__, 2, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size,
                 stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias, device=device, dtype=dtype,
             ),
-        )  # fmt: skip
+        )
         self._configure(encoding, surrogate, weight_scale)
         self._configure_padding(padding_value)
 
@@ -286,7 +286,7 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
                 type(self).__name__, 1, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size,
                 stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias, device=device, dtype=dtype,
             ),
-        )  # fmt: skip
+        )
         self._configure(encoding, surrogate, weight_scale)
         self._configure_padding(padding_value)
 
@@ -328,7 +328,7 @@ class BinaryLinear(_BinaryLayer, nn.Linear):
                 type(self).__name__, in_features=in_features, out_features=out_features, bias=bias, device=device,
                 dtype=dtype,
             )
-        )  # fmt: skip
+        )
         self._configure(encoding, surrogate, weight_scale)
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:

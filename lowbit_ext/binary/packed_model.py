@@ -155,7 +155,7 @@ class PackedConv2d(PackedLayer):
         self._after_residual = (
             self.threshold, _unless_zero(self.flip), channels, self.shape[0], geometry, self.encoding,
             self.padding_value, torch.float32,
-        )  # fmt: skip
+        )
 
     def forward(self, words: Tensor, residual: Tensor | None = None) -> Tensor:
         if not torch.compiler.is_compiling() and self.isa != _native.kernels(words).level:

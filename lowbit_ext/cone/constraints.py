@@ -53,7 +53,7 @@ def _generators(rows: Sequence[Row], dimension: int) -> Generators:
     return Generators(
         torch.tensor(index, dtype=torch.int64, device="cpu").reshape(-1, 2).T.contiguous(),
         torch.tensor(values, dtype=torch.float64, device="cpu"), (len(rows), dimension),
-    )  # fmt: skip
+    )
 
 
 def _power_of_two(row: Row) -> Fraction:
@@ -154,7 +154,7 @@ class Cone(Polyhedron):
                 parts["vertices"] += [
                     {j: difference for j in row.keys() | first.keys()
                      if (difference := row.get(j, 0) - first.get(j, 0))} for row in vertices
-                ]  # fmt: skip
+                ]
                 self.vertex_groups.append(len(vertices))
             if summand.inverse is None:
                 start = [len(inverse[name]) for name in inverse]

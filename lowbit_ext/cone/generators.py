@@ -93,7 +93,7 @@ def exact_constraints(
     return (
         sparse_rows(rows), [exact_number(bound) for bound in bounds],
         sparse_rows(equalities), [exact_number(value) for value in values],
-    )  # fmt: skip
+    )
 
 
 # --- groups of constraints --------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def exact_constraints(
 def generators(
     rows: Sequence[Row], bounds: Sequence[Number], equalities: Sequence[Row], values: Sequence[Number], dimension: int,
     options: Options,
-) -> list[Summand]:  # fmt: skip
+) -> list[Summand]:
     """Generators of {x in R^dimension : rows x <= bounds, equalities x = values}, group by group."""
     for row, bound in zip(rows, bounds, strict=True):
         if not row and bound < 0:
@@ -124,7 +124,7 @@ def generators(
                 [row for row, _, equal in local if not equal], [bound for _, bound, equal in local if not equal],
                 [row for row, _, equal in local if equal], [value for _, value, equal in local if equal],
                 range(len(columns)), options,
-            )  # fmt: skip
+            )
         summands += [_relabel(summand, columns) for summand in solved[key]]
     constrained = {j for row in stacked for j in row}
     free = [j for j in range(dimension) if j not in constrained]
@@ -144,7 +144,7 @@ def _relabel(summand: Summand, columns: Sequence[int]) -> Summand:
     return dataclasses.replace(
         summand, inverse=inverse, rows=relabel(summand.rows), rays=relabel(summand.rays),
         lines=relabel(summand.lines), vertices=relabel(summand.vertices),
-    )  # fmt: skip
+    )
 
 
 def _tidy(rows: Sequence[Row], bounds: Sequence[Number]) -> tuple[dict[Any, tuple[Row, Number]], list[Any]]:
@@ -171,7 +171,7 @@ def _tidy(rows: Sequence[Row], bounds: Sequence[Number]) -> tuple[dict[Any, tupl
 def _group(
     rows: Sequence[Row], bounds: Sequence[Number], equalities: Sequence[Row], values: Sequence[Number],
     columns: Sequence[int], options: Options,
-) -> list[Summand]:  # fmt: skip
+) -> list[Summand]:
     """Generators of one group of constraints over `columns`."""
     kept, tight = _tidy(rows, bounds)
     equal = [*zip(equalities, values, strict=True), *(kept[key] for key in tight)]
@@ -249,9 +249,9 @@ def _extend(summand: Summand, slopes: dict[int, Row]) -> None:
 def _interval(rows: list[Row], bounds: list[Number], column: int) -> Summand:
     """Generators of bounds on one coordinate."""
     low = max((Fraction(bound) / row[column] for row, bound in zip(rows, bounds, strict=True) if row[column] < 0),
-              default=None)  # fmt: skip
+              default=None)
     high = min((Fraction(bound) / row[column] for row, bound in zip(rows, bounds, strict=True) if row[column] > 0),
-               default=None)  # fmt: skip
+               default=None)
     if low is not None and high is not None:
         if low > high:
             raise ValueError(f"Cone: no x satisfies A x <= b: {to_float(low):g} <= x_{column} <= {to_float(high):g}")
@@ -298,7 +298,7 @@ def _inequalities(rows: list[Row], bounds: list[Number], columns: Sequence[int],
         # {(x, t) : A x - b t <= 0, -t <= 0}: rays with t > 0 are vertices, the others rays (Ziegler 1995, section 1.5).
         apex = max(columns) + 1
         lifted = [primitive(row | ({apex: -bound} if bound else {}))[0] for row, bound in
-                  zip(rows, bounds, strict=True)] + [{apex: -1}]  # fmt: skip
+                  zip(rows, bounds, strict=True)] + [{apex: -1}]
     summand = _pointed(lifted, [*columns, *([] if homogeneous else [apex])], options)
     summand.rows, summand.bounds = rows, bounds
     return summand if homogeneous else _lower(summand, apex)
@@ -307,7 +307,7 @@ def _inequalities(rows: list[Row], bounds: list[Number], columns: Sequence[int],
 def _add_unique(
     summand: Summand, rows: Sequence[Row], bounds: Sequence[Number], rays: Sequence[Row], lines: Sequence[Row],
     basis: Sequence[int],
-) -> list[tuple[Row, Number]]:  # fmt: skip
+) -> list[tuple[Row, Number]]:
     """Adds rays and lines of independent rows, as coprime integers; returns their coefficients as functions of x."""
     inverse: list[tuple[Row, Number]] = []
     for row, bound, ray in zip(rows, bounds, rays, strict=True):
@@ -432,7 +432,7 @@ def _pseudo_inverse(rows: list[Row], bounds: list[Number], columns: Sequence[int
 def largest_violation(
     summands: Sequence[Summand], rows: Sequence[Row], bounds: Sequence[Number], equalities: Sequence[Row],
     values: Sequence[Number],
-) -> Number:  # fmt: skip
+) -> Number:
     """How far the generators are from A R <= 0, A L = 0, E R = 0, E L = 0, A v <= b and E v = f, at most.
 
     v is the worst sum of one vertex of every group. 0 proves that every combination satisfies the constraints; it is
@@ -474,7 +474,7 @@ def largest_violation(
 def _largest_violation_float(
     summands: Sequence[Summand], rows: Sequence[Row], bounds: Sequence[Number], equalities: Sequence[Row],
     values: Sequence[Number],
-) -> float:  # fmt: skip
+) -> float:
     stacked = [*rows, *equalities]
     generators_of_all = [part for s in summands for part in (s.rays, s.lines, s.vertices)]
     columns = sorted({j for part in (stacked, *generators_of_all) for row in part for j in row})

@@ -318,7 +318,7 @@ def _twofold_reader(layer: Any, bits: bool) -> nn.Module:
         new = kind(
             2 * layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
             padding_mode=layer.padding_mode, **options,
-        )  # fmt: skip
+        )
     with torch.no_grad():
         new.weight.copy_(torch.cat([weight, weight], 1) / 2)
         new.weight.requires_grad_(weight.requires_grad)

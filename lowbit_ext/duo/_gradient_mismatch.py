@@ -159,7 +159,7 @@ def gradient_mismatch(
 def _check(
     model: Any, loss: Any, batch: Any, eps: Any, layers: Any, max_weights: Any, generator: Any, chunk_size: Any,
     progress: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Checks gradient_mismatch's arguments, as far as they can be without a run of the model."""
     op = "gradient_mismatch"
     if not isinstance(model, nn.Module):
@@ -182,7 +182,7 @@ def _check(
 def _one_by_one(
     evaluate: Callable[[], Tensor], weight: nn.Parameter, indices: Tensor, eps: float,
     progress: Callable[[int], None] | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Perturbs each weight in place and puts its value back."""
     flat = weight.data.view(-1)
     discrete = torch.empty(len(indices), dtype=torch.float64)
@@ -202,7 +202,7 @@ def _one_by_one(
 def _in_chunks(
     model: nn.Module, value: Callable[[Callable[[], Any]], Tensor], input: Any, name: str, weight: nn.Parameter,
     indices: Tensor, eps: float, chunk_size: int, progress: Callable[[int], None] | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Evaluates chunk_size perturbed copies of one weight at a time."""
     parts = []
     flat = weight.detach().reshape(-1)

@@ -134,7 +134,7 @@ class CoupledConv2d(_CoupledLayer, nn.Conv2d):
                 layer, 2, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride,
                 padding=padding, dilation=dilation, groups=groups, bias=bias, device=device, dtype=dtype,
             ),
-        )  # fmt: skip
+        )
         self._configure(weight_scale, save_codes)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class CoupledLinear(_CoupledLayer, nn.Linear):
                 type(self).__name__, in_features=in_features, out_features=out_features, bias=bias, device=device,
                 dtype=dtype,
             )
-        )  # fmt: skip
+        )
         self._configure(weight_scale, save_codes)
 
     def forward(self, input: Tensor) -> Tensor:

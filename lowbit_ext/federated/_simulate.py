@@ -29,7 +29,7 @@ def run_round(
     coordinator: Coordinator[int], participants: Mapping[int, Participant], server: LocalTraining,
     users: Mapping[int, LocalTraining], *, groups: Sequence[Sequence[int]] | None = None,
     deadline: float | None = None,
-) -> RoundReport[int]:  # fmt: skip
+) -> RoundReport[int]:
     """One round in this process: users one after another, then the server, then the average.
 
     A user that returns None, raises an exception, takes longer than `deadline` seconds or returns a state that must not
@@ -139,7 +139,7 @@ class Trainer:
     def train(
         self, state: State, rate: float, steps: int, generator: torch.Generator, samples: int,
         loss_of: Callable[[Tensor, torch.Generator], Tensor],
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:
         """Steps of SGD from a state. loss_of: of the samples of these indices."""
         settings = self.settings
         self.model.load_state_dict(state)
@@ -147,7 +147,7 @@ class Trainer:
         optimizer = torch.optim.SGD(
             self.model.parameters(), rate, settings.momentum, weight_decay=settings.weight_decay,
             nesterov=settings.momentum > 0,
-        )  # fmt: skip
+        )
         for _ in range(steps):
             index = torch.randint(samples, (settings.batch,), generator=generator)
             optimizer.zero_grad()
@@ -280,7 +280,7 @@ def simulate(
         bits=settings.bits, statistics=settings.statistics, skip=norm_parameters(model),
         recompute=recompute if settings.statistics == "recompute" else None, exact=exact,
         max_norm_ratio=settings.max_norm_ratio, max_failed_rounds=settings.max_failed_rounds,
-    )  # fmt: skip
+    )
     participants = {
         user: Participant(settings.bits, settings.error_feedback, settings.statistics, exact)
         for user in range(len(users))
@@ -350,7 +350,7 @@ def _alternate(coordinator: Coordinator[int], trainer: Trainer, server: tuple[Te
             trainer.generator("alternate", number, i),
         )
         for i, state in enumerate(averages)
-    ]  # fmt: skip
+    ]
     coordinator.state = tuned[0]
     for group, state in zip(groups, tuned[1:] or tuned, strict=True):
         coordinator.starts.update(dict.fromkeys(group, state))

@@ -101,7 +101,7 @@ def _colour(name: str, x: Tensor, strength: Tensor) -> Tensor:
 def strong(
     images: Tensor, generator: torch.Generator | None = None, *, operations: int = 2, magnitude: int = 10,
     cutout: float = 0.5, flip: bool = True,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """RandAugment(operations, magnitude) behind the weak augmentation, and a square of the image cut out.
 
     Each image draws `operations` of twelve: rotation, shear and translation in both directions, contrast stretched or

@@ -55,7 +55,7 @@ def _shares(weights: Sequence[float], total: int) -> list[int]:
 def partition(
     labels: Tensor, users: int, non_iid: float, *, labelled: int, per_user: int | None = None,
     generator: torch.Generator | None = None,
-) -> Partition:  # fmt: skip
+) -> Partition:
     """Splits a data set between the server and users whose class frequencies differ.
 
     The server gets the same number of every class. User k gets the part `non_iid` of its samples from class

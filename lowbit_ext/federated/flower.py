@@ -75,7 +75,7 @@ class GroupedAveraging(FedAvg):
     def __init__(
         self, state: State, server: LocalTraining, *, minimum: int = 2, timeout: float = 3600,
         on_round: Callable[[RoundReport[int]], None] | None = None, **options: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(fraction_evaluate=0.0, min_available_nodes=minimum, min_train_nodes=minimum)
         self.server, self.minimum, self.timeout, self.on_round = server, minimum, timeout, on_round
         self.coordinator: Coordinator[int] = Coordinator(state, range(minimum), **options)
@@ -157,7 +157,7 @@ class GroupedAveraging(FedAvg):
 def client_app(
     training: Callable[[Context], LocalTraining], *, bits: int = 32, error_feedback: bool = True,
     statistics: str = "average", exact: Collection[str] = (),
-) -> ClientApp:  # fmt: skip
+) -> ClientApp:
     """Flower app of a user. What it holds between rounds is in the node's context.
 
     Args:
@@ -202,7 +202,7 @@ def _restore(participant: Participant, context: Context) -> None:
 def server_app(
     strategy: Callable[[Context], GroupedAveraging], rounds: int,
     on_end: Callable[[GroupedAveraging], None] | None = None,
-) -> ServerApp:  # fmt: skip
+) -> ServerApp:
     """Flower app of the server.
 
     Args:

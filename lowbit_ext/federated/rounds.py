@@ -160,7 +160,7 @@ class Coordinator(Generic[User]):
         seed: int = 0, bits: int = 32, statistics: str = "average", skip: Collection[str] = (),
         recompute: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None, exact: Collection[str] = (),
         max_norm_ratio: float | None = 10.0, max_failed_rounds: int = 3,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.users = list(users)
         self.participants = len(self.users) if participants is None else participants
         if not 1 <= self.participants <= len(self.users):

@@ -44,7 +44,7 @@ _DTYPES = {
         "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16",
         "uint8", "bool", "complex64", "complex128",
     )
-}  # fmt: skip
+}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -181,7 +181,7 @@ def _wanted(key: str, tensor: Tensor, residual: State | None) -> Tensor:
 def compress(
     update: State, bits: int = 4, error_feedback: bool = True, residual: State | None = None,
     exact: Collection[str] = (),
-) -> tuple[CompressedUpdate, dict[str, Tensor] | None]:  # fmt: skip
+) -> tuple[CompressedUpdate, dict[str, Tensor] | None]:
     """Codes an update.
 
     4 bits: the nearest of 16 steps from the least to the greatest of each 256 elements, as lowmem's group codes. 0 need

@@ -450,7 +450,7 @@ class HelstromClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"HelstromClassifier: threshold must be a number or None, got {self.threshold!r}")
         if self.state == "pure" and self.encoding == "stereographic":
             raise ValueError("HelstromClassifier: pure states take encoding 'normalise' or 'amplitude', which keep "
-                             "frequencies, got 'stereographic'")  # fmt: skip
+                             "frequencies, got 'stereographic'")
         if self.state == "mixed" and self.solver == "explicit" and not _is_whole(self.copies):
             raise ValueError(
                 f"HelstromClassifier: solver='explicit' needs whole copies, got {self.copies!r}; use solver='gram'"

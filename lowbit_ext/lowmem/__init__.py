@@ -19,10 +19,10 @@ from lowbit_ext.lowmem.codes import (
     quantize,
     quantize4,
     quantize_channels,
-)  # fmt: skip
+)
 from lowbit_ext.lowmem.hooks import saved_tensors
 
 __all__ = [
     "ChannelCodes", "Codes", "Conversion", "LayerError", "Ledger", "LowMemBlock", "convert", "dequantize",
     "dequantize4", "gradient_audit", "ledger", "quantize", "quantize4", "quantize_channels", "report", "saved_tensors",
-]  # fmt: skip
+]

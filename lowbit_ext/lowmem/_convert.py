@@ -20,19 +20,19 @@ __all__ = ["Conversion", "convert", "report"]
 _RELU_CALLS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 _IN_PLACE_CALLS = (
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, F.relu_, torch.relu_,
-)  # fmt: skip
+)
 # Results in memory of their own; those of other calls may be views of an argument.
 _FRESH_CALLS = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.cat, "add", "mul", "sub")
 _FRESH_LAYERS = (
     nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.MaxPool2d,
     nn.AvgPool2d,
-)  # fmt: skip
+)
 # Results that may be views of the first argument, beside those of dropout.
 _VIEWS = frozenset((
     "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "t", "transpose", "permute", "movedim",
     "squeeze", "unsqueeze", "expand", "expand_as", "narrow", "select", "chunk", "split", "unbind", "getitem", "detach",
     "to", "float", "contiguous", nn.Identity, nn.Flatten, nn.Unflatten,
-))  # fmt: skip
+))
 _CURVED = "its derivative needs the value of its input: rounded, errors would build up with depth"
 _LEFT = {
     nn.SyncBatchNorm: "its statistics are those of all processes",
@@ -260,7 +260,7 @@ class _Converter(Traced):
 
     def __init__(
         self, model: nn.Module, graph: fx.Graph, prefix: str, bits: int, span: float, found: list[Conversion]
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(model, graph)
         self.prefix, self.bits, self.span, self.found = prefix, bits, span, found
         self.changed: dict[nn.Module, nn.Module] = {}
@@ -274,7 +274,7 @@ class _Converter(Traced):
         for module in self.modules.values():
             module._modules.update({
                 name: self.changed[child] for name, child in module._modules.items() if child in self.changed
-            })  # fmt: skip
+            })
         self.result = _Converted.of(model, graph)
 
     # --- nodes --------------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ class _Converter(Traced):
         return any(
             self._writes(user) or (self._is_view(user) and self._is_written(user))
             for user in value.users if user.args and user.args[0] is value
-        )  # fmt: skip
+        )
 
     def _is_view(self, node: fx.Node) -> bool:
         kind = self.kind(node)

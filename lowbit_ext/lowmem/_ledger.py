@@ -202,7 +202,7 @@ class Ledger:
             self._name(modules), tuple(tensor.shape), tensor.dtype, bytes,
             self._replacing.pop(key) if replacing else self._count(tensor),
             tensor.dtype.is_floating_point and not replacing, StorageWeakRef(storage),
-        )  # fmt: skip
+        )
         self._known[key] = entry
         self.entries.append(entry)
         self.peak = max(self.peak, sum(e.stored for e in self.entries if not e.storage.expired()))

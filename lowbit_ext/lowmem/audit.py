@@ -35,7 +35,7 @@ class LayerError:
 def gradient_audit(
     model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any, *, bits: int = 4,
     range: float | None = None, method: str = "convert", stochastic: bool = False,
-) -> list[LayerError]:  # fmt: skip
+) -> list[LayerError]:
     """Compares exact and approximate gradients of one batch, parameter by parameter.
 
     Args:

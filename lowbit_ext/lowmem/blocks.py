@@ -122,7 +122,7 @@ class _BatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, variance: Tensor | None,
         training: bool, momentum: float, eps: float, relu: bool, bits: int, span: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # torch's own batch norm: its statistics to the bit, whichever backend it takes, and the buffer of the result.
         y, batch_mean, invstd, _, _ = batch_norm_impl_index(
             x, gamma, beta, mean, variance, training, momentum, eps, torch.backends.cudnn.enabled
@@ -235,7 +235,7 @@ class _BatchNormCodes(nn.modules.batchnorm._BatchNorm):
         out, *tensors = _BatchNorm.apply(
             x, self.weight, self.bias, self.running_mean if tracked else None, self.running_var if tracked else None,
             training, momentum, self.eps, relu, self.bits, span,
-        )  # fmt: skip
+        )
         shape, channels_last = tuple(x.shape), ops.is_channels_last(out)
         return out, Stored(
             tuple(tensors), "channel", self.bits, span, relu, shape, channels_last, out.dtype, _version(out)
@@ -284,7 +284,7 @@ class _MaxPool(torch.autograd.Function):
         return torch.ops.aten.max_pool2d_with_indices_backward(
             grad, like, pool.kernel, pool.stride, pool.padding, (1, 1), pool.ceil_mode,
             indices.contiguous(memory_format=layout),
-        ), None  # fmt: skip
+        ), None
 
 
 def _corners(pool: Pool, width: int, out: Tensor) -> Tensor:
@@ -342,7 +342,7 @@ class _Conv(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Callable[..., Tensor],
         geometry: tuple[Any, ...], meta: Stored, *tensors: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         _ledger.stands_for(tensors[0], x)
         stride, padding, dilation, groups = geometry
         out = call(x, weight, bias, stride, padding, dilation, groups)
@@ -363,7 +363,7 @@ class _Conv(torch.autograd.Function):
         grads = torch.ops.aten.convolution_backward(
             grad, x, weight.to(grad.dtype), ctx.bias_sizes, stride, padding, dilation, False,
             [0] * len(stride), groups, need,
-        )  # fmt: skip
+        )
         dtypes = (ctx.dtype, weight.dtype, ctx.bias_dtype)
         found = (g.to(dtype) if wanted else None for g, dtype, wanted in zip(grads, dtypes, need, strict=True))
         return (*found, None, None, None, *(None for _ in tensors))
@@ -462,10 +462,10 @@ class Linear(nn.Linear):
 
 BATCH_NORMS: dict[type[nn.Module], Any] = {
     nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d,
-}  # fmt: skip
+}
 READERS: dict[type[nn.Module], Any] = {
     nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d, nn.Linear: Linear,
-}  # fmt: skip
+}
 
 
 def _shared(module: nn.Module) -> dict[str, Any]:
@@ -476,7 +476,7 @@ def _shared(module: nn.Module) -> dict[str, Any]:
     return {
         name: value.copy() if isinstance(value, dict) else value
         for name, value in vars(module).items() if name != "_compiled_call_impl"
-    }  # fmt: skip
+    }
 
 
 def _padding(conv: nn.modules.conv._ConvNd) -> tuple[int, ...]:
@@ -532,7 +532,7 @@ class LowMemBlock(nn.Module):
     def __init__(
         self, norm: nn.Module, layer: nn.Module, pool: nn.Module | None = None, *, bits: int = 4,
         range: float | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         bits, span = check_settings("LowMemBlock", bits, range)
         if type(norm) not in BATCH_NORMS:

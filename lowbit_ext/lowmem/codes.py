@@ -115,7 +115,7 @@ class ChannelCodes:
 def quantize(
     x: Tensor, bits: int = 4, *, stochastic: bool = False, positive: bool = False,
     generator: torch.Generator | None = None,
-) -> Codes:  # fmt: skip
+) -> Codes:
     """Quantises a tensor in groups of 256 neighbours in memory between their minimum and maximum.
 
     Args:

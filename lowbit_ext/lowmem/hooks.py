@@ -37,7 +37,7 @@ def _quantize_fake(x: Tensor, bits: int, seed: Tensor | None) -> tuple[Tensor, T
 _quantize_saved = _oplib.define(
     "group_quantize_saved(Tensor x, int bits, Tensor? seed) -> (Tensor, Tensor)",
     outputs=_quantize_fake, launcher=_quantize,
-)  # fmt: skip
+)
 
 
 def _flat(x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
@@ -152,7 +152,7 @@ class saved_tensors:
     def __init__(
         self, bits: int = 4, stochastic: bool = False, min_numel: int = 1024, keep: Iterable[Tensor] = (), *,
         generator: torch.Generator | None = None, compiled: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         bits, _ = check_settings("saved_tensors", bits, None)
         min_numel = as_int("saved_tensors", "min_numel", min_numel)
         if min_numel < 0:

@@ -118,7 +118,7 @@ class _Floats:
 def _check_quantize(
     op: str, x: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor, beta: Tensor, bits: int, span: float,
     y: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     _check_channels(op, x, bits, span, mean=mean, invstd=invstd, gamma=gamma, beta=beta)
     if y is not None and (y.dtype != x.dtype or y.shape != x.shape):
         raise ValueError(f"{op}: y must be {x.dtype} {tuple(x.shape)} like the input, got {y.dtype} {tuple(y.shape)}")
@@ -127,7 +127,7 @@ def _check_quantize(
 def _quantize(
     op: str, x: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor, beta: Tensor, bits: int, span: float,
     y: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     _check_quantize(op, x, mean, invstd, gamma, beta, bits, span, y)
     channels_last = is_channels_last(x)
     x = as_layout(x, channels_last)
@@ -151,7 +151,7 @@ def _quantize(
 def _quantize_fake(
     op: str, x: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor, beta: Tensor, bits: int, span: float,
     y: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     _check_quantize(op, x, mean, invstd, gamma, beta, bits, span, y)
     return x.new_empty(_codes_shape(x.shape, is_channels_last(x), bits), dtype=torch.uint8)
 
@@ -180,7 +180,7 @@ batch_norm_quantize = _oplib.define(
 def _check_dequantize(
     codes: Tensor, gamma: Tensor, beta: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype,
     bits: int, span: float,
-) -> None:  # fmt: skip
+) -> None:
     op = "channel_dequantize"
     _check_settings(op, bits, span)
     if dtype not in FLOAT_TYPES:
@@ -194,7 +194,7 @@ def _check_dequantize(
 def _dequantize_into(
     codes: Tensor, gamma: Tensor, beta: Tensor, channels_last: bool, bits: int, span: float, relu: bool,
     output: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     op = "channel_dequantize"
     _check_dequantize(codes, gamma, beta, output.shape, channels_last, output.dtype, bits, span)
     if as_layout(output, channels_last) is not output:
@@ -216,7 +216,7 @@ def _dequantize_into(
 def _dequantize_into_fake(
     codes: Tensor, gamma: Tensor, beta: Tensor, channels_last: bool, bits: int, span: float, relu: bool,
     output: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     _check_dequantize(codes, gamma, beta, output.shape, channels_last, output.dtype, bits, span)
 
 
@@ -232,7 +232,7 @@ channel_dequantize_into = _oplib.define(
 def _dequantize(
     codes: Tensor, gamma: Tensor, beta: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype,
     bits: int, span: float, relu: bool,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     _check_dequantize(codes, gamma, beta, shape, channels_last, dtype, bits, span)
     output = empty(codes, shape, dtype, channels_last)
     _dequantize_into(codes, gamma, beta, channels_last, bits, span, relu, output)
@@ -242,7 +242,7 @@ def _dequantize(
 def _dequantize_fake(
     codes: Tensor, gamma: Tensor, beta: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype,
     bits: int, span: float, relu: bool,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     _check_dequantize(codes, gamma, beta, shape, channels_last, dtype, bits, span)
     return empty(codes, shape, dtype, channels_last)
 
@@ -272,7 +272,7 @@ def _check_backward(
 def _backward(
     grad: Tensor, codes: Tensor, gamma: Tensor, beta: Tensor, invstd: Tensor, bits: int, span: float, relu: bool,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     op = "batch_norm_relu_backward"
     _check_backward(grad, codes, gamma, beta, invstd, bits, span)
     channels_last = _channels_last_codes(grad, codes, bits)
@@ -298,7 +298,7 @@ def _backward(
 def _backward_fake(
     grad: Tensor, codes: Tensor, gamma: Tensor, beta: Tensor, invstd: Tensor, bits: int, span: float, relu: bool,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_backward(grad, codes, gamma, beta, invstd, bits, span)
     grad_input = empty(grad, grad.shape, grad.dtype, _channels_last_codes(grad, codes, bits))
     channels = grad.shape[1]

@@ -9,4 +9,4 @@ from lowbit_ext.models.vae import BernoulliVAE
 __all__ = [
     "BernoulliVAE", "Description", "LayerCost", "PreActResNet", "ResNet", "alexnet", "describe", "preact_resnet",
     "resnet18", "vgg7",
-]  # fmt: skip
+]

@@ -84,7 +84,7 @@ class Description:
             "  ".join(cell.ljust(width) if index < 3 else cell.rjust(width)
                       for index, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
             for row in (heading, ["-" * width for width in widths], *rows)
-        ]  # fmt: skip
+        ]
         return "\n".join(lines)
 
 

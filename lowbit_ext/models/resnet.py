@@ -57,7 +57,7 @@ class ResNet(nn.Module):
     def __init__(
         self, stage: str, blocks: Sequence[int], widths: Sequence[int], *, in_channels: int, num_classes: int,
         stem: str, shortcuts: str, surrogate: str,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         check_stage("resnet18", stage)
         for name, value, choices in (("stem", stem, STEMS), ("shortcuts", shortcuts, SHORTCUTS)):
@@ -134,4 +134,4 @@ def resnet18(
     return ResNet(
         stage, (2, 2, 2, 2), chosen, in_channels=in_channels, num_classes=num_classes, stem=stem, shortcuts=shortcuts,
         surrogate=surrogate,
-    )  # fmt: skip
+    )

@@ -26,7 +26,7 @@ class _Builder:
     def conv(
         self, width: int, kernel: int = 3, pool: tuple[int, int] | None = None, *, stride: int = 1,
         padding: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """A convolution, float if it is the first, with max-pooling of a (window, stride)."""
         self.count += 1
         padding = kernel // 2 if padding is None else padding

@@ -89,7 +89,7 @@ class BernoulliVAE(nn.Module):
     def multi_sample_bound(
         self, x: Tensor, importance_samples: int, estimator: str = "arms_d", *, n: int = 2,
         generator: torch.Generator | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Importance-weighted bound in nats, (*batch): see lowbit_ext.antithetic.multi_sample_bound."""
         logits = self.encode(x)
         return multi_sample_bound(

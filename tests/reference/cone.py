@@ -60,7 +60,7 @@ def double_description(matrix):
             ((high, up), (low, down))
             for high, up in zip(rays, values, strict=True) if up > 0
             for low, down in zip(rays, values, strict=True) if down < 0
-        ):  # fmt: skip
+        ):
             # Adjacent: the inequalities tight at both leave a two-dimensional face modulo lines.
             tight = [other for other in seen if _dot(other, high) == 0 == _dot(other, low)]
             if dimension - len(_null_space(tight, dimension)) == rank - 2:

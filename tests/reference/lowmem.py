@@ -34,7 +34,7 @@ def channel_codes(xhat, y, gamma, beta, bits, span):
     A NaN counts as far below. y None: without ReLU, nothing decides the sign but the code.
     """
     n, edge, shift = (value if isinstance(value, int) else _per_channel(value, xhat)
-                      for value in _grid(gamma, beta, bits, span))  # fmt: skip
+                      for value in _grid(gamma, beta, bits, span))
     sign = torch.where(_per_channel(gamma, xhat) < 0, -1.0, 1.0)
     code = (torch.floor(sign * xhat.double() * (n / span) + edge) + n // 2).nan_to_num(0.0).clamp(0, n - 1)
     if y is None:
@@ -46,7 +46,7 @@ def channel_codes(xhat, y, gamma, beta, bits, span):
 def channel_decode(codes, gamma, beta, bits, span):
     """(xhat~, mask, relu~) of codes (N, C, ...)."""
     n, edge, shift = (value if isinstance(value, int) else _per_channel(value, codes)
-                      for value in _grid(gamma, beta, bits, span))  # fmt: skip
+                      for value in _grid(gamma, beta, bits, span))
     gamma, beta = _per_channel(gamma, codes), _per_channel(beta, codes)
     u = (codes.double() + 0.5 - n // 2 - edge) * (span / n)
     mask = codes >= shift
@@ -61,7 +61,7 @@ def channel_values(codes, gamma, beta, bits, span, relu, dtype):
     whose gamma or beta is not finite is NaN.
     """
     n, edge, shift = (value if isinstance(value, int) else _per_channel(value, codes)
-                      for value in _grid(gamma, beta, bits, span))  # fmt: skip
+                      for value in _grid(gamma, beta, bits, span))
     gamma, beta = _per_channel(gamma, codes), _per_channel(beta, codes)
     greatest = torch.finfo(torch.float32).max
     distance = (codes.double() + 0.5 - n // 2 - edge) * (gamma.abs() * (span / n)).clamp(max=greatest)
@@ -170,7 +170,7 @@ def rounding_thresholds(count, seed, offset):
         words = [
             second >> np.uint64(32) ^ words[1] ^ np.uint64(keys[0]), second & mask,
             first >> np.uint64(32) ^ words[3] ^ np.uint64(keys[1]), first & mask,
-        ]  # fmt: skip
+        ]
         keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
     slot = element % np.uint64(256) // np.uint64(16)
     word = np.choose((slot // np.uint64(4)).astype(int), words)

@@ -34,7 +34,7 @@ def _launch(
     status = _native.kernels(x).quantized_activation(
         pointer(x, x, "quantized_activation: x"), FLOAT_TYPES[x.dtype], x.numel(), LEVELS[levels], low, high, closed,
         output.data_ptr(), 0 if mask is None else mask.data_ptr(),
-    )  # fmt: skip
+    )
     _native.check("quantized_activation", status)
 
 
@@ -91,7 +91,7 @@ def _masked_gradient(gradient: Tensor, mask: Tensor) -> Tensor:
     status = _native.kernels(gradient).masked_gradient(
         pointer(gradient, gradient, "masked_gradient: gradient"), FLOAT_TYPES[gradient.dtype], gradient.numel(),
         pointer(mask, gradient, "masked_gradient: mask"), output.data_ptr(),
-    )  # fmt: skip
+    )
     _native.check("masked_gradient", status)
     return output
 

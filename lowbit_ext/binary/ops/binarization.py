@@ -51,7 +51,7 @@ def _outputs(x: Tensor, threshold: Tensor | None, flip: Tensor | None, common: f
 def _launch(
     x: Tensor, threshold: Tensor | None, flip: Tensor | None, common: float, encoding: str, words: Tensor,
     mask: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     channels_last = False
     if not x.is_contiguous():
         channels_last = x.movedim(1, -1).is_contiguous()

@@ -131,7 +131,7 @@ def check_residual(residual: Tensor, out_size: Sequence[int], dtypes: Collection
 def output_kind(
     filters: int, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, threshold: Tensor | None,
     flip: Tensor | None, out_dtype: torch.dtype, out_size: Sequence[int],
-) -> int:  # fmt: skip
+) -> int:
     """Checks the optional arguments; returns what is written."""
     exact = scale is None and bias is None and residual is None
     if threshold is None and flip is None and exact and out_dtype in _OUTPUT_KINDS:
@@ -164,7 +164,7 @@ def _outputs(
     input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     threshold: Tensor | None, flip: Tensor | None, channels: int, filters: int, geometry: Sequence[int], encoding: str,
     padding_value: int, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     size = conv_size(input.shape, channels, filters, as_geometry(geometry), encoding, padding_value)
     output_kind(filters, scale, bias, residual, threshold, flip, out_dtype, size)
     return _empty(input, size, threshold, out_dtype)
@@ -174,12 +174,14 @@ def _binary_conv2d(
     input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     threshold: Tensor | None, flip: Tensor | None, channels: int, filters: int, geometry: Sequence[int], encoding: str,
     padding_value: int, out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     native = _native.kernels(input)
     plan = conv_plan(native, input.shape, channels, filters, geometry, encoding, padding_value)
     if input.dtype != torch.int64:
         raise TypeError(f"binary_conv2d: input must be int64 words, got {input.dtype}")
     kind = output_kind(filters, scale, bias, residual, threshold, flip, out_dtype, plan.out_size)
+    if weight.dtype == torch.int64:
+        weight = _block_weight(weight, channels, geometry[-1])
     weight_pointer = pointer(weight, input, "binary_conv2d: weight")  # before its size, which depends on the device
     if weight.dtype != torch.uint8 or weight.numel() != plan.weight_bytes or not weight.is_contiguous():
         raise ValueError(
@@ -203,12 +205,14 @@ def _binary_conv2d(
         pointer(bias, input, "binary_conv2d: bias"), pointer(residual, input, "binary_conv2d: residual"),
         0 if residual is None else FLOAT_TYPES[residual.dtype], pointer(threshold, input, "binary_conv2d: threshold"),
         pointer(flip, input, "binary_conv2d: flip"), thresholds, output.data_ptr(), workspace.data_ptr(), size,
-    )  # fmt: skip
+    )
     _native.check("binary_conv2d", status)
     return output
 
 
-# Words and a blocked weight -> (N, O, H', W') channels-last int32 or float, or, with thresholds, words (N, H', W', W).
+# Words and a weight -> (N, O, H', W') channels-last int32 or float, or, with thresholds, words (N, H', W', W). The weight
+# is words (O, kh, kw, W of one group), or their blocked copy, made once for many calls. Training hands over words: a
+# compiled graph, which torch keeps on disk, then holds no size that only one instruction set has.
 # Epilogue and exactness: csrc/core/ops/binary_conv2d.h.
 binary_conv2d = _oplib.define(
     "binary_conv2d(Tensor input, Tensor weight, Tensor? scale, Tensor? bias, Tensor? residual, Tensor? threshold, "

@@ -118,7 +118,7 @@ def conv_shape(
     """
     sizes = (
         batch, height, width, channels, filters, *g.kernel, *out, *g.stride, *g.padding[:2], *g.dilation, g.groups,
-    )  # fmt: skip
+    )
     shape = _native.cpu.ConvShape(*sizes) if max(sizes) < 2**63 else None
     if shape is None or not shape.valid():
         raise ValueError(
@@ -181,7 +181,7 @@ class ConvPlan:
 def _plan(
     input_size: tuple[int, ...], channels: int, filters: int, geometry: Geometry, encoding: str, padding_value: int,
     native: Any, level: str,
-) -> ConvPlan:  # fmt: skip
+) -> ConvPlan:
     out_size = conv_size(input_size, channels, filters, geometry, encoding, padding_value)
     batch, height, width, _ = input_size
     shape = conv_shape(batch, height, width, channels, filters, out_size[2:], geometry)
@@ -192,11 +192,11 @@ def _plan(
 def conv_plan(
     native: Any, input_size: Sequence[int], channels: int, filters: int, geometry: Sequence[int], encoding: str,
     padding_value: int,
-) -> ConvPlan:  # fmt: skip
+) -> ConvPlan:
     """The plan of a call on the kernels `native`. Raises ValueError for arguments that do not fit each other."""
     return _plan(
         input_size, channels, filters, as_geometry(geometry), encoding, padding_value, native, native.level
-    )  # fmt: skip
+    )
 
 
 def weight_shape(filters: int, channels: int, geometry: Geometry) -> Any:

@@ -29,14 +29,14 @@ def _empty(grad_output: Tensor, size: Sequence[int]) -> Tensor:
 def _input_grad_outputs(
     grad_output: Tensor, weight: Tensor, scale: Tensor | None, mask: Tensor | None, input_size: Sequence[int],
     filters: int, geometry: Sequence[int],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return _empty(grad_output, tuple(input_size))
 
 
 def _input_grad(
     grad_output: Tensor, weight: Tensor, scale: Tensor | None, mask: Tensor | None, input_size: Sequence[int],
     filters: int, geometry: Sequence[int],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     op = "binary_conv2d_input_grad"
     batch, channels, height, width = input_size
     native = _native.kernels(grad_output)
@@ -63,7 +63,7 @@ def _input_grad(
         pointer(weight, grad_output, f"{op}: weight"), pointer(scale, grad_output, f"{op}: scale"),
         0 if scale is None or scale.numel() == 1 else 1, pointer(mask, grad_output, f"{op}: mask"),
         grad_input.data_ptr(), workspace.data_ptr(), size,
-    )  # fmt: skip
+    )
     _native.check(op, status)
     return grad_input
 
@@ -80,7 +80,7 @@ binary_conv2d_input_grad = _oplib.define(
 def _weight_grad_outputs(
     grad_output: Tensor, input: Tensor, channels: int, filters: int, geometry: Sequence[int], encoding: str,
     padding_value: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     shape = as_geometry(geometry)
     return _empty(grad_output, (filters, channels // shape.groups, *shape.kernel))
 
@@ -88,7 +88,7 @@ def _weight_grad_outputs(
 def _weight_grad(
     grad_output: Tensor, input: Tensor, channels: int, filters: int, geometry: Sequence[int], encoding: str,
     padding_value: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     op = "binary_conv2d_weight_grad"
     native = _native.kernels(grad_output)
     plan = conv_plan(native, input.shape, channels, filters, geometry, encoding, padding_value)
@@ -103,7 +103,7 @@ def _weight_grad(
     status = native.binary_conv2d_weight_grad(
         plan.shape, ENCODINGS[encoding], padding_value, pointer(grad_output, grad_output, f"{op}: grad_output"),
         pointer(input, grad_output, f"{op}: input"), grad_weight.data_ptr(), workspace.data_ptr(), size,
-    )  # fmt: skip
+    )
     _native.check(op, status)
     return grad_weight
 

@@ -70,7 +70,7 @@ def _avg_pool(
     status = _native.kernels(input).binary_avg_pool2d(
         shape, ENCODINGS[encoding], count_include_pad, divisor_override, pointer(input, input, f"{op}: input"),
         output.data_ptr(),
-    )  # fmt: skip
+    )
     _native.check(op, status)
     return output
 
