@@ -49,13 +49,13 @@ def integer(op: str, name: str, value: Any, least: int | None = None, most: int 
 
 def pair(op: str, name: str, value: Any) -> tuple[int, int]:
     """One int for both dimensions, or two."""
-    if type(value) is int:
+    if type(value) is int and -(2**31) < value < 2**31:  # what is usual, at once
         return value, value
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
-        return value
     sizes = [index(item) for item in (value if isinstance(value, (tuple, list)) else (value,))]
     if len(sizes) not in (1, 2) or None in sizes:
         raise TypeError(f"{op}: {name} must be an int or a pair of ints, got {value!r}")
+    if any(type(size) is int and abs(size) >= 2**63 for size in sizes):
+        raise ValueError(f"{op}: {name} must be less than 2^63, got {value!r}")
     return sizes[0], sizes[-1]  # type: ignore[return-value]
 
 
@@ -76,6 +76,13 @@ def flag(op: str, name: str, value: Any) -> bool:
     return value  # type: ignore[return-value]
 
 
+def function(op: str, name: str, value: Any) -> Callable[..., Any]:
+    """What can be called."""
+    if not callable(value):
+        raise TypeError(f"{op}: {name} must be callable, got {type(value).__name__}")
+    return value  # type: ignore[no-any-return]
+
+
 def choice(op: str, name: str, value: Any, choices: Sequence[Any]) -> Any:
     """One of `choices`: strings, ints or None."""
     if not isinstance(value, (str, int, type(None))) or value not in choices:
@@ -83,10 +90,10 @@ def choice(op: str, name: str, value: Any, choices: Sequence[Any]) -> Any:
     return value
 
 
-def dtype(op: str, name: str, value: Any, choices: Sequence[torch.dtype]) -> torch.dtype:
-    """One of `choices`."""
-    if not isinstance(value, torch.dtype) or value not in choices:
-        raise TypeError(f"{op}: {name} must be {named(choices)}, got {value}")
+def dtype(op: str, name: str, value: Any, choices: Sequence[torch.dtype] = ()) -> torch.dtype:
+    """One of `choices`, or any dtype."""
+    if not isinstance(value, torch.dtype) or (choices and value not in choices):
+        raise TypeError(f"{op}: {name} must be {named(choices) if choices else 'a torch.dtype'}, got {value!r}")
     return value
 
 

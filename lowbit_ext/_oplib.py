@@ -69,6 +69,9 @@ def define(schema: str, *, outputs: Callable[..., Any], launcher: Callable[..., 
         try:
             result = launcher(*arguments)
         except _native.NotPlainMemory:
+            for index in written:  # torch's way round a negated view reads the result, and there is none
+                if isinstance(arguments[index], Tensor) and arguments[index].is_neg():
+                    raise
             return overload(*arguments)
         except Exception:  # what is said of a sparse tensor names something else
             _check_layouts(overload, arguments)
@@ -117,7 +120,8 @@ def _check_devices(overload: Any, arguments: tuple[Any, ...]) -> None:
     """What `_native.pointer` checks, without data. As in torch, a scalar on the CPU goes with any device."""
     for name, tensor in _tensors(overload, arguments):
         if tensor.device != arguments[0].device and not (tensor.dim() == 0 and tensor.is_cpu):
-            raise ValueError(f"{name} must be on {arguments[0].device} like the input, got {tensor.device}")
+            place = "the CPU" if arguments[0].is_cpu else arguments[0].device
+            raise ValueError(f"{name} must be on {place} like the input, got {tensor.device}")
 
 
 def functions() -> dict[str, Callable[..., Any]]:

@@ -127,7 +127,7 @@ class PackedTensor:
         if self.scale is None:
             return
         scale = _arguments.tensor_like("PackedTensor", "scale", self.scale, words)
-        if not scale.is_floating_point() or not _broadcasts(scale.shape, self.shape):
+        if scale.dtype not in (torch.float64, *_arguments.FLOATS) or not _broadcasts(scale.shape, self.shape):
             raise ValueError(
                 f"PackedTensor: scale must be a float tensor that broadcasts against {tuple(self.shape)}, "
                 f"got {scale.dtype} {tuple(scale.shape)}"
@@ -141,7 +141,7 @@ class PackedTensor:
     def shape(self) -> torch.Size:
         """Logical shape (N, C, *spatial)."""
         sizes = self.words.shape
-        return torch.Size((sizes[0], self.channels, *sizes[1:-1]))
+        return torch.Size((*sizes[:1], self.channels, *sizes[1:-1]))
 
     @property
     def device(self) -> torch.device:

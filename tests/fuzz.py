@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 HANG_SECONDS = 60  # the slowest call takes well under one, the first also imports torch
-SHARE = 2000  # calls of a process, which then makes room for one with a fresh memory
+SHARE = 10_000  # calls of a process, which then makes room for one with a fresh memory
 MEMORY = 6 << 30  # bytes beyond those of torch itself, so that a call for 2^40 elements fails and harms nobody
 
 

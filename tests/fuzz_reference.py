@@ -201,7 +201,7 @@ def conv(a: Arguments, result: Any, dims: int) -> str:
             return f"a residual {tuple(residual.shape)} of a result {tuple(acc.shape)} was taken"
         value = value + residual
     if a.get("threshold") is not None:
-        return _unlike_bits(a, result, value, encoding)
+        return _unlike_bits(a, result, value.flatten(0, -2) if dims == 0 else value, encoding)
     dtype = result.dtype
     if dtype == torch.int32:
         return unlike(result, value)
@@ -280,7 +280,11 @@ def avg_pool2d(a: Arguments, result: Tensor) -> str:
 
 
 def global_avg_pool(a: Arguments, result: Tensor) -> str:
-    return "" if result.is_meta else unlike(result, values_of(a["input"]).mean((2, 3), keepdim=True), 1e-6)
+    if result.is_meta:
+        return ""
+    mean = values_of(PackedTensor(a["input"].words, a["input"].channels, a["input"].encoding)).mean((2, 3), True)
+    scale = a["input"].scale
+    return unlike(result, mean if scale is None else mean * plain(scale), 1e-6)
 
 
 def _levels(a: Arguments, result: Tensor, encoding: str) -> str:

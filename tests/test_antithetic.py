@@ -603,9 +603,9 @@ X = torch.zeros(3, 5)
 S = sample(X, 4, seed=0)
 
 WRONG_CALLS = [
-    (lambda: sample([0.0], 2), TypeError, "sample: logits must be a float32, bfloat16 or float16 tensor, got list"),
+    (lambda: sample([0.0], 2), TypeError, "sample: logits must be a tensor, got list"),
     (lambda: sample(X.double(), 2), TypeError,
-     "sample: logits must be a float32, bfloat16 or float16 tensor, got torch.float64"),
+     "sample: logits must be float32, bfloat16 or float16, got torch.float64"),
     (lambda: sample(torch.zeros(()), 2), ValueError, "sample: logits must have at least one dimension, got a scalar"),
     (lambda: sample(X, 1), ValueError, "antithetic_sample: n must be 2 to 64 for coupling 'dirichlet', got 1"),
     (lambda: sample(X, 65), ValueError, "antithetic_sample: n must be 2 to 64 for coupling 'dirichlet', got 65"),
@@ -614,10 +614,10 @@ WRONG_CALLS = [
     (lambda: sample(X, 3, "antithetic_pairs"), ValueError,
      "antithetic_sample: n must be even for coupling 'antithetic_pairs', got 3"),
     (lambda: sample(X, 2, "clayton"), ValueError,
-     "antithetic_sample: coupling must be one of independent, antithetic_pairs, dirichlet, systematic, gaussian, "
+     "sample: coupling must be one of 'independent', 'antithetic_pairs', 'dirichlet', 'systematic', 'gaussian', "
      "got 'clayton'"),
     (lambda: sample(X, 2, layout="rows"), ValueError,
-     "antithetic_sample: layout must be 'sample' or 'dimension', got 'rows'"),
+     "sample: layout must be one of 'sample', 'dimension', got 'rows'"),
     (lambda: sample(X + math.nan, 2), ValueError, "antithetic_sample: logits must be finite, got a NaN or an infinity"),
     (lambda: sample(X - math.inf, 2, "gaussian"), ValueError,
      "antithetic_sample: logits must be finite, got a NaN or an infinity"),
@@ -631,14 +631,15 @@ WRONG_CALLS = [
     (lambda: gradient(sample(X, 1, "independent"), torch.zeros(1, 3)), ValueError,
      "gradient: needs n >= 2 samples, got 1: a single value cannot be compared with a mean"),
     (lambda: expectation(quadratic, X, 4, "arms"), ValueError,
-     f"expectation: estimator must be one of {', '.join(antithetic.ESTIMATORS)}, got 'arms'"),
+     f"expectation: estimator must be one of {', '.join(map(repr, antithetic.ESTIMATORS))}, got 'arms'"),
     (lambda: expectation(quadratic, X, 1, "loorf"), ValueError, "expectation: loorf needs n >= 2 samples, got 1"),
     (lambda: expectation(lambda b: b, X, 2), ValueError,
      "expectation: values must have one value a sample and row, shape (2, 3), got (2, 3, 5)"),
     (lambda: expectation(lambda b: b.detach().sum(-1), X, 2, "double_cv"), ValueError,
      "expectation: double_cv needs the gradient of f, which f's result does not have"),
     (lambda: multi_sample_bound(quadratic, X, 2, "arms"), ValueError,
-     "multi_sample_bound: estimator must be one of arms_d, arms_n, arms_s, loorf, disarm, vimco, got 'arms'"),
+     "multi_sample_bound: estimator must be one of 'arms_d', 'arms_n', 'arms_s', 'loorf', 'disarm', 'vimco', "
+     "got 'arms'"),
     (lambda: multi_sample_bound(quadratic, X, 1, "vimco"), ValueError,
      "multi_sample_bound: vimco needs importance_samples >= 2, got 1"),
     (lambda: multi_sample_bound(lambda b: b.sum(), X, 2), ValueError,

@@ -62,9 +62,10 @@ def test_more_levels_have_less_mismatch():
         cosines = []
         for seed in range(3):
             student, batch = teacher_and_student(name, seed, 16_000)
-            result = gradient_mismatch(student, nn.functional.mse_loss, batch, eps=0.1)
+            layers = ["0.weight", "2.weight"]
+            result = gradient_mismatch(student, nn.functional.mse_loss, batch, eps=0.1, layers=layers)
             assert result.samples == 16_000
-            cosines.append(list(result.cosines.values())[:2])
+            cosines.append(list(result.cosines.values()))
         means[name] = torch.tensor(cosines).mean(0)
     for layer in range(2):
         float_, two_bit, ternary, binary = (float(means[name][layer]) for name in ACTIVATIONS)

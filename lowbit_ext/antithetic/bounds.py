@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lowbit_ext import _arguments
 from lowbit_ext.antithetic.estimators import ESTIMATORS, gradient, surrogate_rows
+from lowbit_ext.antithetic.ops import MOST_SAMPLES
 from lowbit_ext.antithetic.samples import sample
 
 BOUND_ESTIMATORS = ("arms_d", "arms_n", "arms_s", "loorf", "disarm", "vimco")
@@ -58,9 +60,11 @@ def multi_sample_bound(
         2021 (its multi-sample extension: summed over k, with the pathwise term); Mnih and Rezende, "Variational
         inference for Monte Carlo objectives", ICML 2016 (vimco).
     """
-    if estimator not in BOUND_ESTIMATORS:
-        names = ", ".join(BOUND_ESTIMATORS)
-        raise ValueError(f"multi_sample_bound: estimator must be one of {names}, got {estimator!r}")
+    op = "multi_sample_bound"
+    _arguments.function(op, "log_weight", log_weight)
+    estimator = _arguments.choice(op, "estimator", estimator, BOUND_ESTIMATORS)
+    importance_samples = _arguments.integer(op, "importance_samples", importance_samples, 1, MOST_SAMPLES)
+    n = _arguments.integer(op, "n", n)
     if estimator == "vimco" and importance_samples < 2:
         raise ValueError(f"multi_sample_bound: vimco needs importance_samples >= 2, got {importance_samples}")
     independent = sample(logits, importance_samples, "independent", generator=generator)
@@ -69,7 +73,7 @@ def multi_sample_bound(
     if estimator != "vimco":
         coupled = sample(logits, n, ESTIMATORS[estimator], generator=generator)
         drawn = torch.cat([drawn, coupled.unpack(logits.dtype)])
-    log_w = log_weight(drawn)
+    log_w = _arguments.tensor_like(op, "the result of log_weight", log_weight(drawn), logits)
     if log_w.shape != (drawn.shape[0], *logits.shape[:-1]):
         raise ValueError(
             f"multi_sample_bound: log_weight must return shape {(drawn.shape[0], *logits.shape[:-1])}, "

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_ext import _arguments
 from lowbit_ext.antithetic import ops
-from lowbit_ext.antithetic.samples import AntitheticSamples, sample
+from lowbit_ext.antithetic.samples import AntitheticSamples, checked, sample
 
 # Coupling of each estimator's samples.
 ESTIMATORS = {
@@ -24,13 +25,15 @@ ESTIMATORS = {
 }
 
 
-def _check_values(op: str, samples: AntitheticSamples, values: Tensor) -> None:
+def _check_values(op: str, samples: AntitheticSamples, values: Any) -> None:
+    samples = checked(op, samples)
+    values = _arguments.tensor_like(op, "values", values, samples.logits)
     batch = samples.logits.shape[:-1]
     if values.shape != (samples.n, *batch):
         raise ValueError(
             f"{op}: values must have one value a sample and row, shape {(samples.n, *batch)}, got {tuple(values.shape)}"
         )
-    if not values.is_floating_point():
+    if values.dtype not in (torch.float64, *_arguments.FLOATS):
         raise TypeError(f"{op}: values must be floating point, got {values.dtype}")
 
 
@@ -168,8 +171,9 @@ def expectation(
         Dong, Mnih and Tucker, "DisARM", 2020; Bengio et al., 2013 (straight-through); Titsias and Shi, "Double control
         variates for gradient estimation in discrete latent variable models", AISTATS 2022.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"expectation: estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    _arguments.function("expectation", "f", f)
+    estimator = _arguments.choice("expectation", "estimator", estimator, tuple(ESTIMATORS))
+    n = _arguments.integer("expectation", "n", n)
     if n < 2 and estimator not in ("reinforce", "straight_through"):
         raise ValueError(f"expectation: {estimator} needs n >= 2 samples, got {n}")
     samples = sample(logits, n, ESTIMATORS[estimator], generator=generator, seed=seed)

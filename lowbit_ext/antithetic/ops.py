@@ -24,7 +24,8 @@ def bits_type(samples: int) -> torch.dtype:
     return torch.int16 if samples <= 16 else torch.int32 if samples <= 32 else torch.int64
 
 
-def _bits_size(rows: int, dimensions: int, samples: int, layout: str) -> tuple[tuple[int, ...], torch.dtype]:
+def bits_size(rows: int, dimensions: int, samples: int, layout: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of the bits of so many samples."""
     if layout == "dimension":
         return (samples, rows, words_for(dimensions)), torch.int64
     return (rows, dimensions), bits_type(samples)
@@ -59,7 +60,7 @@ def _sample_outputs(
     logits: Tensor, quantile: Tensor | None, samples: int, coupling: str, layout: str, seed: Tensor, offset: int
 ) -> tuple[Tensor, Tensor]:
     _check_sample(logits, quantile, samples, coupling, layout)
-    size, dtype = _bits_size(logits.shape[0], logits.shape[1], samples, layout)
+    size, dtype = bits_size(logits.shape[0], logits.shape[1], samples, layout)
     return logits.new_empty(size, dtype=dtype), logits.new_empty(logits.shape)
 
 
@@ -111,7 +112,7 @@ def _gradient_outputs(bits: Tensor, weight: Tensor, ratio: Tensor | None, dimens
     rows, samples = weight.shape
     if not 1 <= samples <= MOST_SAMPLES:
         raise ValueError(f"antithetic_gradient: weight must have 1 to {MOST_SAMPLES} samples, got {samples}")
-    size, dtype = _bits_size(rows, dimensions, samples, layout)
+    size, dtype = bits_size(rows, dimensions, samples, layout)
     if bits.dtype != dtype or bits.shape != size:
         raise ValueError(
             f"antithetic_gradient: bits must be {dtype} {size} for {samples} samples and {dimensions} dimensions, "

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_ext import _arguments
 from lowbit_ext._torch import pytree
 from lowbit_ext.antithetic import ops
-from lowbit_ext.packed import PackedTensor, unpack_op
+from lowbit_ext.packed import PackedTensor, unchecked, unpack_op
 
 # Gauss-Legendre nodes of Owen's T: enough for 1e-12 at |h| <= 37.3, where the quantiles of LARGEST_LOGIT end.
 _OWEN_NODES = 64
@@ -75,6 +76,27 @@ class AntitheticSamples:
     seed: Tensor
     offset: int
 
+    def __post_init__(self) -> None:
+        op = "AntitheticSamples"
+        logits = _arguments.tensor(op, "logits", self.logits, _arguments.FLOATS)
+        if logits.dim() < 1:
+            raise ValueError(f"{op}: logits must have at least one dimension, got a scalar")
+        n = _arguments.integer(op, "n", self.n, 1, ops.MOST_SAMPLES)
+        object.__setattr__(self, "n", n)
+        object.__setattr__(self, "offset", _arguments.integer(op, "offset", self.offset))
+        _arguments.choice(op, "coupling", self.coupling, tuple(ops.COUPLINGS))
+        _arguments.choice(op, "layout", self.layout, tuple(ops.LAYOUTS))
+        size, dtype = ops.bits_size(logits.shape[:-1].numel(), logits.shape[-1], n, self.layout)
+        size = tuple(logits.shape) if self.layout == "sample" else size
+        bits = _arguments.tensor_like(op, "bits", self.bits, logits, (dtype,))
+        ratio = _arguments.tensor_like(op, "ratio", self.ratio, logits, (torch.float32,))
+        if tuple(bits.shape) != size or ratio.shape != logits.shape:
+            raise ValueError(
+                f"{op}: bits and ratio must have shapes {size} and {tuple(logits.shape)} for these logits, got "
+                f"{tuple(bits.shape)} and {tuple(ratio.shape)}"
+            )
+        object.__setattr__(self, "seed", seed_tensor(op, self.seed))
+
     @property
     def packed(self) -> PackedTensor:
         """The samples as a batch of n * rows packed rows of D channels in {0, 1}, sample-major; no copy.
@@ -87,13 +109,48 @@ class AntitheticSamples:
         return PackedTensor(self.bits.flatten(0, 1), self.logits.shape[-1], "step")
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Samples as 0 and 1, (n, *batch, D). dtype: any; float32, bfloat16 and float16 have a kernel from words."""
+        """Samples as 0 and 1, (n, *batch, D).
+
+        Args:
+            dtype: any; float32, bfloat16 and float16 have a kernel from words.
+
+        Raises:
+            TypeError: no dtype.
+        """
+        _arguments.dtype("AntitheticSamples.unpack", "dtype", dtype)
         size = (self.n, *self.logits.shape)
         if self.layout == "dimension":
-            dense = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+            dense = dtype if dtype in _arguments.FLOATS else torch.float32
             return unpack_op(self.bits, self.logits.shape[-1], 0.0, 1.0, dense).reshape(size).to(dtype)
         index = torch.arange(self.n, dtype=self.bits.dtype, device=self.bits.device)
         return ((self.bits >> index.view(-1, *(1,) * self.logits.dim())) & 1).to(dtype)
+
+
+def seed_tensor(op: str, seed: Any) -> Tensor:
+    """A seed as the operator takes it: an int64 tensor of one element."""
+    if isinstance(seed, Tensor):
+        seed = _arguments.tensor(op, "seed", seed, (torch.int64,))
+        if seed.numel() != 1:
+            raise ValueError(f"{op}: seed must have one element, got {tuple(seed.shape)}")
+        return seed
+    value = _arguments.integer(op, "seed", seed, -(2**63), 2**63 - 1)
+    return torch.tensor(value, dtype=torch.int64, device="cpu")
+
+
+def checked(op: str, samples: Any) -> AntitheticSamples:
+    """The argument `samples` of an operation."""
+    if not isinstance(samples, AntitheticSamples):
+        raise TypeError(f"{op}: samples must be AntitheticSamples, made by sample(), got {type(samples).__name__}")
+    return samples
+
+
+def _samples(
+    bits: Tensor, ratio: Tensor, logits: Tensor, n: int, coupling: str, layout: str, seed: Tensor, offset: int
+) -> AntitheticSamples:
+    return unchecked(  # type: ignore[no-any-return]
+        AntitheticSamples, bits=bits, ratio=ratio, logits=logits, n=n, coupling=coupling, layout=layout, seed=seed,
+        offset=offset,
+    )
 
 
 def _flatten(samples: AntitheticSamples) -> tuple[list[Any], Any]:
@@ -104,7 +161,7 @@ def _flatten(samples: AntitheticSamples) -> tuple[list[Any], Any]:
 def _unflatten(tensors: Any, context: Any) -> AntitheticSamples:
     bits, ratio, logits, seed = tensors
     n, coupling, layout, offset = context
-    return AntitheticSamples(bits, ratio, logits, n, coupling, layout, seed, offset)
+    return _samples(bits, ratio, logits, n, coupling, layout, seed, offset)
 
 
 pytree.register_pytree_node(
@@ -150,18 +207,23 @@ def sample(
         Dimitriev and Zhou, "ARMS: Antithetic-REINFORCE-Multi-Sample gradient for binary variables", ICML 2021; Yin and
         Zhou, "ARM", 2019, and Dong, Mnih and Tucker, "DisARM", NeurIPS 2020, for pairs.
     """
-    if not isinstance(logits, Tensor) or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        came = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"sample: logits must be a float32, bfloat16 or float16 tensor, got {came}")
+    logits = _arguments.tensor("sample", "logits", logits, _arguments.FLOATS)
+    n = _arguments.integer("sample", "n", n)
+    coupling = _arguments.choice("sample", "coupling", coupling, tuple(ops.COUPLINGS))
+    layout = _arguments.choice("sample", "layout", layout, tuple(ops.LAYOUTS))
+    offset = _arguments.integer("sample", "offset", offset, -(2**63), 2**63 - 1)
     if logits.dim() < 1:
         raise ValueError("sample: logits must have at least one dimension, got a scalar")
-    if generator is not None and seed is not None:
-        raise ValueError("sample: give generator or seed, not both")
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"sample: generator must be a torch.Generator, got {type(generator).__name__}")
+        if seed is not None:
+            raise ValueError("sample: give generator or seed, not both")
     if seed is None:
         device = "cpu" if generator is None else generator.device
         seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
-    elif not isinstance(seed, Tensor):
-        seed = torch.tensor(seed, dtype=torch.int64, device="cpu")
+    else:
+        seed = seed_tensor("sample", seed)
     rows = logits.detach().float().reshape(logits.shape[:-1].numel(), logits.shape[-1])
     quantile = normal_quantile(rows) if coupling == "gaussian" else None
     bits, ratio = ops.antithetic_sample(
@@ -171,4 +233,4 @@ def sample(
         ratio = _gaussian_ratio(rows, quantile, n)
     if layout == "sample":
         bits = bits.reshape(logits.shape)
-    return AntitheticSamples(bits, ratio.reshape(logits.shape), logits, n, coupling, layout, seed, offset)
+    return _samples(bits, ratio.reshape(logits.shape), logits, n, coupling, layout, seed, offset)

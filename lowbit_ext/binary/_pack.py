@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from lowbit_ext import _arguments
 from lowbit_ext._graph import first_line
 from lowbit_ext._torch import pytree
 from lowbit_ext.binary import layers
@@ -279,6 +280,9 @@ def pack(model: nn.Module, example_input: Any) -> PackedModel:
     if not isinstance(model, nn.Module):
         raise TypeError(f"pack: model must be a torch.nn.Module, got {type(model).__name__}")
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    for value in inputs:
+        if isinstance(value, Tensor):
+            _arguments.tensor("pack", "example_input", value)
     if not any(type(module) in BINARY_LAYERS for module in model.modules()):
         raise ValueError("pack: the model has no BinaryConv2d, BinaryConv1d or BinaryLinear")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

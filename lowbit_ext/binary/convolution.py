@@ -60,7 +60,8 @@ def _cached_geometry(
     weight_shape: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair, groups: int
 ) -> Geometry:
     kernel = (weight_shape[2], weight_shape[3])
-    stride, dilation = _arguments.pair("", "", stride), _arguments.pair("", "", dilation)
+    stride = _arguments.pair("binary_conv2d", "stride", stride)
+    dilation = _arguments.pair("binary_conv2d", "dilation", dilation)
     if padding == "valid":
         sides = (0, 0, 0, 0)
     elif padding == "same":
@@ -73,7 +74,7 @@ def _cached_geometry(
     elif isinstance(padding, str):
         raise ValueError(f"binary_conv2d: padding must be ints, 'same' or 'valid', got {padding!r}")
     else:
-        sides = _arguments.pair("", "", padding) * 2
+        sides = _arguments.pair("binary_conv2d", "padding", padding) * 2
     return Geometry(*kernel, *stride, *sides, *dilation, groups)
 
 
@@ -106,13 +107,14 @@ def _conv2d_float64(
     offset = None if bias is None else channel_vector("bias", bias, filters, input, torch.float64)
     if residual is not None:
         ops.check_residual(residual, out_size, (*_arguments.FLOATS, torch.float64))
-    late = wants_grad(scale)
+    # Sums of +-1 are exact, scaled ones are not; the gradient of a latent weight does not have the scale.
+    late = wants_grad(scale) or not wants_grad(weight)
     top, left, bottom, right = geometry.padding
     values = F.pad(binary_activation(input, encoding, surrogate), (left, right, top, bottom), value=padding_value)
     effective = straight_through_weight(weight.to(torch.float64), None if late else factor)
     output = F.conv2d(values, effective, None, geometry.stride, 0, geometry.dilation, geometry.groups)
-    if late:
-        output = output * factor.reshape(-1, 1, 1)  # type: ignore[union-attr]
+    if late and factor is not None:
+        output = output * factor.reshape(-1, 1, 1)
     if offset is not None:
         output = output + offset.reshape(-1, 1, 1)
     return output if residual is None else output + residual
@@ -418,7 +420,8 @@ def linear(
 ) -> Tensor | PackedTensor:
     """Matrix product of binary values with binary weights: input (*, C) float or PackedTensor (N, C), weight (O, C).
 
-    The other arguments, the result (*, O), gradients and errors are conv2d's.
+    The other arguments, the result (*, O), gradients and errors are conv2d's; bits by a threshold are packed rows, all
+    of * one after the other.
     """
     _check_input("binary_linear", input)
     _check_weight("binary_linear", weight, "(O, C)")

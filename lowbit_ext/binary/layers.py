@@ -71,7 +71,7 @@ def check_conv(
 
 def _check_elements(layer: str, names: str, *sizes: int) -> None:
     """Refuses a weight that torch cannot count the bytes of."""
-    if math.prod(sizes) >= _MOST_ELEMENTS:
+    if math.prod(map(int, sizes)) >= _MOST_ELEMENTS:
         raise ValueError(f"{layer}: {names} must have a product below 2^48, got {', '.join(map(str, sizes))}")
 
 

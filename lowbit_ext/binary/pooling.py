@@ -24,6 +24,8 @@ def _check_packed(op: str, value: Any) -> None:
         raise TypeError(f"{op}: input must be a PackedTensor, got {type(value).__name__}")
     if value.dim() != 4:
         raise ValueError(f"{op}: input must be (N, C, H, W), got {tuple(value.shape)}")
+    if value.scale is not None and value.scale.device != value.device:
+        raise ValueError(f"{op}: input's scale must be on {value.device} like its words, got {value.scale.device}")
     if value.scale is not None and any(size != 1 for size in value.scale.shape[-2:]):
         raise ValueError(
             f"{op}: input's scale must be the same for all pixels, got shape {tuple(value.scale.shape)}"
@@ -63,7 +65,7 @@ def max_pool2d(
     """
     op = "binary_max_pool2d"
     _check_packed(op, input)
-    if input.scale is not None and _oplib._is_eager() and bool((input.scale < 0).any()):
+    if input.scale is not None and not input.scale.is_meta and _oplib._is_eager() and bool((input.scale < 0).any()):
         raise ValueError(f"{op}: input's scale must not be negative, which makes a maximum of bits a minimum of values")
     if invert is not None:
         _arguments.tensor_like(op, "invert", invert, input.words)

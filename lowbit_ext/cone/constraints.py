@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowbit_ext import _arguments
 from lowbit_ext.cone import generators as gen
 from lowbit_ext.cone.polyhedron import Polyhedron
 from lowbit_ext.cone.rows import Row, dense, to_float, unit_rows
@@ -105,10 +106,9 @@ class Cone(Polyhedron):
         max_rays: int = MAX_RAYS,
         exact: bool | str = "auto",
     ) -> None:
-        if exact not in ("auto", True, False):
+        if not isinstance(exact, (str, bool)) or exact not in ("auto", True, False):
             raise ValueError(f"Cone: exact must be 'auto', True or False, got {exact!r}")
-        if not isinstance(max_rays, (int, np.integer)) or max_rays < 1:
-            raise ValueError(f"Cone: max_rays must be a positive integer, got {max_rays!r}")
+        max_rays = _arguments.integer("Cone", "max_rays", max_rays, 1)
         exact_parts = gen.exact_constraints(*self._constrain(A, b, equality))
         self.summands = gen.generators(*exact_parts, self.dimension, gen.Options(max_rays, exact))
         self.predicted_rays = sum(summand.predicted_rays for summand in self.summands)
@@ -227,7 +227,17 @@ class Cone(Polyhedron):
 
         Returns:
             (..., d), computed in float64, in the type of coefficients.
+
+        Raises:
+            TypeError, ValueError: coefficients of another number, or not floating point.
         """
+        _arguments.tensor("combine", "coefficients", coefficients)
+        expected = sum(self.coefficient_counts)
+        if not coefficients.is_floating_point() or coefficients.shape[-1:] != (expected,):
+            raise ValueError(
+                f"combine: coefficients must be floating point with {expected} in the last dimension, got "
+                f"{coefficients.dtype} {tuple(coefficients.shape)}"
+            )
         beta, gamma, alpha = coefficients.double().split(self.coefficient_counts, dim=-1)
         device = coefficients.device
         rays, lines, vertices = self.rays.to(device), self.lines.to(device), self.vertex_generators.dense().to(device)
@@ -249,12 +259,12 @@ class Cone(Polyhedron):
         Raises:
             TypeError, ValueError: x of another shape or type, or a point outside the set; project it first.
         """
-        points = self._check_points("coefficients", x)
+        points = self._check_points("coefficients", x, with_values=True)
         excess = self._excess(points, torch.finfo(x.dtype).eps)
         if not bool((excess <= 0).all()):
             sample, row = (int(i) for i in torch.nonzero(~(excess <= 0))[0])
             raise ValueError(
-                f"coefficients: point {sample} is outside the set: constraint {row} is violated; project it first"
+                f"coefficients: x must be in the set: point {sample} violates constraint {row}; project it first"
             )
         result = points @ self._inverse.dense().to(x.device).T + self._inverse_offset.to(x.device)
         rays, lines, _ = self.coefficient_counts
@@ -262,7 +272,7 @@ class Cone(Polyhedron):
             result = peeling(points, result, (0, rays, rays + lines))
         beta, gamma, alpha = result.split(self.coefficient_counts, dim=1)
         result = torch.cat([beta.clamp_min(0), gamma, alpha.clamp_min(0)], 1)
-        return result.reshape(*x.shape[:-1], -1).to(x.dtype)
+        return result.reshape(*x.shape[:-1], result.shape[1]).to(x.dtype)
 
     # --- words --------------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lowbit_ext import _arguments
 from lowbit_ext.cone.rows import Row, primitive
 
 INSTALL = 'pip install "lowbit-ext[cone]"'
+MOST_ROWS = 100_000  # the bound then has 30 000 digits, in a tenth of a second
 
 
 def predicted_rays(rows: int, rank: int) -> int:
@@ -16,9 +18,15 @@ def predicted_rays(rows: int, rank: int) -> int:
     Args:
         rows: inequalities.
         rank: of A, which is the dimension modulo lines.
+
+    Raises:
+        TypeError, ValueError: no integers, negative ones, or more rows than MOST_ROWS beyond the rank.
     """
-    if rows <= rank:
-        return rows
+    rows = _arguments.integer("predicted_rays", "rows", rows, 0)
+    rank = _arguments.integer("predicted_rays", "rank", rank, 0)
+    if rows <= rank or rank == 0:
+        return min(rows, rank)
+    _arguments.integer("predicted_rays", "rows", rows, most=MOST_ROWS)
     facets = rank - 1  # dimension of a cross-section, a polytope with at most `rows` facets
     upper, lower = (facets + 1) // 2, facets // 2
     return math.comb(rows - upper, lower) + (math.comb(rows - lower - 1, upper - 1) if upper else 0)

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowbit_ext import _arguments
 from lowbit_ext.cone.constraints import Cone
+from lowbit_ext.cone.polyhedron import FLOATS
 
 NONNEGATIVE: dict[str, Callable[[Tensor], Tensor]] = {
     "abs": torch.abs,
@@ -25,6 +26,26 @@ NONNEGATIVE: dict[str, Callable[[Tensor], Tensor]] = {
 # as with one product with all generators at 2 % (checkerboard), 1.3 at 50 %, 1.1 at 75 %, 0.96 at 96 % (bench/cone.py,
 # batch 256, one thread of a Zen 4).
 LARGEST_WIDE_SHARE = 0.75
+
+
+def _check_options(op: str, cone: Any, nonnegative: Any, box: Any) -> None:
+    if not isinstance(cone, Cone):
+        raise TypeError(f"{op}: cone must be a Cone, got {type(cone).__name__}")
+    _arguments.choice(op, "nonnegative", nonnegative, tuple(NONNEGATIVE))
+    if box is None:
+        return
+    if not 0 < _arguments.number(op, "box", box) < math.inf:
+        raise ValueError(f"{op}: box must be a positive number, got {box!r}")
+    if not cone.is_homogeneous:
+        raise ValueError(f"{op}: box needs constraints with b = 0: others do not survive a division")
+
+
+def _check_features(op: str, x: Any, count: int, parameter: Tensor) -> None:
+    _arguments.tensor(op, "x", x, FLOATS)
+    if x.shape[-1:] != (count,):
+        raise ValueError(f"{op}: x must have {count} values in the last dimension, got {tuple(x.shape)}")
+    if x.device != parameter.device:
+        raise ValueError(f"{op}: x is on {x.device}, the module on {parameter.device}")
 
 
 def _moments(activation: Callable[[Tensor], Tensor], deviation: float) -> tuple[float, float]:
@@ -132,15 +153,7 @@ class ConeActivation(nn.Module):
 
     def __init__(self, cone: Cone, nonnegative: str = "abs", box: float | None = None) -> None:
         super().__init__()
-        name = type(self).__name__
-        if not isinstance(cone, Cone):
-            raise TypeError(f"{name}: cone must be a Cone, got {type(cone).__name__}")
-        if nonnegative not in NONNEGATIVE:
-            raise ValueError(f"{name}: nonnegative must be one of {', '.join(NONNEGATIVE)}, got {nonnegative!r}")
-        if box is not None and not (isinstance(box, (int, float)) and 0 < box < math.inf):
-            raise ValueError(f"{name}: box must be a positive number, got {box!r}")
-        if box is not None and not cone.is_homogeneous:
-            raise ValueError(f"{name}: box needs constraints with b = 0: others do not survive a division")
+        _check_options(type(self).__name__, cone, nonnegative, box)
         self.cone, self.nonnegative, self.box = cone, nonnegative, box
         self.in_features, self.out_features = sum(cone.coefficient_counts), cone.dimension
         self._groups = _runs(cone.vertex_groups)
@@ -222,15 +235,10 @@ class ConeActivation(nn.Module):
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Coefficients of the cone's rays (>= 0), lines and vertices (>= 0, each group sums to 1)."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"{type(self).__name__}: needs {self.in_features} coefficients in the last dimension, "
-                f"got {tuple(x.shape)}"
-            )
+        name = type(self).__name__
+        _check_features(name, x, self.in_features, self.rays)
         if torch.promote_types(x.dtype, self.rays.dtype) != self.rays.dtype:
-            raise TypeError(
-                f"{type(self).__name__}: coefficients are {x.dtype}, the module {self.rays.dtype}: convert either"
-            )
+            raise TypeError(f"{name}: x is {x.dtype}, the module {self.rays.dtype}: convert either")
         parts = x.split(self.cone.coefficient_counts, dim=-1)
         beta, gamma, alpha = (part.to(self.rays.dtype) for part in parts)
         beta = NONNEGATIVE[self.nonnegative](beta) * self.ray_scale
@@ -250,6 +258,7 @@ class ConeActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
+        _arguments.tensor(type(self).__name__, "x", x)
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self._combine(self.coefficients(x)).to(x.dtype)
@@ -328,10 +337,11 @@ class ConeLinear(nn.Module):
 
     def __init__(self, in_features: int, cone: Cone, nonnegative: str = "abs", box: float | None = None) -> None:
         super().__init__()
-        if isinstance(in_features, bool) or not isinstance(in_features, (int, np.integer)) or in_features < 1:
-            raise ValueError(f"ConeLinear: in_features must be a positive integer, got {in_features!r}")
+        name = type(self).__name__
+        in_features = _arguments.integer(name, "in_features", in_features, 1, 1 << 40)
+        _check_options(name, cone, nonnegative, box)
         self.activation = ConeActivation(cone, nonnegative, box)
-        self.linear = nn.Linear(int(in_features), self.activation.in_features)
+        self.linear = nn.Linear(in_features, self.activation.in_features)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -380,4 +390,8 @@ class ConeLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
+        name = type(self).__name__
+        _check_features(name, x, self.in_features, self.linear.weight)
+        if x.dtype != self.linear.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name}: x is {x.dtype}, the weight {self.linear.weight.dtype}: convert either")
         return self.activation(self.linear(x))

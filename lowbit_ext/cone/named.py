@@ -6,14 +6,17 @@ import math
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from lowbit_ext import _arguments
 from lowbit_ext.cone.constraints import Cone
 
 
+LARGEST_SIZE = 1 << 20  # its matrix has 2^40 entries: what is larger is a mistake, not a lack of memory
+
+
 def _size(op: str, name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{op}: {name} must be an integer of at least {least}, got {value!r}")
-    return int(value)
+    return _arguments.integer(op, name, value, least, LARGEST_SIZE)
 
 
 def _differences(dimension: int, order: int) -> np.ndarray:
@@ -24,13 +27,13 @@ def _differences(dimension: int, order: int) -> np.ndarray:
 def monotone(dimension: int, *, decreasing: bool = False) -> Cone:
     """Sequences x_1 <= x_2 <= ... (>= where decreasing): dimension - 1 rays, 1 line."""
     differences = _differences(_size("monotone", "dimension", dimension, 2), 1)
-    return Cone(differences if decreasing else -differences)
+    return Cone(differences if _arguments.flag("monotone", "decreasing", decreasing) else -differences)
 
 
 def convex(dimension: int, *, concave: bool = False) -> Cone:
     """Convex sequences, x_i - 2 x_{i+1} + x_{i+2} >= 0: dimension - 2 rays, 2 lines."""
     differences = _differences(_size("convex", "dimension", dimension, 3), 2)
-    return Cone(differences if concave else -differences)
+    return Cone(differences if _arguments.flag("convex", "concave", concave) else -differences)
 
 
 def monotone_convex(dimension: int) -> Cone:
@@ -80,16 +83,33 @@ def box(dimension: int, low: Any = -1, high: Any = 1) -> Cone:
         low, high: a number, or d of them; -inf and inf leave a side open.
     """
     size = _size("box", "dimension", dimension, 1)
+    lows, highs = _bounds("low", low, size), _bounds("high", high, size)
+    if any(least > most for least, most in zip(lows, highs, strict=True)):
+        raise ValueError(f"box: low must not be above high, got {low} and {high}")
+    if lows == highs:
+        raise ValueError(f"box: low must be below high at one coordinate at least, got {low} and {high}")
     rows, bounds = [], []
-    for name, sign, values in (("low", -1, low), ("high", 1, high)):
-        array = np.asarray(values)
-        if array.ndim and array.shape != (size,):
-            raise ValueError(f"box: {name} must be a number or {size} numbers, got {array.shape}")
-        for j, value in enumerate(np.broadcast_to(array, size).tolist()):
-            if math.isnan(value):
-                raise ValueError(f"box: {name} holds NaN")
+    for sign, values in ((-1, lows), (1, highs)):
+        for j, value in enumerate(values):
             if value == sign * math.inf:
                 continue
             rows.append([sign * (i == j) for i in range(size)])
             bounds.append(sign * value)
+    if not rows:
+        raise ValueError("box: low or high must be finite at one coordinate at least")
     return Cone(np.array(rows, dtype=np.int64).reshape(-1, size), bounds)
+
+
+def _bounds(name: str, values: Any, size: int) -> list[Any]:
+    """One bound a coordinate."""
+    if isinstance(values, Tensor):
+        values = _arguments.tensor("box", name, values).detach().cpu().double()
+    try:
+        array = np.asarray(values)
+        numbers = np.broadcast_to(array, size).tolist()
+        bad = any(isinstance(value, bool) or math.isnan(value) for value in numbers)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ValueError(f"box: {name} must be a number or {size} numbers, got {values!r}") from None
+    if bad:
+        raise ValueError(f"box: {name} must hold numbers, not NaN or bools, got {values!r}")
+    return numbers

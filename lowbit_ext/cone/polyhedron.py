@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowbit_ext import _arguments
 from lowbit_ext.cone.projection import KnapsackProjection, Projection, norms
 from lowbit_ext.cone.rows import groups
 
@@ -18,6 +19,8 @@ from lowbit_ext.cone.rows import groups
 # but at least LEAST_TOLERANCE, the order of what a solver in float64 leaves.
 ROUNDING_UNITS = 64
 LEAST_TOLERANCE = 1e-11
+
+FLOATS = (torch.float64, *_arguments.FLOATS)  # types of points
 
 
 def _fits(value: Any) -> bool:
@@ -31,9 +34,12 @@ def _fits(value: Any) -> bool:
 def _numbers(op: str, name: str, values: Any, dimensions: int) -> np.ndarray:
     """The argument as an array of integers, floats or exact numbers, all finite."""
     if isinstance(values, Tensor):
-        values = values.detach().cpu()
+        values = _arguments.tensor(op, name, values).detach().cpu()
         values = (values.double() if values.is_floating_point() else values).numpy()
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{op}: {name} must be an array or nested lists of numbers, got {values!r}: {error}") from None
     if array.dtype == object:
         if not all(isinstance(value, (int, Fraction, float, np.integer, np.floating)) for value in array.flat):
             raise TypeError(f"{op}: {name} must hold integers, floats or fractions.Fraction, one number an entry")
@@ -112,21 +118,25 @@ class Polyhedron:
             if len(equality) != 2:
                 raise ValueError(f"{op}: equality must be E or a tuple (E, f), got a tuple of {len(equality)}")
             equality, right = equality
-        equal = np.zeros((0, self.dimension), dtype=np.int64) if equality is None else _numbers(op, "E", equality, 2)
+        no_rows = np.zeros((0, self.dimension), dtype=np.int64)
+        equal = no_rows if equality is None else _numbers(op, "equality", equality, 2)
         if equal.shape[1] != self.dimension:
-            raise ValueError(f"{op}: E must have as many columns as A ({self.dimension}), got {equal.shape[1]}")
-        values = _right_side(op, "f", right, len(equal))
+            raise ValueError(f"{op}: equality must have as many columns as A ({self.dimension}), got {equal.shape[1]}")
+        values = _right_side(op, "f of equality", right, len(equal))
         if not matrix.any() and not equal.any():
             raise ValueError(f"{op}: A has no row other than 0: there is nothing to constrain, x may be all of R^d")
         self._a, self._b, self._e, self._f = (part.astype(np.float64) for part in (matrix, bounds, equal, values))
-        self._unit = (*_unit_rows(op, "b", self._a, self._b), *_unit_rows(op, "f", self._e, self._f))
+        self._unit = (*_unit_rows(op, "b", self._a, self._b), *_unit_rows(op, "f of equality", self._e, self._f))
         return matrix, bounds, equal, values
 
-    def _check_points(self, op: str, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+    def _check_points(self, op: str, x: Tensor, with_values: bool = False) -> Tensor:
+        if not isinstance(x, Tensor) or x.dtype not in FLOATS:
             raise TypeError(f"{op}: x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        _arguments.tensor(op, "x", x)
         if x.dim() < 1 or x.shape[-1] != self.dimension:
             raise ValueError(f"{op}: x must have {self.dimension} values in its last dimension, got {tuple(x.shape)}")
+        if with_values and x.is_meta:
+            raise ValueError(f"{op}: x must have values, got a meta tensor")
         return x.double().reshape(-1, self.dimension)
 
     def violation(self, x: Tensor) -> Tensor:
@@ -146,6 +156,7 @@ class Polyhedron:
         """
         points = self._check_points("contains", x)
         if tolerance is not None:
+            tolerance = _arguments.number("contains", "tolerance", tolerance)
             return (self.violation(x) <= tolerance) & x.isfinite().all(-1)
         return (self._excess(points, torch.finfo(x.dtype).eps) <= 0).all(1).reshape(x.shape[:-1])
 
@@ -175,7 +186,7 @@ class Polyhedron:
             TypeError, ValueError: x of another shape or type, or not finite; rows so nearly dependent that float64
                 finds no point.
         """
-        points = self._check_points("project", x)
+        points = self._check_points("project", x, with_values=True)
         if not torch.isfinite(points).all():
             raise ValueError("project: x holds NaN or infinity")
         closed = self._projections

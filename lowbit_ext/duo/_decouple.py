@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lowbit_ext import _arguments
 from lowbit_ext._graph import Traced, first_line, reads_batch_size, trace
 from lowbit_ext._torch import pytree
 from lowbit_ext.binary import BinaryConv2d, BinaryLinear
@@ -398,6 +399,9 @@ def _decoupled(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> tuple[_D
 
 def _in_float64(example_input: Any) -> tuple[Any, ...]:
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    for value in inputs:
+        if isinstance(value, Tensor):
+            _arguments.tensor("decouple", "example_input", value)
     return pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs)
 
 

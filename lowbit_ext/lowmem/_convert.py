@@ -127,7 +127,7 @@ def report(model: nn.Module) -> tuple[Conversion, ...]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
     if _REPORT not in vars(model):
-        raise ValueError(f"report: {type(model).__name__} was not made by convert")
+        raise ValueError(f"report: model must be one that convert made, got {type(model).__name__}")
     return vars(model)[_REPORT]
 
 

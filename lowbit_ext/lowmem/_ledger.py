@@ -136,6 +136,8 @@ class Ledger:
     """Context manager: records what is kept between its beginning and its end. Made by `ledger`."""
 
     def __init__(self, model: nn.Module | None) -> None:
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"ledger: model must be a torch.nn.Module or None, got {type(model).__name__}")
         self.entries: list[Entry] = []
         self.peak = 0
         self._names = {} if model is None else {id(module): name for name, module in model.named_modules()}
@@ -264,6 +266,4 @@ def ledger(model: nn.Module | None = None) -> Ledger:
         TypeError: `model` is not a module.
         RuntimeError: in the backward pass, of a tensor that was modified in place after it was kept.
     """
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"ledger: model must be a torch.nn.Module or None, got {type(model).__name__}")
     return Ledger(model)

@@ -542,7 +542,7 @@ class LowMemBlock(nn.Module):
             raise TypeError(f"LowMemBlock: layer must be an nn.Conv1d, 2d, 3d or nn.Linear: {reason}")
         self.norm = BATCH_NORMS[type(norm)].like(norm, bits, span)
         self.layer = READERS[type(layer)].like(layer)
-        self.pool = None if pool is None else pool_of(type(pool), vars(pool))
+        self.pool = pool_of(type(pool), vars(pool)) if isinstance(pool, nn.Module) else None
         if pool is not None and not is_poolable(self.pool):
             raise TypeError(f"LowMemBlock: pool must be an nn.MaxPool2d or nn.AvgPool2d, got {pool!r}")
 

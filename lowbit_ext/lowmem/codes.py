@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit_ext import _arguments
 from lowbit_ext.lowmem import ops
+from lowbit_ext.packed import unchecked
 
 # Standard deviations that a channel's codes span. The paper has 6; on ResNets 8 and 9 have smaller gradient errors.
 RANGES = {2: 6.0, 4: 8.0, 8: 9.0}
@@ -56,9 +58,21 @@ def check_tensor(name: str, argument: str, x: Tensor) -> None:
     """Raises TypeError for what is not a dense tensor of a type that has codes."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: {argument} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in ops.FLOAT_TYPES or x.layout is not torch.strided:
-        kind = x.dtype if x.layout is torch.strided else x.layout
+    if x.dtype not in ops.FLOAT_TYPES or x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else x.dtype if x.layout is torch.strided else x.layout
         raise TypeError(f"{name}: {argument} must be float32, bfloat16 or float16 and dense, got {kind}")
+
+
+def _check_original(op: str, bits: Any, shape: Any, dtype: Any, channels_last: Any) -> None:
+    """Checks what codes say of the tensor that they stand for."""
+    check_settings(op, bits, None)
+    if not isinstance(shape, tuple):
+        raise TypeError(f"{op}: shape must be a tuple of ints, got {shape!r}")
+    for size in shape:
+        _arguments.integer(op, "shape", size, 0, 2**62)
+    _arguments.dtype(op, "dtype", dtype, tuple(ops.FLOAT_TYPES))
+    if _arguments.flag(op, "channels_last", channels_last) and len(shape) not in (4, 5):
+        raise ValueError(f"{op}: channels_last needs a shape of 4 or 5 dimensions, got {shape}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +92,11 @@ class Codes:
     shape: tuple[int, ...]
     dtype: torch.dtype
     channels_last: bool
+
+    def __post_init__(self) -> None:
+        _check_original("Codes", self.bits, self.shape, self.dtype, self.channels_last)
+        codes = _arguments.tensor("Codes", "codes", self.codes, (torch.uint8,))
+        _arguments.tensor_like("Codes", "scale_minimum", self.scale_minimum, codes, (torch.bfloat16,))
 
     @property
     def nbytes(self) -> int:
@@ -105,6 +124,17 @@ class ChannelCodes:
     shape: tuple[int, ...]
     dtype: torch.dtype
     channels_last: bool
+
+    def __post_init__(self) -> None:
+        check_settings("ChannelCodes", self.bits, self.span)
+        _check_original("ChannelCodes", self.bits, self.shape, self.dtype, self.channels_last)
+        if len(self.shape) < 2:
+            raise ValueError(f"ChannelCodes: shape must be (N, C, ...), got {self.shape}")
+        codes = _arguments.tensor("ChannelCodes", "codes", self.codes, (torch.uint8,))
+        for name in ("std", "mean"):
+            value = _arguments.tensor_like("ChannelCodes", name, getattr(self, name), codes, (torch.float32,))
+            if value.shape != self.shape[1:2]:
+                raise ValueError(f"ChannelCodes: {name} must be ({self.shape[1]},), got {tuple(value.shape)}")
 
     @property
     def nbytes(self) -> int:
@@ -156,7 +186,10 @@ def _quantize(
         device = "cpu" if generator is None else generator.device
         seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=device).cpu()
     codes, scale_minimum = ops.group_quantize(x.detach(), bits, positive, seed, 0)
-    return Codes(codes, scale_minimum, bits, tuple(x.shape), x.dtype, ops.is_channels_last(x))
+    return unchecked(  # type: ignore[no-any-return]
+        Codes, codes=codes, scale_minimum=scale_minimum, bits=bits, shape=tuple(x.shape), dtype=x.dtype,
+        channels_last=ops.is_channels_last(x),
+    )
 
 
 def quantize_channels(x: Tensor, bits: int = 4, *, range: float | None = None) -> ChannelCodes:
@@ -196,7 +229,10 @@ def quantize_channels(x: Tensor, bits: int = 4, *, range: float | None = None) -
     mean = mean.float()
     inverse = torch.where(std > 0, 1 / std, 0.0)
     codes = ops.batch_norm_quantize(x, mean, inverse, std, mean, bits, span)
-    return ChannelCodes(codes, std, mean, bits, span, tuple(x.shape), x.dtype, ops.is_channels_last(x))
+    return unchecked(  # type: ignore[no-any-return]
+        ChannelCodes, codes=codes, std=std, mean=mean, bits=bits, span=span, shape=tuple(x.shape), dtype=x.dtype,
+        channels_last=ops.is_channels_last(x),
+    )
 
 
 def dequantize(quantized: Codes | ChannelCodes, out: Tensor | None = None) -> Tensor:

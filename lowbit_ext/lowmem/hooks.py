@@ -159,7 +159,10 @@ class saved_tensors:
             raise ValueError(f"saved_tensors: min_numel must not be negative, got {min_numel}")
         check_flags("saved_tensors", stochastic=stochastic, compiled=compiled)
         check_generator("saved_tensors", generator)
-        keep = (keep,) if isinstance(keep, Tensor) or not isinstance(keep, Iterable) else tuple(keep)
+        try:
+            keep = (keep,) if isinstance(keep, Tensor) else tuple(keep)
+        except TypeError:
+            raise TypeError(f"saved_tensors: keep must be tensors, got {type(keep).__name__}") from None
         for kept in keep:
             if not isinstance(kept, Tensor):
                 raise TypeError(f"saved_tensors: keep must be tensors, got {type(kept).__name__}")
