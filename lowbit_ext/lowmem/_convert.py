@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lowbit_ext._graph import Pool, Traced, first_line, trace
+from lowbit_ext._graph import Pool, Traced, first_line
 from lowbit_ext.lowmem import blocks
+from lowbit_ext.lowmem._modes import read_modes, trace_in_both_modes
 from lowbit_ext.lowmem.codes import check_settings
 
 __all__ = ["Conversion", "convert", "report"]
@@ -186,7 +187,7 @@ def _convert(model: nn.Module, prefix: str, bits: int, span: float, found: list[
     copies: dict[nn.Module, nn.Module] = {}
     made = _copied(model, copies)
     try:
-        graph = _trace(made)
+        graph = trace_in_both_modes(made, _is_whole)
         reason = "its graph is another one in evaluation"
     except Exception as error:  # tracing runs the user's forward, which may raise anything
         graph, reason = None, first_line(error)
@@ -201,6 +202,12 @@ def _convert(model: nn.Module, prefix: str, bits: int, span: float, found: list[
     return made
 
 
+def _is_whole(module: nn.Module) -> bool:
+    """Tracing looks into the containers without hooks; those with hooks are called as they are."""
+    alone = _has_hooks(module) or isinstance(module, fx.GraphModule) or _is_converted(module)
+    return alone or _uncopyable(module) is not None
+
+
 def _convert_alone(model: nn.Module, prefix: str, bits: int, span: float, found: list[Conversion]) -> nn.Module:
     """A layer whose neighbours are unknown: a batch norm keeps codes all the same, for its own gradient."""
     if type(model) in blocks.BATCH_NORMS and not _has_hooks(model):
@@ -209,47 +216,6 @@ def _convert_alone(model: nn.Module, prefix: str, bits: int, span: float, found:
     outcome = (False, "alone: its neighbours are unknown") if _keeps_bits(model) is None else _of_own_layer(model)
     found.append(Conversion(prefix, type(model).__name__, *outcome))
     return _copied(model, {})
-
-
-# --- tracing ----------------------------------------------------------------------------------------------------------
-
-
-def _is_whole(module: nn.Module) -> bool:
-    """Tracing looks into the containers without hooks; those with hooks are called as they are."""
-    alone = _has_hooks(module) or isinstance(module, fx.GraphModule) or _is_converted(module)
-    return alone or _uncopyable(module) is not None
-
-
-class _Mode:
-    """Stands for a module's flag `training` among a node's arguments."""
-
-
-def _mark_mode(in_training: Any, in_evaluation: Any) -> Any:
-    return _Mode if in_training is True and in_evaluation is False else in_training
-
-
-def _signature(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    return node.op, node.target, str(args), str(kwargs)
-
-
-def _trace(model: nn.Module) -> fx.Graph | None:
-    """The graph, if it is the same in training and evaluation but for flags that follow the mode.
-
-    Such flags, as a dropout's `training=self.training`, are _Mode in it, to be read from the module at every call.
-    """
-    graph, evaluation = trace(model.train(), _is_whole), trace(model.eval(), _is_whole)
-    same = len(graph.nodes) == len(evaluation.nodes)
-    for node, other in zip(graph.nodes, evaluation.nodes, strict=False):
-        same = same and len(node.args) == len(other.args) and node.kwargs.keys() == other.kwargs.keys()
-        if not same:
-            break
-        args = tuple(map(_mark_mode, node.args, other.args))
-        kwargs = {key: _mark_mode(value, other.kwargs[key]) for key, value in node.kwargs.items()}
-        other_args = tuple(_Mode if a is _Mode else b for a, b in zip(args, other.args, strict=True))
-        other_kwargs = {key: _Mode if kwargs[key] is _Mode else value for key, value in other.kwargs.items()}
-        same = _signature(node, args, kwargs) == _signature(other, other_args, other_kwargs)
-        node.args, node.kwargs = args, kwargs
-    return graph if same else None
 
 
 # --- rewriting --------------------------------------------------------------------------------------------------------
@@ -269,8 +235,7 @@ class _Converter(Traced):
         self.flat: set[fx.Node] = set()  # coded values that were flattened: for linear layers alone
         for node in graph.nodes:
             self._visit(node)
-        for node in graph.nodes:
-            self._read_mode(node)
+        read_modes(graph)
         for module in self.modules.values():
             module._modules.update({
                 name: self.changed[child] for name, child in module._modules.items() if child in self.changed
@@ -419,17 +384,6 @@ class _Converter(Traced):
         if codes is None:
             self.codes.pop(value, None)
         return None
-
-    def _read_mode(self, node: fx.Node) -> None:
-        """Flags that were read from a module's mode while tracing are read at every call again."""
-        if _Mode not in (*node.args, *node.kwargs.values()):
-            return
-        stack = list(node.meta.get("nn_module_stack", {}).values())
-        with self.graph.inserting_before(node):
-            # Not Graph.get_attr, which warns of what is no tensor.
-            mode = self.graph.create_node("get_attr", _join(stack[-1][0] if stack else "", "training"))
-        node.args = tuple(mode if value is _Mode else value for value in node.args)
-        node.kwargs = {key: mode if value is _Mode else value for key, value in node.kwargs.items()}
 
 
 # --- result -----------------------------------------------------------------------------------------------------------
