@@ -180,9 +180,10 @@ def _binary_conv2d(
     if input.dtype != torch.int64:
         raise TypeError(f"binary_conv2d: input must be int64 words, got {input.dtype}")
     kind = output_kind(filters, scale, bias, residual, threshold, flip, out_dtype, plan.out_size)
+    weight_pointer = pointer(weight, input, "binary_conv2d: weight")  # before its size, which depends on the device
     if weight.dtype == torch.int64:
         weight = _block_weight(weight, channels, geometry[-1])
-    weight_pointer = pointer(weight, input, "binary_conv2d: weight")  # before its size, which depends on the device
+        weight_pointer = weight.data_ptr()
     if weight.dtype != torch.uint8 or weight.numel() != plan.weight_bytes or not weight.is_contiguous():
         raise ValueError(
             f"binary_conv2d: weight was not packed for {filters} filters, {channels} input channels, "
