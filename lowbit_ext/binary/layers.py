@@ -242,7 +242,7 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         self._configure_padding(padding_value)
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
-        """See the class."""
+        """Numbers (N, O, H', W'); the weight's signs are packed anew at every call."""
         return convolution.conv2d(  # type: ignore[return-value]
             input,
             self.weight,
@@ -291,7 +291,7 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
         self._configure_padding(padding_value)
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
-        """See the class."""
+        """Numbers (N, O, L'); the weight's signs are packed anew at every call."""
         return convolution.conv1d(  # type: ignore[return-value]
             input,
             self.weight,
@@ -332,7 +332,7 @@ class BinaryLinear(_BinaryLayer, nn.Linear):
         self._configure(encoding, surrogate, weight_scale)
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
-        """See the class."""
+        """Numbers (*, O); the weight's signs are packed anew at every call."""
         return convolution.linear(input, self.weight, **self._options(input))  # type: ignore[return-value]
 
 
@@ -366,7 +366,7 @@ class BinaryActivation(nn.Module):
         return keeps_bits(self.surrogate, self.encoding)
 
     def forward(self, input: Tensor) -> Tensor:
-        """See the class."""
+        """-1 and +1, or 0 and 1, in the input's shape and dtype."""
         return activation.binary_activation(input, self.encoding, self.surrogate)
 
     def extra_repr(self) -> str:

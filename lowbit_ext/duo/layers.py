@@ -37,7 +37,7 @@ class TernaryActivation(nn.Module):
         return keeps_bits(self.surrogate, "ternary")
 
     def forward(self, input: Tensor) -> Tensor:
-        """See the class."""
+        """0, 1/2 and 1 in the input's shape and dtype."""
         return functional.ternary_activation(input, self.surrogate)
 
     def extra_repr(self) -> str:
@@ -138,7 +138,7 @@ class CoupledConv2d(_CoupledLayer, nn.Conv2d):
         self._configure(weight_scale, save_codes)
 
     def forward(self, input: Tensor) -> Tensor:
-        """See the class."""
+        """(N, O, H', W'), or (O, H', W') of an input without N; the weight's signs are taken anew at every call."""
         self._check_input(input, self.in_channels, -3, (3, 4))
         weight = straight_through_weight(self.weight, self.scale())
         with functional.saved_as_codes(input, self.save_codes):
@@ -168,7 +168,7 @@ class CoupledLinear(_CoupledLayer, nn.Linear):
         self._configure(weight_scale, save_codes)
 
     def forward(self, input: Tensor) -> Tensor:
-        """See the class."""
+        """(*, O); the weight's signs are taken anew at every call."""
         self._check_input(input, self.in_features, -1, ())
         weight = straight_through_weight(self.weight, self.scale())
         with functional.saved_as_codes(input, self.save_codes):
