@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.common_types import _size_1_t, _size_2_t
 
 from lowbit_ext import _arguments
+from lowbit_ext._torch import Size1, Size2
 from lowbit_ext.binary import activation, convolution
 from lowbit_ext.binary.surrogates import SURROGATES, keeps_bits
 from lowbit_ext.packed import ENCODING_VALUES, PackedTensor
@@ -216,10 +216,10 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: _size_2_t,
-        stride: _size_2_t = 1,
-        padding: str | _size_2_t = 0,
-        dilation: _size_2_t = 1,
+        kernel_size: Size2,
+        stride: Size2 = 1,
+        padding: str | Size2 = 0,
+        dilation: Size2 = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: Literal["zeros"] = "zeros",
@@ -265,10 +265,10 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: _size_1_t,
-        stride: _size_1_t = 1,
-        padding: str | _size_1_t = 0,
-        dilation: _size_1_t = 1,
+        kernel_size: Size1,
+        stride: Size1 = 1,
+        padding: str | Size1 = 0,
+        dilation: Size1 = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: Literal["zeros"] = "zeros",

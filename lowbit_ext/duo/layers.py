@@ -6,9 +6,9 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.common_types import _size_2_t
 
 from lowbit_ext import _arguments
+from lowbit_ext._torch import Size2
 from lowbit_ext.binary import BinaryActivation
 from lowbit_ext.binary.layers import WEIGHT_SCALES, check_conv, check_linear, weight_scale_of
 from lowbit_ext.binary.surrogates import SURROGATES, keeps_bits
@@ -113,10 +113,10 @@ class CoupledConv2d(_CoupledLayer, nn.Conv2d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: _size_2_t,
-        stride: _size_2_t = 1,
-        padding: str | _size_2_t = 0,
-        dilation: _size_2_t = 1,
+        kernel_size: Size2,
+        stride: Size2 = 1,
+        padding: str | Size2 = 0,
+        dilation: Size2 = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",

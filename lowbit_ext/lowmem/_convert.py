@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from lowbit_ext._graph import Pool, Traced, first_line
+from lowbit_ext._torch import Convolution, StatisticsNorm, is_compiled
 from lowbit_ext.lowmem import blocks
 from lowbit_ext.lowmem._modes import read_modes, trace_in_both_modes
 from lowbit_ext.lowmem.codes import check_settings
@@ -25,7 +26,7 @@ _IN_PLACE_CALLS = (
 # Results in memory of their own; those of other calls may be views of an argument.
 _FRESH_CALLS = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.cat, "add", "mul", "sub")
 _FRESH_LAYERS = (
-    nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.MaxPool2d,
+    nn.Linear, Convolution, StatisticsNorm, nn.GroupNorm, nn.LayerNorm, nn.MaxPool2d,
     nn.AvgPool2d,
 )
 # Results that may be views of the first argument, beside those of dropout.
@@ -134,7 +135,7 @@ def report(model: nn.Module) -> tuple[Conversion, ...]:
 
 def _uncopyable(module: nn.Module) -> str | None:
     """Why a second module with the same attributes would run the first one's layers, or None."""
-    if type(module).__module__.startswith("torch._dynamo"):
+    if is_compiled(module):
         return "torch.compile has compiled it; convert it first and compile the result"
     if "forward" in vars(module):
         return "its forward is an attribute of the object, not of its class"
@@ -303,7 +304,7 @@ class _Converter(Traced):
             self._relu(node, source)
         elif _keeps_bits(module) is not None:
             self._note(node, *_of_own_layer(module))
-        elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        elif isinstance(module, nn.Linear | Convolution):
             self._reader(node, source)
         elif pool is not None and len(pool.padding) == 2 and not pool.output:
             self._pool(node, source, pool)

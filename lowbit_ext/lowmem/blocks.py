@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit_ext._graph import Pool, pool_of
-from lowbit_ext._torch import batch_norm_impl_index
+from lowbit_ext._torch import BatchNorm, Convolution, batch_norm_impl_index
 from lowbit_ext.lowmem import _ledger, ops
 from lowbit_ext.lowmem._stored import Stored, apply_pool, read_codes, version_of
 from lowbit_ext.lowmem.codes import check_settings
@@ -116,7 +116,7 @@ def relu(x: Tensor, bits: int) -> tuple[Tensor, Stored | None]:
     return out, Stored(tuple(tensors), "group", bits, 0.0, True, shape, channels_last, out.dtype, version_of(out))
 
 
-class _BatchNormCodes(nn.modules.batchnorm._BatchNorm):
+class _BatchNormCodes(BatchNorm):
     """What the batch norms below share: forward(x, relu) -> (result, codes or None), or `alone` the result."""
 
     bits: int
@@ -326,7 +326,7 @@ def _readable(layer: nn.Module, x: Tensor, stored: Stored) -> bool:
     return torch.is_grad_enabled() and bool(needed) and version_of(x) == stored.version
 
 
-class _ConvCodes(nn.modules.conv._ConvNd):
+class _ConvCodes(Convolution):
     """What the convolutions below share: forward(x, codes)."""
 
     _call: Callable[..., Tensor]
@@ -401,7 +401,7 @@ def _shared(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _padding(conv: nn.modules.conv._ConvNd) -> tuple[int, ...]:
+def _padding(conv: Convolution) -> tuple[int, ...]:
     """Padding in numbers; "same" is symmetric here, see unreadable()."""
     if conv.padding == "valid":
         return (0,) * len(conv.kernel_size)
@@ -414,7 +414,7 @@ def unreadable(layer: nn.Module) -> str | None:
     """Why a convolution or linear layer cannot read codes, or None."""
     if type(layer) not in READERS:
         return f"{type(layer).__name__} keeps its input"
-    if isinstance(layer, nn.modules.conv._ConvNd):
+    if isinstance(layer, Convolution):
         if layer.padding_mode != "zeros":
             return f"padding_mode {layer.padding_mode!r} keeps the padded input"
         if layer.padding == "same" and any(
