@@ -5,6 +5,7 @@ Methods and attributes with a leading underscore (`Module._apply`, `Module._load
 `UntypedStorage._cdata`) are named where they are used.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,8 +39,39 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch._dynamo")
 
 
+def register_tree(
+    kind: type[Any], tensors: Sequence[str], settings: Sequence[str], unflatten: Callable[[Any, Any], Any]
+) -> None:
+    """Makes a class of tensors transparent to torch.compile, torch.export and torch.func.
+
+    Args:
+        kind: the class; it is `lowbit_ext.<its name>` in an exported program.
+        tensors: names of the attributes that are tensors or None: the leaves.
+        settings: names of the other attributes, which JSON can hold; a tuple among them comes back as a list.
+        unflatten: makes an object from the values of both.
+    """
+
+    def flatten(value: Any) -> tuple[list[Any], Any]:
+        return [getattr(value, name) for name in tensors], tuple([getattr(value, name) for name in settings])
+
+    def flatten_with_keys(value: Any) -> tuple[list[Any], Any]:
+        leaves, context = flatten(value)
+        return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(tensors, leaves, strict=True)], context
+
+    pytree.register_pytree_node(
+        kind,
+        flatten,
+        unflatten,
+        serialized_type_name=f"lowbit_ext.{kind.__name__}",
+        to_dumpable_context=list,
+        from_dumpable_context=tuple,
+        flatten_with_keys_fn=flatten_with_keys,
+    )
+
+
 __all__ = [
     "MODULE_CALL", "BatchNorm", "Convolution", "Size1", "Size2", "StatisticsNorm", "batch_norm_impl_index",
     "below_write_counting", "current_cuda_stream", "dispatch_modes", "innermost_saved_tensors_hooks",
     "innermost_transform", "is_compiled", "is_profiling", "jit_tracing_state", "keys_below_write_counting", "pytree",
+    "register_tree",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit_ext._torch import pytree
+from lowbit_ext._torch import register_tree
 from lowbit_ext.antithetic import ops
 from lowbit_ext.packed import PackedTensor, unpack_op
 
@@ -96,19 +96,14 @@ class AntitheticSamples:
         return ((self.bits >> index.view(-1, *(1,) * self.logits.dim())) & 1).to(dtype)
 
 
-def _flatten(samples: AntitheticSamples) -> tuple[list[Any], Any]:
-    tensors = [samples.bits, samples.ratio, samples.logits, samples.seed]
-    return tensors, (samples.n, samples.coupling, samples.layout, samples.offset)
-
-
 def _unflatten(tensors: Any, context: Any) -> AntitheticSamples:
     bits, ratio, logits, seed = tensors
     n, coupling, layout, offset = context
     return AntitheticSamples(bits, ratio, logits, n, coupling, layout, seed, offset)
 
 
-pytree.register_pytree_node(
-    AntitheticSamples, _flatten, _unflatten, serialized_type_name="lowbit_ext.AntitheticSamples"
+register_tree(
+    AntitheticSamples, ("bits", "ratio", "logits", "seed"), ("n", "coupling", "layout", "offset"), _unflatten
 )
 
 
