@@ -25,7 +25,7 @@ _library = torch.library.Library("lowbit", "DEF")
 _functions: dict[str, Callable[..., Any]] = {}
 
 
-def _is_eager() -> bool:
+def is_eager() -> bool:
     """Whether nothing watches operator calls: no tracing, no dispatch mode, no functorch level, no profiler."""
     return not (
         torch.compiler.is_compiling()
@@ -67,7 +67,7 @@ def define(schema: str, *, outputs: Callable[..., Any], launcher: Callable[..., 
         _count_writes(name, overload, written)
 
     def call(*arguments: Any) -> Any:
-        if _is_eager() and type(arguments[0]) in _native.PLAIN_TENSORS:
+        if is_eager() and type(arguments[0]) in _native.PLAIN_TENSORS:
             return launch(*arguments)
         return overload(*arguments)
 

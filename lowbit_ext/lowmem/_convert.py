@@ -163,7 +163,7 @@ def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
         return module
     if module not in copies:
         made = copies[module] = object.__new__(type(module))
-        made.__dict__ = blocks._shared(module)
+        made.__dict__ = blocks.shared_attributes(module)
         for name, child in module._modules.items():
             made._modules[name] = None if child is None else _copied(child, copies)
     return copies[module]

@@ -127,7 +127,7 @@ class _BatchNormCodes(BatchNorm):
     def like(cls, module: nn.Module, bits: int, span: float, alone: bool = False) -> _BatchNormCodes:
         """The same layer with codes: the same parameters, buffers and hooks."""
         made = cls.__new__(cls)
-        made.__dict__.update(_shared(module))
+        made.__dict__.update(shared_attributes(module))
         made.bits, made.ratio, made.alone = bits, span.as_integer_ratio(), alone
         return made
 
@@ -335,7 +335,7 @@ class _ConvCodes(Convolution):
     def like(cls, module: nn.Module) -> _ConvCodes:
         """The same layer that reads codes: the same parameters and hooks."""
         made = cls.__new__(cls)
-        made.__dict__.update(_shared(module))
+        made.__dict__.update(shared_attributes(module))
         return made
 
     def forward(self, x: Tensor, stored: Stored | None = None) -> Tensor:
@@ -372,7 +372,7 @@ class Linear(nn.Linear):
     def like(cls, module: nn.Module) -> Linear:
         """The same layer that reads codes: the same parameters and hooks."""
         made = cls.__new__(cls)
-        made.__dict__.update(_shared(module))
+        made.__dict__.update(shared_attributes(module))
         return made
 
     def forward(self, x: Tensor, stored: Stored | None = None) -> Tensor:
@@ -390,7 +390,7 @@ READERS: dict[type[nn.Module], Any] = {
 }
 
 
-def _shared(module: nn.Module) -> dict[str, Any]:
+def shared_attributes(module: nn.Module) -> dict[str, Any]:
     """Attributes of a module for a second one with the same parameters and buffers: its registries are copies.
 
     What Module.compile() made of the first is not the second's.
