@@ -34,6 +34,7 @@ from harness import (
     time_block,
 )
 from lowbit_ext import _native, binary
+from lowbit_ext._torch import current_cuda_stream
 from lowbit_ext.binary import ops
 from lowbit_ext.lowmem import ops as lowmem
 
@@ -92,7 +93,7 @@ def current_gpu(engines: Sequence[str]) -> Gpu:
     module, index = _native.cuda_module(), torch.cuda.current_device()
     own = _native.cuda_kernels(index)
     kernels = {
-        name: _native.CudaKernels(module, index, torch._C._cuda_getCurrentRawStream, name)
+        name: _native.CudaKernels(module, index, current_cuda_stream, name)
         for name in sorted(engines, key=lambda name: name != own.engine)
         if name in own.engines
     }

@@ -11,6 +11,8 @@ from typing import Any
 # First: torch loads the OpenMP runtime whose symbols the kernels use (csrc/cpu/parallel.h).
 import torch
 
+from lowbit_ext._torch import current_cuda_stream
+
 try:
     from lowbit_ext import _cpu as cpu  # type: ignore[attr-defined]
 except ImportError as error:
@@ -139,8 +141,7 @@ def cuda_kernels(index: int) -> CudaKernels:
         RuntimeError: there is no module, no such device, the device is older than what the module was built for, or it
             does not have the engine that LOWBIT_CUDA_ENGINE names.
     """
-    # What torch.cuda.current_stream(index).cuda_stream returns, without the objects made on the way.
-    return CudaKernels(cuda_module(), index, torch._C._cuda_getCurrentRawStream, _CUDA_ENGINE)
+    return CudaKernels(cuda_module(), index, current_cuda_stream, _CUDA_ENGINE)
 
 
 def kernels(tensor: torch.Tensor) -> Any:

@@ -12,19 +12,27 @@ import torch
 from torch import Tensor
 
 from lowbit_ext import _native
+from lowbit_ext._torch import (
+    below_write_counting,
+    dispatch_modes,
+    innermost_transform,
+    is_profiling,
+    jit_tracing_state,
+    keys_below_write_counting,
+)
 
 _library = torch.library.Library("lowbit", "DEF")
 _functions: dict[str, Callable[..., Any]] = {}
 
 
-def _is_eager() -> bool:
+def is_eager() -> bool:
     """Whether nothing watches operator calls: no tracing, no dispatch mode, no functorch level, no profiler."""
     return not (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or dispatch_modes()
+        or innermost_transform() is not None
+        or jit_tracing_state() is not None
+        or is_profiling()
     )
 
 
@@ -59,7 +67,7 @@ def define(schema: str, *, outputs: Callable[..., Any], launcher: Callable[..., 
         _count_writes(name, overload, written)
 
     def call(*arguments: Any) -> Any:
-        if _is_eager() and type(arguments[0]) in _native.PLAIN_TENSORS:
+        if is_eager() and type(arguments[0]) in _native.PLAIN_TENSORS:
             return launch(*arguments)
         return overload(*arguments)
 
@@ -96,8 +104,8 @@ def _count_writes(name: str, overload: Any, written: list[int]) -> None:
     def count(keyset: Any, *arguments: Any) -> Any:
         for index in written:
             _count_write(arguments[index])
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
+        with below_write_counting():
+            return overload.redispatch(keyset & keys_below_write_counting, *arguments)
 
     _library.impl(name, count, "ADInplaceOrView", with_keyset=True)
 

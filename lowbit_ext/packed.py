@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit_ext import _arguments, _native, _oplib
-from lowbit_ext._torch import pytree
+from lowbit_ext._torch import register_tree
 
 WORD_BITS: int = _native.cpu.WORD_BITS
 
@@ -182,16 +182,6 @@ def packed_words(words: Tensor, channels: int, encoding: str, scale: Tensor | No
     return unchecked(PackedTensor, words=words, channels=channels, encoding=encoding, scale=scale)
 
 
-def _flatten(packed: PackedTensor) -> tuple[list[Any], Any]:
-    return [packed.words, packed.scale], (packed.channels, packed.encoding)
-
-
-def _flatten_with_keys(packed: PackedTensor) -> tuple[list[Any], Any]:
-    tensors, context = _flatten(packed)
-    keys = (pytree.GetAttrKey("words"), pytree.GetAttrKey("scale"))
-    return list(zip(keys, tensors, strict=True)), context
-
-
 def _unflatten(tensors: Any, context: Any) -> PackedTensor:
     # Transforms rebuild the structure with placeholders in place of tensors, so nothing is checked here. Where they
     # changed the words, `~` for one, the bits past the last channel may have changed as well.
@@ -202,13 +192,5 @@ def _unflatten(tensors: Any, context: Any) -> PackedTensor:
     return packed_words(words, channels, encoding, scale)
 
 
-pytree.register_pytree_node(
-    PackedTensor,
-    _flatten,
-    _unflatten,
-    serialized_type_name="lowbit_ext.PackedTensor",
-    to_dumpable_context=list,
-    from_dumpable_context=tuple,
-    flatten_with_keys_fn=_flatten_with_keys,
-)
+register_tree(PackedTensor, ("words", "scale"), ("channels", "encoding"), _unflatten)
 torch.serialization.add_safe_globals([PackedTensor])

@@ -12,6 +12,7 @@ from torch import nn
 from lowbit_ext import lowmem
 from lowbit_ext.lowmem import (
     LowMemBlock,
+    _stored,
     blocks,
     codes,
     dequantize,
@@ -84,13 +85,13 @@ def test_large_activations_share_memory(monkeypatch, name, layout):
     if x.dim() == 4:
         model, x = model.to(memory_format=layout), x.contiguous(memory_format=layout)
     gradients = []
-    for threshold in (blocks._FRESH_BYTES, 0):
-        monkeypatch.setattr(blocks, "_FRESH_BYTES", threshold)
-        monkeypatch.setattr(blocks, "_workspace", blocks._Workspace())
+    for threshold in (_stored._FRESH_BYTES, 0):
+        monkeypatch.setattr(_stored, "_FRESH_BYTES", threshold)
+        monkeypatch.setattr(_stored, "_workspace", _stored.Workspace())
         model.zero_grad()
         model(x).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        assert (blocks._workspace.memory.nbytes > 0) == (threshold == 0)
+        assert (_stored._workspace.memory.nbytes > 0) == (threshold == 0)
     assert torch.equal(*gradients)
 
 

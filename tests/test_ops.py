@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from conftest import running_on
 from lowbit_ext import PackedTensor, _native, _oplib
 from lowbit_ext.binary import binarize, conv2d, linear, max_pool2d, pack_weight
-from conftest import running_on
 from operator_samples import samples
 
 

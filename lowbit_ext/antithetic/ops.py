@@ -1,4 +1,4 @@
-"""Operators of the antithetic estimators: schema, fake and launcher of each. Raw: samples.py holds what users call.
+"""Operators of the antithetic estimators: schema, outputs and launcher of each. Raw: samples.py holds what users call.
 
 Logits, ratios and gradients are (rows, dimensions) float32; weights (rows, samples) float32. Bits are (rows,
 dimensions) integers, bit i of which is sample i, or words (samples, rows, words) as in packed.py.

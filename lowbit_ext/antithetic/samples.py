@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit_ext import _arguments
-from lowbit_ext._torch import pytree
+from lowbit_ext._torch import register_tree
 from lowbit_ext.antithetic import ops
 from lowbit_ext.packed import PackedTensor, unchecked, unpack_op
 
@@ -153,19 +153,14 @@ def _samples(
     )
 
 
-def _flatten(samples: AntitheticSamples) -> tuple[list[Any], Any]:
-    tensors = [samples.bits, samples.ratio, samples.logits, samples.seed]
-    return tensors, (samples.n, samples.coupling, samples.layout, samples.offset)
-
-
 def _unflatten(tensors: Any, context: Any) -> AntitheticSamples:
     bits, ratio, logits, seed = tensors
     n, coupling, layout, offset = context
     return _samples(bits, ratio, logits, n, coupling, layout, seed, offset)
 
 
-pytree.register_pytree_node(
-    AntitheticSamples, _flatten, _unflatten, serialized_type_name="lowbit_ext.AntitheticSamples"
+register_tree(
+    AntitheticSamples, ("bits", "ratio", "logits", "seed"), ("n", "coupling", "layout", "offset"), _unflatten
 )
 
 

@@ -47,7 +47,7 @@ def check_real(op: str, name: str, value: Any, like: Tensor) -> None:
 
 def holds_nan(values: Tensor) -> bool:
     """Whether there is a NaN among values that can be looked at."""
-    return _oplib._is_eager() and not values.is_meta and bool(values.isnan().any())
+    return _oplib.is_eager() and not values.is_meta and bool(values.isnan().any())
 
 
 @_arguments.overridable

@@ -245,6 +245,16 @@ def _check_channels(channels: int, weight_shape: Sequence[int], groups: int) -> 
     return filters
 
 
+def _check_result(words: Tensor, residual: Any, threshold: Any, flip: Any, out_dtype: Any) -> None:
+    """Checks what makes the result of the accumulator, but for what the operator checks itself."""
+    if residual is not None:
+        _arguments.tensor_like("binary_conv2d", "residual", residual, words)
+    if flip is not None and threshold is None:
+        raise ValueError("binary_conv2d: flip needs a threshold")
+    if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"binary_conv2d: out_dtype must be int32, float32, bfloat16 or float16, got {out_dtype!r}")
+
+
 def _check_precise(weight: Any, threshold: Any, out_dtype: torch.dtype | None) -> None:
     if isinstance(weight, PackedWeight) or threshold is not None or out_dtype not in (None, torch.float64):
         raise TypeError(
@@ -333,12 +343,7 @@ def conv2d(
     if isinstance(weight, PackedWeight) and (weight.groups != groups or weight.isa != _native.kernels(words).level):
         weight = pack_words(weight.words, weight.shape, groups)
     geometry = geometry_of(weight.shape, stride, padding, dilation, groups)
-    if residual is not None:
-        _arguments.tensor_like(op, "residual", residual, words)
-    if flip is not None and threshold is None:
-        raise ValueError(f"{op}: flip needs a threshold")
-    if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
-        raise TypeError(f"{op}: out_dtype must be int32, float32, bfloat16 or float16, got {out_dtype!r}")
+    _check_result(words, residual, threshold, flip, out_dtype)
     if words.dtype == torch.float64:
         _check_precise(weight, threshold, out_dtype)
         assert isinstance(weight, Tensor)

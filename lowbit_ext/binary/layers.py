@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.common_types import _size_1_t, _size_2_t
 
 from lowbit_ext import _arguments
+from lowbit_ext._torch import Size1, Size2
 from lowbit_ext.binary import activation, convolution
 from lowbit_ext.binary.surrogates import SURROGATES, keeps_bits
 from lowbit_ext.packed import ENCODING_VALUES, PackedTensor
@@ -216,10 +216,10 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: _size_2_t,
-        stride: _size_2_t = 1,
-        padding: str | _size_2_t = 0,
-        dilation: _size_2_t = 1,
+        kernel_size: Size2,
+        stride: Size2 = 1,
+        padding: str | Size2 = 0,
+        dilation: Size2 = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: Literal["zeros"] = "zeros",
@@ -242,7 +242,7 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         self._configure_padding(padding_value)
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
-        """See the class."""
+        """Numbers (N, O, H', W'); the weight's signs are packed anew at every call."""
         return convolution.conv2d(  # type: ignore[return-value]
             input,
             self.weight,
@@ -265,10 +265,10 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: _size_1_t,
-        stride: _size_1_t = 1,
-        padding: str | _size_1_t = 0,
-        dilation: _size_1_t = 1,
+        kernel_size: Size1,
+        stride: Size1 = 1,
+        padding: str | Size1 = 0,
+        dilation: Size1 = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: Literal["zeros"] = "zeros",
@@ -291,7 +291,7 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
         self._configure_padding(padding_value)
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
-        """See the class."""
+        """Numbers (N, O, L'); the weight's signs are packed anew at every call."""
         return convolution.conv1d(  # type: ignore[return-value]
             input,
             self.weight,
@@ -332,7 +332,7 @@ class BinaryLinear(_BinaryLayer, nn.Linear):
         self._configure(encoding, surrogate, weight_scale)
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
-        """See the class."""
+        """Numbers (*, O); the weight's signs are packed anew at every call."""
         return convolution.linear(input, self.weight, **self._options(input))  # type: ignore[return-value]
 
 
@@ -366,7 +366,7 @@ class BinaryActivation(nn.Module):
         return keeps_bits(self.surrogate, self.encoding)
 
     def forward(self, input: Tensor) -> Tensor:
-        """See the class."""
+        """-1 and +1, or 0 and 1, in the input's shape and dtype."""
         return activation.binary_activation(input, self.encoding, self.surrogate)
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit_ext import _arguments, _native
-from lowbit_ext._torch import pytree
+from lowbit_ext._torch import register_tree
 from lowbit_ext.binary import ops
 from lowbit_ext.binary.activation import check_float
 from lowbit_ext.packed import (
@@ -105,31 +105,13 @@ def pack_words(words: Tensor, shape: tuple[int, ...], groups: int) -> PackedWeig
     return unchecked(PackedWeight, words=words, blocked=blocked, shape=shape, groups=groups, isa=level)
 
 
-def _flatten_weight(weight: PackedWeight) -> tuple[list[Any], Any]:
-    return [weight.words, weight.blocked], (weight.shape, weight.groups, weight.isa)
-
-
-def _flatten_weight_with_keys(weight: PackedWeight) -> tuple[list[Any], Any]:
-    tensors, context = _flatten_weight(weight)
-    keys = (pytree.GetAttrKey("words"), pytree.GetAttrKey("blocked"))
-    return list(zip(keys, tensors, strict=True)), context
-
-
 def _unflatten_weight(tensors: Any, context: Any) -> PackedWeight:
     words, blocked = tensors
     shape, groups, isa = context
     return unchecked(PackedWeight, words=words, blocked=blocked, shape=tuple(shape), groups=groups, isa=isa)
 
 
-pytree.register_pytree_node(
-    PackedWeight,
-    _flatten_weight,
-    _unflatten_weight,
-    serialized_type_name="lowbit_ext.PackedWeight",
-    to_dumpable_context=list,
-    from_dumpable_context=tuple,
-    flatten_with_keys_fn=_flatten_weight_with_keys,
-)
+register_tree(PackedWeight, ("words", "blocked"), ("shape", "groups", "isa"), _unflatten_weight)
 
 
 def sign_words(weight: Tensor) -> Tensor:

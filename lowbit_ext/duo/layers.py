@@ -6,9 +6,9 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.common_types import _size_2_t
 
 from lowbit_ext import _arguments
+from lowbit_ext._torch import Size2
 from lowbit_ext.binary import BinaryActivation
 from lowbit_ext.binary.layers import WEIGHT_SCALES, check_conv, check_linear, weight_scale_of
 from lowbit_ext.binary.surrogates import SURROGATES, keeps_bits
@@ -37,7 +37,7 @@ class TernaryActivation(nn.Module):
         return keeps_bits(self.surrogate, "ternary")
 
     def forward(self, input: Tensor) -> Tensor:
-        """See the class."""
+        """0, 1/2 and 1 in the input's shape and dtype."""
         return functional.ternary_activation(input, self.surrogate)
 
     def extra_repr(self) -> str:
@@ -113,10 +113,10 @@ class CoupledConv2d(_CoupledLayer, nn.Conv2d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: _size_2_t,
-        stride: _size_2_t = 1,
-        padding: str | _size_2_t = 0,
-        dilation: _size_2_t = 1,
+        kernel_size: Size2,
+        stride: Size2 = 1,
+        padding: str | Size2 = 0,
+        dilation: Size2 = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
@@ -138,7 +138,7 @@ class CoupledConv2d(_CoupledLayer, nn.Conv2d):
         self._configure(weight_scale, save_codes)
 
     def forward(self, input: Tensor) -> Tensor:
-        """See the class."""
+        """(N, O, H', W'), or (O, H', W') of an input without N; the weight's signs are taken anew at every call."""
         self._check_input(input, self.in_channels, -3, (3, 4))
         weight = straight_through_weight(self.weight, self.scale())
         with functional.saved_as_codes(input, self.save_codes):
@@ -168,7 +168,7 @@ class CoupledLinear(_CoupledLayer, nn.Linear):
         self._configure(weight_scale, save_codes)
 
     def forward(self, input: Tensor) -> Tensor:
-        """See the class."""
+        """(*, O); the weight's signs are taken anew at every call."""
         self._check_input(input, self.in_features, -1, ())
         weight = straight_through_weight(self.weight, self.scale())
         with functional.saved_as_codes(input, self.save_codes):

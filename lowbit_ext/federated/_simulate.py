@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -190,6 +191,18 @@ class Trainer:
 
         return self.train(state, rate, steps, generator, len(images), loss_of)
 
+    def recompute(self, state: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        """A state with the statistics of batch normalisation that these images have."""
+        self.model.load_state_dict(state)
+        recompute_statistics(self.model, images.split(500))
+        return copy_of(self.model.state_dict())
+
+    def label_measures(self) -> dict[str, float]:
+        """How many labels users made, of the images since the last call, and how many of them are right."""
+        seen, kept, right = self.labels_seen, self.labels_kept, self.labels_right
+        self.labels_kept = self.labels_right = self.labels_seen = 0
+        return {"labels_kept": kept / seen, "label_accuracy": right / max(kept, 1)} if seen else {}
+
     @torch.no_grad()
     def accuracy(self, state: State, images: Tensor, labels: Tensor) -> float:
         """Part of the images that a state classifies correctly."""
@@ -262,19 +275,11 @@ def simulate(
             writes.
         OSError: the checkpoint cannot be written; the one before is left as it was.
     """
-    if not users or any(len(images) == 0 for images in users):
-        raise ValueError("simulate: there must be users, and each must have images")
-    if user_labels is not None and [len(x) for x in users] != [len(y) for y in user_labels]:
-        raise ValueError("simulate: user_labels must have one label an image of each user")
+    _check_users(users, user_labels)
     trainer = Trainer(copy.deepcopy(model), settings)
     first = copy_of(model.state_dict())
     exact = {name for name, _ in model.named_buffers()}
-
-    def recompute(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        trainer.model.load_state_dict(state)
-        recompute_statistics(trainer.model, server[0].split(500))
-        return copy_of(trainer.model.state_dict())
-
+    recompute = functools.partial(trainer.recompute, images=server[0])
     coordinator = Coordinator(
         first, range(len(users)), groups=settings.groups, participants=settings.participants, seed=settings.seed,
         bits=settings.bits, statistics=settings.statistics, skip=norm_parameters(model),
@@ -285,13 +290,9 @@ def simulate(
         user: Participant(settings.bits, settings.error_feedback, settings.statistics, exact)
         for user in range(len(users))
     }
-
-    def train_server(state: dict[str, Tensor], number: int) -> State:
-        generator = trainer.generator("server", number)
-        return trainer.supervised(state, *server, trainer.rate(number), settings.steps, generator)
-
-    trainings = {
-        user: _training(trainer, user, images, None if user_labels is None else user_labels[user])
+    server_training = _server_training(trainer, server)
+    user_trainings = {
+        user: _user_training(trainer, user, images, None if user_labels is None else user_labels[user])
         for user, images in enumerate(users)
     }
     history: list[RoundReport[int]] = []
@@ -306,18 +307,12 @@ def simulate(
                     f"simulate: {checkpoint} holds {len(history)} rounds, more than {settings.rounds} of the settings"
                 )
         elif settings.warm_up:
-            generator = trainer.generator("warm-up")
-            warm = trainer.supervised(first, *server, settings.learning_rate, settings.warm_up, generator)
-            coordinator.state = warm
-            coordinator.starts = dict.fromkeys(coordinator.users, warm)
+            _warm_up(coordinator, trainer, server)
         for number in range(len(history), settings.rounds):
-            trainer.labels_kept = trainer.labels_right = trainer.labels_seen = 0
-            report = run_round(coordinator, participants, train_server, trainings, deadline=settings.deadline)
+            report = run_round(coordinator, participants, server_training, user_trainings, deadline=settings.deadline)
             if settings.alternate and not report.failed:
                 _alternate(coordinator, trainer, server)
-            if trainer.labels_seen:
-                report.measures["labels_kept"] = trainer.labels_kept / trainer.labels_seen
-                report.measures["label_accuracy"] = trainer.labels_right / max(trainer.labels_kept, 1)
+            report.measures.update(trainer.label_measures())
             if test is not None and ((number + 1) % test_every == 0 or number + 1 == settings.rounds):
                 report.measures["accuracy"] = trainer.accuracy(coordinator.state, *test)
             history.append(report)
@@ -328,8 +323,25 @@ def simulate(
     return Simulation(coordinator.state, history)
 
 
-def _training(trainer: Trainer, user: int, images: Tensor, labels: Tensor | None) -> LocalTraining:
-    """Of one user."""
+def _check_users(users: Sequence[Tensor], user_labels: Sequence[Tensor] | None) -> None:
+    if not users or any(len(images) == 0 for images in users):
+        raise ValueError("simulate: there must be users, and each must have images")
+    if user_labels is not None and [len(x) for x in users] != [len(y) for y in user_labels]:
+        raise ValueError("simulate: user_labels must have one label an image of each user")
+
+
+def _server_training(trainer: Trainer, server: tuple[Tensor, Tensor]) -> LocalTraining:
+    """Of a round, on the server's images and labels."""
+
+    def run(state: dict[str, Tensor], number: int) -> State:
+        generator = trainer.generator("server", number)
+        return trainer.supervised(state, *server, trainer.rate(number), trainer.settings.steps, generator)
+
+    return run
+
+
+def _user_training(trainer: Trainer, user: int, images: Tensor, labels: Tensor | None) -> LocalTraining:
+    """Of a round, on one user's images; None where the reply is to be lost."""
 
     def run(state: dict[str, Tensor], number: int) -> State | None:
         settings, generator = trainer.settings, trainer.generator("user", user, number)
@@ -338,6 +350,14 @@ def _training(trainer: Trainer, user: int, images: Tensor, labels: Tensor | None
         return trainer.unsupervised(state, images, labels, trainer.rate(number), settings.steps, generator)
 
     return run
+
+
+def _warm_up(coordinator: Coordinator[int], trainer: Trainer, server: tuple[Tensor, Tensor]) -> None:
+    """Trains the first model on the server, before anyone starts from it."""
+    settings, generator = trainer.settings, trainer.generator("warm-up")
+    warm = trainer.supervised(coordinator.state, *server, settings.learning_rate, settings.warm_up, generator)
+    coordinator.state = warm
+    coordinator.starts = dict.fromkeys(coordinator.users, warm)
 
 
 def _alternate(coordinator: Coordinator[int], trainer: Trainer, server: tuple[Tensor, Tensor]) -> None:

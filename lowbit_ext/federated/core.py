@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowbit_ext._torch import BatchNorm
+
 State = Mapping[str, Tensor]
 User = TypeVar("User", bound=Hashable)
 
@@ -292,7 +294,7 @@ def keep_statistics(state: State, own: State) -> dict[str, Tensor]:
 @torch.no_grad()
 def recompute_statistics(model: nn.Module, batches: Sequence[Tensor]) -> None:
     """Sets the running statistics of batch normalisation to the mean over the batches, in place."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     training = model.training
     for norm in norms:
@@ -311,7 +313,7 @@ def recompute_statistics(model: nn.Module, batches: Sequence[Tensor]) -> None:
 
 def norm_parameters(model: nn.Module) -> set[str]:
     """Names of the tensors of normalisation layers in the model's state, which gradient_diversity leaves out."""
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+    kinds = (BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
     return {
         f"{name}.{key}" if name else key
         for name, module in model.named_modules()
@@ -370,7 +372,7 @@ def replace_batchnorm(model: nn.Module, groups: int = 32) -> nn.Module:
         raise ValueError(f"replace_batchnorm: groups must be at least 1, got {groups}")
     model = copy.deepcopy(model)
 
-    def replaced(norm: nn.modules.batchnorm._BatchNorm) -> nn.GroupNorm:
+    def replaced(norm: BatchNorm) -> nn.GroupNorm:
         channels = norm.num_features
         count = max(divisor for divisor in range(1, min(groups, channels) + 1) if channels % divisor == 0)
         layer = nn.GroupNorm(count, channels, norm.eps, norm.affine)
@@ -378,10 +380,10 @@ def replace_batchnorm(model: nn.Module, groups: int = 32) -> nn.Module:
             layer.weight, layer.bias = norm.weight, norm.bias
         return layer.train(norm.training)
 
-    if isinstance(model, nn.modules.batchnorm._BatchNorm):
+    if isinstance(model, BatchNorm):
         return replaced(model)
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            if isinstance(child, BatchNorm):
                 setattr(module, name, replaced(child))
     return model

@@ -4,45 +4,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
-import scipy.sparse
-import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import Tags
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import (
-    _check_feature_names_in,
-    _check_sample_weight,
-    check_is_fitted,
-    check_non_negative,
-    column_or_1d,
-    validate_data,
-)
+from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
 from lowbit_ext.helstrom import samples as rows
 from lowbit_ext.helstrom import states
+from lowbit_ext.helstrom._validation import (
+    check_order,
+    check_parameters,
+    class_weights,
+    is_whole,
+    validate,
+    validate_training,
+)
 from lowbit_ext.helstrom.samples import Samples
 from lowbit_ext.helstrom.states import Array, Measurement
-from lowbit_ext.packed import PackedTensor
-
-CHOICES = {
-    "state": ("mixed", "pure"),
-    "encoding": ("normalise", "amplitude", "stereographic"),
-    "solver": ("auto", "explicit", "gram"),
-    "multi_class": ("ovr", "pgm"),
-}
-
-# Largest order of a matrix whose eigenvectors are sought: 8 GiB in float64, hours of work.
-LARGEST_ORDER = 32768
 
 
 def _adds_up(classifier: HelstromClassifier) -> bool:
     """Whether samples can be added to what is known of earlier ones."""
-    if classifier.state == "mixed" and (classifier.solver == "gram" or not _is_whole(classifier.copies)):
+    if classifier.state == "mixed" and (classifier.solver == "gram" or not is_whole(classifier.copies)):
         raise AttributeError(
             "HelstromClassifier: partial_fit adds up samples, which solver='gram' and fractional copies of mixed "
             "states do not; use solver='explicit' and whole copies, or fit"
@@ -143,10 +129,10 @@ class HelstromClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             TypeError, ValueError: a parameter or an input that does not fit; a class without a state.
         """
-        self._check_parameters()
-        samples, y = self._validate_training(X, y, reset=True)
+        check_parameters(self)
+        samples, y = validate_training(self, X, y, reset=True)
         self.classes_, labels = np.unique(y, return_inverse=True)
-        weights = self._class_weights(samples, labels, sample_weight)
+        weights = class_weights(self, samples, labels, sample_weight)
         solver = self._choose_solver(samples)
         self._start_sums(samples, solver)
         if solver == "gram":
@@ -177,11 +163,11 @@ class HelstromClassifier(ClassifierMixin, BaseEstimator):
             TypeError, ValueError: as for `fit`; a label that is not among the classes.
             AttributeError: solver "gram" or fractional copies for mixed states: products of samples do not add up.
         """
-        self._check_parameters()
+        check_parameters(self)
         first = not hasattr(self, "classes_")
         if first and classes is None:
             raise ValueError("HelstromClassifier: the first call of partial_fit needs classes, all labels to come")
-        samples, y = self._validate_training(X, y, reset=first)
+        samples, y = validate_training(self, X, y, reset=first)
         if first:
             self.classes_ = np.unique(classes)
         elif classes is not None and not np.array_equal(self.classes_, np.unique(classes)):
@@ -191,7 +177,7 @@ class HelstromClassifier(ClassifierMixin, BaseEstimator):
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown):
             raise ValueError(f"HelstromClassifier: y holds {unknown.tolist()}, not among classes")
-        weights = self._class_weights(samples, np.searchsorted(self.classes_, y), sample_weight)
+        weights = class_weights(self, samples, np.searchsorted(self.classes_, y), sample_weight)
         if first:
             self._start_sums(samples, self._choose_solver(None))
         elif not hasattr(self, "_sums"):
@@ -203,6 +189,19 @@ class HelstromClassifier(ClassifierMixin, BaseEstimator):
         self._measure()
         return self
 
+    def _choose_solver(self, samples: Samples | None) -> str:
+        """ "pure", "explicit" or "gram"; without samples the one that can add up samples, if there is one."""
+        if self.state == "pure":
+            return "pure"
+        if self.solver != "auto":
+            return self.solver
+        if not is_whole(self.copies):
+            return "gram"
+        if samples is None:
+            return "explicit"
+        encoded = samples.shape[1] + (self.encoding != "normalise")
+        return "explicit" if states.symmetric_dimension(encoded, int(self.copies)) <= rows.count(samples) else "gram"
+
     def _start_sums(self, samples: Samples, solver: str) -> None:
         """Sums over no samples: of states' outer products, or for pure states of features held."""
         classes, encoded = len(self.classes_), samples.shape[1] + (self.encoding != "normalise")
@@ -213,7 +212,7 @@ class HelstromClassifier(ClassifierMixin, BaseEstimator):
         if solver == "pure":
             self._sums = np.zeros((classes, encoded))
         elif solver == "explicit":
-            order = _check_order(states.symmetric_dimension(encoded, int(self.copies)), "explicit", "gram")
+            order = check_order(states.symmetric_dimension(encoded, int(self.copies)), "explicit", "gram")
             self._sums = np.zeros((classes, order, order))
 
     def _add(self, samples: Samples, weights: Array) -> None:
@@ -231,7 +230,7 @@ class HelstromClassifier(ClassifierMixin, BaseEstimator):
 
     def _add_by_products(self, samples: Samples, weights: Array) -> None:
         """The sums in a basis of the samples' span, which their products determine."""
-        _check_order(rows.count(samples), "gram", "explicit")
+        check_order(rows.count(samples), "gram", "explicit")
         self.class_count_ += weights.sum(axis=1)
         self._references = samples
         gram = self._power(rows.state_product(samples, samples, self.encoding))
@@ -331,7 +330,7 @@ class HelstromClassifier(ClassifierMixin, BaseEstimator):
             the others, or the probability of each outcome of the pretty good measurement. Where a sample lies in the
             null space the priors stand in for s.
         """
-        judged = self._judged(self._validate(X))
+        judged = self._judged(validate(self, X))
         if len(self.classes_) == 2:
             return judged[:, 0, 1] - judged[:, 0, 0]
         return judged[:, 0] if self.multi_class == "pgm" else judged[:, :, 1] - judged[:, :, 0]
@@ -346,7 +345,7 @@ class HelstromClassifier(ClassifierMixin, BaseEstimator):
 
         One-vs-rest measures each class on its own; their probabilities are divided by their sum.
         """
-        judged = self._judged(self._validate(X))
+        judged = self._judged(validate(self, X))
         missing = np.maximum(1.0 - judged.sum(axis=2, keepdims=True), 0.0)
         probabilities = judged + missing / judged.shape[2]
         probabilities = probabilities[:, 0] if judged.shape[1] == 1 else probabilities[:, :, 1]
@@ -422,7 +421,7 @@ class HelstromClassifier(ClassifierMixin, BaseEstimator):
         """Products of copies from those of single states."""
         if self.copies == 1:
             return products
-        if not _is_whole(self.copies):
+        if not is_whole(self.copies):
             if products.min(initial=0.0) < -self.tol:
                 raise ValueError(
                     f"HelstromClassifier: copies={self.copies} needs products that are not negative, the smallest is "
@@ -431,132 +430,8 @@ class HelstromClassifier(ClassifierMixin, BaseEstimator):
             products = np.maximum(products, 0.0)
         return products**self.copies
 
-    # --- checks -------------------------------------------------------------------------------------------------------
-
-    def _check_parameters(self) -> None:
-        for name, choices in CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"HelstromClassifier: {name} must be one of {', '.join(choices)}, got {value!r}")
-        if not _is_number(self.copies) or not self.copies > 0:
-            raise ValueError(f"HelstromClassifier: copies must be a number above 0, got {self.copies!r}")
-        named = isinstance(self.prior, str) and self.prior in ("equal", "empirical")
-        if not named and not (_is_number(self.prior) and float(self.prior) > 0):
-            raise ValueError(
-                f"HelstromClassifier: prior must be 'equal', 'empirical' or p0 / p1 above 0, got {self.prior!r}"
-            )
-        if not _is_number(self.tol) or not 0 <= self.tol < 1:
-            raise ValueError(f"HelstromClassifier: tol must be a number from 0 to below 1, got {self.tol!r}")
-        if self.threshold is not None and not _is_number(self.threshold):
-            raise ValueError(f"HelstromClassifier: threshold must be a number or None, got {self.threshold!r}")
-        if self.state == "pure" and self.encoding == "stereographic":
-            raise ValueError("HelstromClassifier: pure states take encoding 'normalise' or 'amplitude', which keep "
-                             "frequencies, got 'stereographic'")
-        if self.state == "mixed" and self.solver == "explicit" and not _is_whole(self.copies):
-            raise ValueError(
-                f"HelstromClassifier: solver='explicit' needs whole copies, got {self.copies!r}; use solver='gram'"
-            )
-
-    def _choose_solver(self, samples: Samples | None) -> str:
-        """ "pure", "explicit" or "gram"; without samples the one that can add up samples, if there is one."""
-        if self.state == "pure":
-            return "pure"
-        if self.solver != "auto":
-            return self.solver
-        if not _is_whole(self.copies):
-            return "gram"
-        if samples is None:
-            return "explicit"
-        encoded = samples.shape[1] + (self.encoding != "normalise")
-        return "explicit" if states.symmetric_dimension(encoded, int(self.copies)) <= rows.count(samples) else "gram"
-
-    def _validate(self, X: Any, y: Any = "no_validation", reset: bool = False) -> Any:
-        """Samples, and labels if there are any, checked and in the form that the computation takes."""
-        if not reset:
-            check_is_fitted(self)
-        if isinstance(X, PackedTensor):
-            return self._validate_packed(X, y, reset)
-        if isinstance(X, torch.Tensor):
-            X = X.detach().cpu()
-            X = (X.float() if X.dtype in (torch.bfloat16, torch.float16) else X).numpy()
-        checked = validate_data(self, X, y, reset=reset, accept_sparse="csr", dtype=np.float64)
-        values, y = (checked, y) if isinstance(y, str) else checked
-        if self.threshold is not None and scipy.sparse.issparse(values) and self.threshold < 0:
-            raise ValueError(
-                f"HelstromClassifier: threshold {self.threshold} would turn every absent value of a sparse X into 1; "
-                "it must be at least 0 there"
-            )
-        if self.state == "pure" and self.threshold is None:
-            check_non_negative(values, "HelstromClassifier with state='pure' (counts or frequencies of features)")
-        if scipy.sparse.issparse(values):
-            values = scipy.sparse.csr_matrix(values)
-        samples = rows.binarize(values, self.threshold)
-        return samples if isinstance(y, str) else (samples, y)
-
-    def _validate_packed(self, X: PackedTensor, y: Any, reset: bool) -> Any:
-        if X.dim() != 2 or X.encoding != "step" or X.scale is not None:
-            raise ValueError(
-                f"HelstromClassifier: a PackedTensor must be (N, C) of encoding 'step' without a scale, got "
-                f"{tuple(X.shape)} of encoding {X.encoding!r}{'' if X.scale is None else ' with a scale'}; "
-                "or pass its unpack()"
-            )
-        if X.shape[0] == 0 or X.channels == 0:
-            raise ValueError(f"HelstromClassifier: X must hold a sample and a feature, got {tuple(X.shape)}")
-        if reset:
-            self.n_features_in_ = X.channels
-            self.__dict__.pop("feature_names_in_", None)
-        elif X.channels != self.n_features_in_:
-            raise ValueError(
-                f"X has {X.channels} features, but HelstromClassifier is expecting {self.n_features_in_} features "
-                "as input"
-            )
-        samples = X.to("cpu")
-        if self.threshold is not None and not 0 <= self.threshold < 1:
-            samples = rows.pack(np.full(tuple(X.shape), self.threshold < 0))
-        if isinstance(y, str):
-            return samples
-        y = column_or_1d(y, warn=True)
-        if len(y) != X.shape[0]:
-            raise ValueError(f"HelstromClassifier: X holds {X.shape[0]} samples, y {len(y)} labels")
-        return samples, y
-
-    def _validate_training(self, X: Any, y: Any, reset: bool) -> tuple[Samples, np.ndarray]:
-        if isinstance(y, torch.Tensor):
-            y = y.detach().cpu().numpy()
-        samples, y = self._validate(X, y, reset)
-        check_classification_targets(y)
-        return samples, y
-
-    def _class_weights(self, samples: Samples, labels: np.ndarray, sample_weight: Any) -> Array:
-        """Weights (K, N): a sample's own in the row of its class."""
-        if len(self.classes_) < 2:
-            raise ValueError(f"HelstromClassifier: needs at least 2 classes, got 1 class: {self.classes_.tolist()}")
-        proxy = np.empty((rows.count(samples), 1))
-        weight = _check_sample_weight(sample_weight, proxy, dtype=np.float64)
-        if (weight < 0).any():
-            raise ValueError(f"HelstromClassifier: sample_weight must not be negative, the smallest is {weight.min()}")
-        weights = np.zeros((len(self.classes_), rows.count(samples)))
-        weights[labels, np.arange(rows.count(samples))] = weight
-        return weights
-
 
 def _density(total: Array) -> Array:
     """A sum of w psi psi' as a density operator of trace 1; 0 stays 0. Samples without a state are not in it."""
     trace = np.trace(total)
     return total / trace if trace > 0 else total
-
-
-def _check_order(order: int, solver: str, other: str) -> int:
-    if order > LARGEST_ORDER:
-        raise ValueError(
-            f"HelstromClassifier: solver='{solver}' needs matrices of order {order}, more than {LARGEST_ORDER}; use "
-            f"solver='{other}', fewer features, copies or samples, or state='pure'"
-        )
-    return order
-
-
-def _is_whole(value: Any) -> bool:
-    return _is_number(value) and float(value) == int(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(np.isfinite(float(value)))

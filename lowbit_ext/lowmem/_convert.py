@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lowbit_ext._graph import Pool, Traced, first_line, trace
+from lowbit_ext._graph import Pool, Traced, first_line
+from lowbit_ext._torch import Convolution, StatisticsNorm, is_compiled
 from lowbit_ext.lowmem import blocks
+from lowbit_ext.lowmem._modes import read_modes, trace_in_both_modes
 from lowbit_ext.lowmem.codes import check_settings
 
 __all__ = ["Conversion", "convert", "report"]
@@ -24,7 +26,7 @@ _IN_PLACE_CALLS = (
 # Results in memory of their own; those of other calls may be views of an argument.
 _FRESH_CALLS = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.cat, "add", "mul", "sub")
 _FRESH_LAYERS = (
-    nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.MaxPool2d,
+    nn.Linear, Convolution, StatisticsNorm, nn.GroupNorm, nn.LayerNorm, nn.MaxPool2d,
     nn.AvgPool2d,
 )
 # Results that may be views of the first argument, beside those of dropout.
@@ -133,7 +135,7 @@ def report(model: nn.Module) -> tuple[Conversion, ...]:
 
 def _uncopyable(module: nn.Module) -> str | None:
     """Why a second module with the same attributes would run the first one's layers, or None."""
-    if type(module).__module__.startswith("torch._dynamo"):
+    if is_compiled(module):
         return "torch.compile has compiled it; convert it first and compile the result"
     if "forward" in vars(module):
         return "its forward is an attribute of the object, not of its class"
@@ -161,7 +163,7 @@ def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
         return module
     if module not in copies:
         made = copies[module] = object.__new__(type(module))
-        made.__dict__ = blocks._shared(module)
+        made.__dict__ = blocks.shared_attributes(module)
         for name, child in module._modules.items():
             made._modules[name] = None if child is None else _copied(child, copies)
     return copies[module]
@@ -186,7 +188,7 @@ def _convert(model: nn.Module, prefix: str, bits: int, span: float, found: list[
     copies: dict[nn.Module, nn.Module] = {}
     made = _copied(model, copies)
     try:
-        graph = _trace(made)
+        graph = trace_in_both_modes(made, _is_whole)
         reason = "its graph is another one in evaluation"
     except Exception as error:  # tracing runs the user's forward, which may raise anything
         graph, reason = None, first_line(error)
@@ -201,6 +203,12 @@ def _convert(model: nn.Module, prefix: str, bits: int, span: float, found: list[
     return made
 
 
+def _is_whole(module: nn.Module) -> bool:
+    """Tracing looks into the containers without hooks; those with hooks are called as they are."""
+    alone = _has_hooks(module) or isinstance(module, fx.GraphModule) or _is_converted(module)
+    return alone or _uncopyable(module) is not None
+
+
 def _convert_alone(model: nn.Module, prefix: str, bits: int, span: float, found: list[Conversion]) -> nn.Module:
     """A layer whose neighbours are unknown: a batch norm keeps codes all the same, for its own gradient."""
     if type(model) in blocks.BATCH_NORMS and not _has_hooks(model):
@@ -209,47 +217,6 @@ def _convert_alone(model: nn.Module, prefix: str, bits: int, span: float, found:
     outcome = (False, "alone: its neighbours are unknown") if _keeps_bits(model) is None else _of_own_layer(model)
     found.append(Conversion(prefix, type(model).__name__, *outcome))
     return _copied(model, {})
-
-
-# --- tracing ----------------------------------------------------------------------------------------------------------
-
-
-def _is_whole(module: nn.Module) -> bool:
-    """Tracing looks into the containers without hooks; those with hooks are called as they are."""
-    alone = _has_hooks(module) or isinstance(module, fx.GraphModule) or _is_converted(module)
-    return alone or _uncopyable(module) is not None
-
-
-class _Mode:
-    """Stands for a module's flag `training` among a node's arguments."""
-
-
-def _mark_mode(in_training: Any, in_evaluation: Any) -> Any:
-    return _Mode if in_training is True and in_evaluation is False else in_training
-
-
-def _signature(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    return node.op, node.target, str(args), str(kwargs)
-
-
-def _trace(model: nn.Module) -> fx.Graph | None:
-    """The graph, if it is the same in training and evaluation but for flags that follow the mode.
-
-    Such flags, as a dropout's `training=self.training`, are _Mode in it, to be read from the module at every call.
-    """
-    graph, evaluation = trace(model.train(), _is_whole), trace(model.eval(), _is_whole)
-    same = len(graph.nodes) == len(evaluation.nodes)
-    for node, other in zip(graph.nodes, evaluation.nodes, strict=False):
-        same = same and len(node.args) == len(other.args) and node.kwargs.keys() == other.kwargs.keys()
-        if not same:
-            break
-        args = tuple(map(_mark_mode, node.args, other.args))
-        kwargs = {key: _mark_mode(value, other.kwargs[key]) for key, value in node.kwargs.items()}
-        other_args = tuple(_Mode if a is _Mode else b for a, b in zip(args, other.args, strict=True))
-        other_kwargs = {key: _Mode if kwargs[key] is _Mode else value for key, value in other.kwargs.items()}
-        same = _signature(node, args, kwargs) == _signature(other, other_args, other_kwargs)
-        node.args, node.kwargs = args, kwargs
-    return graph if same else None
 
 
 # --- rewriting --------------------------------------------------------------------------------------------------------
@@ -269,8 +236,7 @@ class _Converter(Traced):
         self.flat: set[fx.Node] = set()  # coded values that were flattened: for linear layers alone
         for node in graph.nodes:
             self._visit(node)
-        for node in graph.nodes:
-            self._read_mode(node)
+        read_modes(graph)
         for module in self.modules.values():
             module._modules.update({
                 name: self.changed[child] for name, child in module._modules.items() if child in self.changed
@@ -338,7 +304,7 @@ class _Converter(Traced):
             self._relu(node, source)
         elif _keeps_bits(module) is not None:
             self._note(node, *_of_own_layer(module))
-        elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        elif isinstance(module, nn.Linear | Convolution):
             self._reader(node, source)
         elif pool is not None and len(pool.padding) == 2 and not pool.output:
             self._pool(node, source, pool)
@@ -419,17 +385,6 @@ class _Converter(Traced):
         if codes is None:
             self.codes.pop(value, None)
         return None
-
-    def _read_mode(self, node: fx.Node) -> None:
-        """Flags that were read from a module's mode while tracing are read at every call again."""
-        if _Mode not in (*node.args, *node.kwargs.values()):
-            return
-        stack = list(node.meta.get("nn_module_stack", {}).values())
-        with self.graph.inserting_before(node):
-            # Not Graph.get_attr, which warns of what is no tensor.
-            mode = self.graph.create_node("get_attr", _join(stack[-1][0] if stack else "", "training"))
-        node.args = tuple(mode if value is _Mode else value for value in node.args)
-        node.kwargs = {key: mode if value is _Mode else value for key, value in node.kwargs.items()}
 
 
 # --- result -----------------------------------------------------------------------------------------------------------

@@ -11,43 +11,18 @@ Source: Chakrabarti and Moseley, "Backprop with approximate activations for memo
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit_ext._graph import Pool, pool_of
-from lowbit_ext._torch import batch_norm_impl_index
+from lowbit_ext._torch import BatchNorm, Convolution, batch_norm_impl_index
 from lowbit_ext.lowmem import _ledger, ops
+from lowbit_ext.lowmem._stored import Stored, apply_pool, read_codes, version_of
 from lowbit_ext.lowmem.codes import check_settings
-
-
-class Stored(NamedTuple):
-    """An activation as codes, and how a backward pass reads it.
-
-    Attributes:
-        tensors: codes, gamma and beta of a batch norm; codes and groups' scale and minimum of a ReLU.
-        kind: "channel" or "group".
-        bits, span: of the codes; span in standard deviations, for "channel".
-        relu: whether negative elements read as 0, for "channel".
-        shape, channels_last, dtype: of the activation that the codes stand for.
-        version: how often it had been written in place: one that is written afterwards is no longer what they say.
-        pools: what happened to it between there and the reader.
-    """
-
-    tensors: tuple[Tensor, ...]
-    kind: str
-    bits: int
-    span: float
-    relu: bool
-    shape: tuple[int, ...]
-    channels_last: bool
-    dtype: torch.dtype
-    version: int
-    pools: tuple[Pool, ...] = ()
 
 
 def _refuse_second_order(name: str) -> None:
@@ -57,59 +32,6 @@ def _refuse_second_order(name: str) -> None:
             f"lowmem: {name} has no second derivative: its backward pass reads rounded activations. Call backward() "
             "without create_graph=True, or differentiate the model that was not converted"
         )
-
-
-def _version(x: Tensor) -> int:
-    """How often x was written in place. torch.compile does not tell: there convert() has looked through the graph."""
-    return 0 if torch.compiler.is_compiling() else x._version
-
-
-def _apply_pool(pool: Pool, x: Tensor) -> Tensor:
-    if pool.kind == "max":
-        return F.max_pool2d(x, pool.kernel, pool.stride, pool.padding, 1, pool.ceil_mode)
-    return F.avg_pool2d(x, pool.kernel, pool.stride, pool.padding, pool.ceil_mode, pool.count_pad, pool.divisor)
-
-
-# Tensors larger than this come fresh from the operating system at every allocation (glibc's largest mmap threshold).
-_FRESH_BYTES = 32 << 20
-
-
-class _Workspace(threading.local):
-    """Memory that a thread's backward passes unpack large activations into, one after the other, kept for the next.
-
-    Page faults of fresh memory cost eight times the unpacking: 51 MB on one core of a Zen 4, 38 instead of 4.5 ms.
-    """
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0)
-
-    def empty(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Tensor:
-        """An uninitialised tensor: of this memory where it is large and on the CPU, otherwise a new one."""
-        size = math.prod(shape) * dtype.itemsize
-        if torch.compiler.is_compiling() or size <= _FRESH_BYTES or not like.is_cpu:
-            return ops.empty(like, shape, dtype, channels_last)
-        if self.memory.nbytes < size:
-            self.memory = torch.empty(size, dtype=torch.uint8)
-        memory = self.memory[:size].view(dtype)
-        if not channels_last:
-            return memory.view(shape)
-        return memory.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-
-
-_workspace = _Workspace()
-
-
-def _read(meta: Stored, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    """The activation from its codes, pooled as it was. Used up before the next one is read."""
-    value = _workspace.empty(tensors[0], meta.shape, dtype, meta.channels_last)
-    if meta.kind == "group":
-        codes, scale_minimum = tensors
-        ops.group_dequantize_into(codes, scale_minimum.view(torch.bfloat16), meta.bits, value)
-    else:
-        ops.channel_dequantize_into(*tensors, meta.channels_last, meta.bits, meta.span, meta.relu, value)
-    for pool in meta.pools:
-        value = _apply_pool(pool, value)
-    return value
 
 
 # --- batch norm and ReLU ----------------------------------------------------------------------------------------------
@@ -191,10 +113,10 @@ def relu(x: Tensor, bits: int) -> tuple[Tensor, Stored | None]:
         return F.relu(x), None
     out, *tensors = _ReLU.apply(x, bits)
     shape, channels_last = tuple(x.shape), ops.is_channels_last(out)
-    return out, Stored(tuple(tensors), "group", bits, 0.0, True, shape, channels_last, out.dtype, _version(out))
+    return out, Stored(tuple(tensors), "group", bits, 0.0, True, shape, channels_last, out.dtype, version_of(out))
 
 
-class _BatchNormCodes(nn.modules.batchnorm._BatchNorm):
+class _BatchNormCodes(BatchNorm):
     """What the batch norms below share: forward(x, relu) -> (result, codes or None), or `alone` the result."""
 
     bits: int
@@ -205,7 +127,7 @@ class _BatchNormCodes(nn.modules.batchnorm._BatchNorm):
     def like(cls, module: nn.Module, bits: int, span: float, alone: bool = False) -> _BatchNormCodes:
         """The same layer with codes: the same parameters, buffers and hooks."""
         made = cls.__new__(cls)
-        made.__dict__.update(_shared(module))
+        made.__dict__.update(shared_attributes(module))
         made.bits, made.ratio, made.alone = bits, span.as_integer_ratio(), alone
         return made
 
@@ -238,7 +160,7 @@ class _BatchNormCodes(nn.modules.batchnorm._BatchNorm):
         )
         shape, channels_last = tuple(x.shape), ops.is_channels_last(out)
         return out, Stored(
-            tuple(tensors), "channel", self.bits, span, relu, shape, channels_last, out.dtype, _version(out)
+            tuple(tensors), "channel", self.bits, span, relu, shape, channels_last, out.dtype, version_of(out)
         )
 
 
@@ -309,7 +231,7 @@ class _AvgPool(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, pool: Pool) -> Tensor:
         ctx.pool, ctx.shape, ctx.channels_last = pool, tuple(x.shape), ops.is_channels_last(x)
         _ledger.stands_for(None, x)
-        return _apply_pool(pool, x)
+        return apply_pool(pool, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -325,11 +247,11 @@ class _AvgPool(torch.autograd.Function):
 def pool(x: Tensor, stored: Stored | None, spec: Pool) -> tuple[Tensor, Stored | None]:
     """Pooling of an activation and, where it has some, of its codes: a reader of the codes pools what they say."""
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return _apply_pool(spec, x), None
+        return apply_pool(spec, x), None
     out = (_MaxPool if spec.kind == "max" else _AvgPool).apply(x, spec)
-    if stored is None or _version(x) != stored.version:
+    if stored is None or version_of(x) != stored.version:
         return out, None
-    return out, stored._replace(version=_version(out), pools=(*stored.pools, spec))
+    return out, stored._replace(version=version_of(out), pools=(*stored.pools, spec))
 
 
 # --- convolution and linear layers ------------------------------------------------------------------------------------
@@ -359,7 +281,7 @@ class _Conv(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.geometry
         need = list(ctx.needs_input_grad[:3])
         # Without a gradient of the weight only the sizes of the input matter.
-        x = _read(ctx.meta, tuple(tensors), grad.dtype) if need[1] else grad.new_empty(1).expand(ctx.shape)
+        x = read_codes(ctx.meta, tuple(tensors), grad.dtype) if need[1] else grad.new_empty(1).expand(ctx.shape)
         grads = torch.ops.aten.convolution_backward(
             grad, x, weight.to(grad.dtype), ctx.bias_sizes, stride, padding, dilation, False,
             [0] * len(stride), groups, need,
@@ -392,7 +314,7 @@ class _Linear(torch.autograd.Function):
         grad_weight = None
         if need[1]:
             # Codes of an image stand for the flattened one; contiguous, so that its order is the flattened order.
-            x = _read(ctx.meta, tuple(tensors), grad.dtype).contiguous().reshape(-1, ctx.features)
+            x = read_codes(ctx.meta, tuple(tensors), grad.dtype).contiguous().reshape(-1, ctx.features)
             grad_weight = (rows.t() @ x).to(weight.dtype)
         grad_bias = rows.sum(0).to(ctx.bias_dtype) if need[2] else None
         return grad_input, grad_weight, grad_bias, None, *(None for _ in tensors)
@@ -401,10 +323,10 @@ class _Linear(torch.autograd.Function):
 def _readable(layer: nn.Module, x: Tensor, stored: Stored) -> bool:
     """Whether a gradient of the layer is recorded that codes can give."""
     needed = layer.weight.requires_grad or x.requires_grad
-    return torch.is_grad_enabled() and bool(needed) and _version(x) == stored.version
+    return torch.is_grad_enabled() and bool(needed) and version_of(x) == stored.version
 
 
-class _ConvCodes(nn.modules.conv._ConvNd):
+class _ConvCodes(Convolution):
     """What the convolutions below share: forward(x, codes)."""
 
     _call: Callable[..., Tensor]
@@ -413,7 +335,7 @@ class _ConvCodes(nn.modules.conv._ConvNd):
     def like(cls, module: nn.Module) -> _ConvCodes:
         """The same layer that reads codes: the same parameters and hooks."""
         made = cls.__new__(cls)
-        made.__dict__.update(_shared(module))
+        made.__dict__.update(shared_attributes(module))
         return made
 
     def forward(self, x: Tensor, stored: Stored | None = None) -> Tensor:
@@ -450,7 +372,7 @@ class Linear(nn.Linear):
     def like(cls, module: nn.Module) -> Linear:
         """The same layer that reads codes: the same parameters and hooks."""
         made = cls.__new__(cls)
-        made.__dict__.update(_shared(module))
+        made.__dict__.update(shared_attributes(module))
         return made
 
     def forward(self, x: Tensor, stored: Stored | None = None) -> Tensor:
@@ -468,7 +390,7 @@ READERS: dict[type[nn.Module], Any] = {
 }
 
 
-def _shared(module: nn.Module) -> dict[str, Any]:
+def shared_attributes(module: nn.Module) -> dict[str, Any]:
     """Attributes of a module for a second one with the same parameters and buffers: its registries are copies.
 
     What Module.compile() made of the first is not the second's.
@@ -479,7 +401,7 @@ def _shared(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _padding(conv: nn.modules.conv._ConvNd) -> tuple[int, ...]:
+def _padding(conv: Convolution) -> tuple[int, ...]:
     """Padding in numbers; "same" is symmetric here, see unreadable()."""
     if conv.padding == "valid":
         return (0,) * len(conv.kernel_size)
@@ -492,7 +414,7 @@ def unreadable(layer: nn.Module) -> str | None:
     """Why a convolution or linear layer cannot read codes, or None."""
     if type(layer) not in READERS:
         return f"{type(layer).__name__} keeps its input"
-    if isinstance(layer, nn.modules.conv._ConvNd):
+    if isinstance(layer, Convolution):
         if layer.padding_mode != "zeros":
             return f"padding_mode {layer.padding_mode!r} keeps the padded input"
         if layer.padding == "same" and any(

@@ -28,7 +28,7 @@ def _quantize(x: Tensor, bits: int, seed: Tensor | None) -> tuple[Tensor, Tensor
     return ops.group_quantize(x, bits, x.numel() > 0 and bool(x.amin() == 0), seed, 0)
 
 
-def _quantize_fake(x: Tensor, bits: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def _quantize_outputs(x: Tensor, bits: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     return ops.group_quantize(x, bits, False, seed, 0)
 
 
@@ -36,7 +36,7 @@ def _quantize_fake(x: Tensor, bits: int, seed: Tensor | None) -> tuple[Tensor, T
 # would be a bias for nothing. An operator, so that a compiled graph decides at every call.
 _quantize_saved = _oplib.define(
     "group_quantize_saved(Tensor x, int bits, Tensor? seed) -> (Tensor, Tensor)",
-    outputs=_quantize_fake, launcher=_quantize,
+    outputs=_quantize_outputs, launcher=_quantize,
 )
 
 

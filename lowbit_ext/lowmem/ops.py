@@ -1,4 +1,4 @@
-"""Operators of low-memory back-propagation: schema, fake and launcher of each. Raw; blocks.py and codes.py call them.
+"""Operators of low-memory back-propagation: schema, outputs and launcher of each. Raw: the package calls them.
 
 Codes are uint8 of `bits` bits each, the lowest bits of a byte first. Channel codes have a padded row for every run of
 memory: (N, C, bytes of the spatial elements), or (N, *spatial, bytes of C) of a channels_last tensor. Group codes are
@@ -22,25 +22,27 @@ BITS: tuple[int, ...] = _native.cpu.CODE_BITS
 GROUP: int = _native.cpu.GROUP
 
 
+def _channels_last_of(dimensions: int) -> torch.memory_format:
+    return torch.channels_last if dimensions == 4 else torch.channels_last_3d
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether channels are the fastest dimension of a dense tensor that is not contiguous."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.dim() in formats and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.dim()])
+    return x.dim() in (4, 5) and not x.is_contiguous() and x.is_contiguous(memory_format=_channels_last_of(x.dim()))
 
 
 def as_layout(x: Tensor, channels_last: bool) -> Tensor:
     """x itself where it is dense in that order, otherwise a copy that is."""
     if not channels_last:
         return x.contiguous()
-    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    return x.contiguous(memory_format=_channels_last_of(x.dim()))
 
 
 def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
     """A dense tensor of that order."""
     if not channels_last:
         return like.new_empty(shape, dtype=dtype)
-    memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format)
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=_channels_last_of(len(shape)))
 
 
 class _Rows(NamedTuple):
@@ -115,25 +117,25 @@ class _Floats:
 # --- channel codes ----------------------------------------------------------------------------------------------------
 
 
-def _check_quantize(
+def _quantize_outputs(
     op: str, x: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor, beta: Tensor, bits: int, span: float,
     y: Tensor | None,
-) -> None:
+) -> Tensor:
     _check_channels(op, x, bits, span, mean=mean, invstd=invstd, gamma=gamma, beta=beta)
     if y is not None and (y.dtype != x.dtype or y.shape != x.shape):
         raise ValueError(f"{op}: y must be {x.dtype} {tuple(x.shape)} like the input, got {y.dtype} {tuple(y.shape)}")
+    return x.new_empty(_codes_shape(x.shape, is_channels_last(x), bits), dtype=torch.uint8)
 
 
 def _quantize(
     op: str, x: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor, beta: Tensor, bits: int, span: float,
     y: Tensor | None,
 ) -> Tensor:
-    _check_quantize(op, x, mean, invstd, gamma, beta, bits, span, y)
+    codes = _quantize_outputs(op, x, mean, invstd, gamma, beta, bits, span, y)
     channels_last = is_channels_last(x)
     x = as_layout(x, channels_last)
     target = None if y is None else as_layout(y, channels_last)
     rows = _rows(x.shape, channels_last)
-    codes = x.new_empty(_codes_shape(x.shape, channels_last, bits), dtype=torch.uint8)
     floats = _Floats(op, x, mean=mean, invstd=invstd, gamma=gamma, beta=beta)
     native = _native.kernels(x)
     size = native.batch_norm_relu_quantize_workspace_bytes(*rows)
@@ -148,14 +150,6 @@ def _quantize(
     return codes
 
 
-def _quantize_fake(
-    op: str, x: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor, beta: Tensor, bits: int, span: float,
-    y: Tensor | None,
-) -> Tensor:
-    _check_quantize(op, x, mean, invstd, gamma, beta, bits, span, y)
-    return x.new_empty(_codes_shape(x.shape, is_channels_last(x), bits), dtype=torch.uint8)
-
-
 # Two operators on one kernel: of one whose only mutable argument is optional, and None, inductor loses the result.
 
 # Channel codes of a batch norm's input, and y = relu(y) of its result in place.
@@ -163,7 +157,7 @@ _relu_quantize = functools.partial(_quantize, "batch_norm_relu_quantize")
 batch_norm_relu_quantize = _oplib.define(
     "batch_norm_relu_quantize(Tensor x, Tensor mean, Tensor invstd, Tensor gamma, Tensor beta, int bits, float span, "
     "Tensor(a!) y) -> Tensor",
-    outputs=functools.partial(_quantize_fake, "batch_norm_relu_quantize"),
+    outputs=functools.partial(_quantize_outputs, "batch_norm_relu_quantize"),
     launcher=_relu_quantize,
 )
 
@@ -172,7 +166,7 @@ _plain_quantize = functools.partial(_quantize, "batch_norm_quantize", y=None)
 batch_norm_quantize = _oplib.define(
     "batch_norm_quantize(Tensor x, Tensor mean, Tensor invstd, Tensor gamma, Tensor beta, int bits, float span) "
     "-> Tensor",
-    outputs=functools.partial(_quantize_fake, "batch_norm_quantize", y=None),
+    outputs=functools.partial(_quantize_outputs, "batch_norm_quantize", y=None),
     launcher=_plain_quantize,
 )
 
@@ -191,12 +185,19 @@ def _check_dequantize(
     _check_codes(op, codes, shape, channels_last, bits)
 
 
+def _dequantize_into_outputs(
+    codes: Tensor, gamma: Tensor, beta: Tensor, channels_last: bool, bits: int, span: float, relu: bool,
+    output: Tensor,
+) -> None:
+    _check_dequantize(codes, gamma, beta, output.shape, channels_last, output.dtype, bits, span)
+
+
 def _dequantize_into(
     codes: Tensor, gamma: Tensor, beta: Tensor, channels_last: bool, bits: int, span: float, relu: bool,
     output: Tensor,
 ) -> None:
     op = "channel_dequantize"
-    _check_dequantize(codes, gamma, beta, output.shape, channels_last, output.dtype, bits, span)
+    _dequantize_into_outputs(codes, gamma, beta, channels_last, bits, span, relu, output)
     if as_layout(output, channels_last) is not output:
         order = "channels_last" if channels_last else "contiguous"
         raise ValueError(f"{op}: out must be {order}, got strides {output.stride()} for {tuple(output.shape)}")
@@ -213,33 +214,16 @@ def _dequantize_into(
     _native.check(op, status)
 
 
-def _dequantize_into_fake(
-    codes: Tensor, gamma: Tensor, beta: Tensor, channels_last: bool, bits: int, span: float, relu: bool,
-    output: Tensor,
-) -> None:
-    _check_dequantize(codes, gamma, beta, output.shape, channels_last, output.dtype, bits, span)
-
-
 # What channel codes stand for, written into `output`: relu(gamma xhat + beta), or without ReLU.
 channel_dequantize_into = _oplib.define(
     "channel_dequantize_into(Tensor codes, Tensor gamma, Tensor beta, bool channels_last, int bits, float span, "
     "bool relu, Tensor(a!) output) -> ()",
-    outputs=_dequantize_into_fake,
+    outputs=_dequantize_into_outputs,
     launcher=_dequantize_into,
 )
 
 
-def _dequantize(
-    codes: Tensor, gamma: Tensor, beta: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype,
-    bits: int, span: float, relu: bool,
-) -> Tensor:
-    _check_dequantize(codes, gamma, beta, shape, channels_last, dtype, bits, span)
-    output = empty(codes, shape, dtype, channels_last)
-    _dequantize_into(codes, gamma, beta, channels_last, bits, span, relu, output)
-    return output
-
-
-def _dequantize_fake(
+def _dequantize_outputs(
     codes: Tensor, gamma: Tensor, beta: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype,
     bits: int, span: float, relu: bool,
 ) -> Tensor:
@@ -247,11 +231,20 @@ def _dequantize_fake(
     return empty(codes, shape, dtype, channels_last)
 
 
+def _dequantize(
+    codes: Tensor, gamma: Tensor, beta: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype,
+    bits: int, span: float, relu: bool,
+) -> Tensor:
+    output = _dequantize_outputs(codes, gamma, beta, shape, channels_last, dtype, bits, span, relu)
+    _dequantize_into(codes, gamma, beta, channels_last, bits, span, relu, output)
+    return output
+
+
 # The same in a new tensor.
 channel_dequantize = _oplib.define(
     "channel_dequantize(Tensor codes, Tensor gamma, Tensor beta, SymInt[] shape, bool channels_last, ScalarType dtype, "
     "int bits, float span, bool relu) -> Tensor",
-    outputs=_dequantize_fake,
+    outputs=_dequantize_outputs,
     launcher=_dequantize,
 )
 
@@ -261,12 +254,16 @@ def _channels_last_codes(grad: Tensor, codes: Tensor, bits: int) -> bool:
     return grad.dim() in (4, 5) and codes.dim() == grad.dim() and codes.shape[1:-1] == grad.shape[2:]
 
 
-def _check_backward(
-    grad: Tensor, codes: Tensor, gamma: Tensor, beta: Tensor, invstd: Tensor, bits: int, span: float
-) -> None:
+def _backward_outputs(
+    grad: Tensor, codes: Tensor, gamma: Tensor, beta: Tensor, invstd: Tensor, bits: int, span: float, relu: bool,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     op = "batch_norm_relu_backward"
     _check_channels(op, grad, bits, span, gamma=gamma, beta=beta, invstd=invstd)
-    _check_codes(op, codes, grad.shape, _channels_last_codes(grad, codes, bits), bits)
+    channels, channels_last = grad.shape[1], _channels_last_codes(grad, codes, bits)
+    _check_codes(op, codes, grad.shape, channels_last, bits)
+    grad_input = empty(grad, grad.shape, grad.dtype, channels_last)
+    return grad_input, grad.new_empty(channels, dtype=torch.float32), grad.new_empty(channels, dtype=torch.float32)
 
 
 def _backward(
@@ -274,13 +271,12 @@ def _backward(
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "batch_norm_relu_backward"
-    _check_backward(grad, codes, gamma, beta, invstd, bits, span)
+    grad_input, grad_gamma, grad_beta = _backward_outputs(
+        grad, codes, gamma, beta, invstd, bits, span, relu, training
+    )
     channels_last = _channels_last_codes(grad, codes, bits)
     grad = as_layout(grad, channels_last)
     rows = _rows(grad.shape, channels_last)
-    grad_input = empty(grad, grad.shape, grad.dtype, channels_last)
-    grad_gamma = grad.new_empty(rows.channels, dtype=torch.float32)
-    grad_beta = grad.new_empty(rows.channels, dtype=torch.float32)
     codes = codes.contiguous()
     floats = _Floats(op, grad, gamma=gamma, beta=beta, invstd=invstd)
     native = _native.kernels(grad)
@@ -295,21 +291,11 @@ def _backward(
     return grad_input, grad_gamma, grad_beta
 
 
-def _backward_fake(
-    grad: Tensor, codes: Tensor, gamma: Tensor, beta: Tensor, invstd: Tensor, bits: int, span: float, relu: bool,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(grad, codes, gamma, beta, invstd, bits, span)
-    grad_input = empty(grad, grad.shape, grad.dtype, _channels_last_codes(grad, codes, bits))
-    channels = grad.shape[1]
-    return grad_input, grad.new_empty(channels, dtype=torch.float32), grad.new_empty(channels, dtype=torch.float32)
-
-
 # Gradients of relu(batch_norm(x)) for x, gamma and beta, from the codes of x.
 batch_norm_relu_backward = _oplib.define(
     "batch_norm_relu_backward(Tensor grad, Tensor codes, Tensor gamma, Tensor beta, Tensor invstd, int bits, "
     "float span, bool relu, bool training) -> (Tensor, Tensor, Tensor)",
-    outputs=_backward_fake,
+    outputs=_backward_outputs,
     launcher=_backward,
 )
 
@@ -321,7 +307,9 @@ def _group_sizes(count: int, bits: int) -> tuple[int, int]:
     return _bytes(count, bits), -(-count // GROUP)
 
 
-def _check_group_quantize(x: Tensor, bits: int, seed: Tensor | None) -> None:
+def _group_quantize_outputs(
+    x: Tensor, bits: int, positive: bool, seed: Tensor | None, offset: int
+) -> tuple[Tensor, Tensor]:
     op = "group_quantize"
     _check_float(op, "input", x)
     _check_bits(op, bits)
@@ -330,14 +318,13 @@ def _check_group_quantize(x: Tensor, bits: int, seed: Tensor | None) -> None:
         raise ValueError(
             f"{op}: seed must be an int64 scalar on the CPU, got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
         )
+    length, groups = _group_sizes(x.numel(), bits)
+    return x.new_empty(length, dtype=torch.uint8), x.new_empty((groups, 2), dtype=torch.bfloat16)
 
 
 def _group_quantize(x: Tensor, bits: int, positive: bool, seed: Tensor | None, offset: int) -> tuple[Tensor, Tensor]:
-    _check_group_quantize(x, bits, seed)
+    codes, scale_minimum = _group_quantize_outputs(x, bits, positive, seed, offset)
     x = as_layout(x, is_channels_last(x))
-    length, groups = _group_sizes(x.numel(), bits)
-    codes = x.new_empty(length, dtype=torch.uint8)
-    scale_minimum = x.new_empty((groups, 2), dtype=torch.bfloat16)
     key = 0 if seed is None else int(seed) & (2**64 - 1)
     status = _native.kernels(x).group_quantize(
         _native.pointer(x, x, "group_quantize: x"), FLOAT_TYPES[x.dtype], x.numel(), bits, positive, seed is not None,
@@ -347,19 +334,11 @@ def _group_quantize(x: Tensor, bits: int, positive: bool, seed: Tensor | None, o
     return codes, scale_minimum
 
 
-def _group_quantize_fake(
-    x: Tensor, bits: int, positive: bool, seed: Tensor | None, offset: int
-) -> tuple[Tensor, Tensor]:
-    _check_group_quantize(x, bits, seed)
-    length, groups = _group_sizes(x.numel(), bits)
-    return x.new_empty(length, dtype=torch.uint8), x.new_empty((groups, 2), dtype=torch.bfloat16)
-
-
 # Codes in memory order, and scale and minimum of each group. `positive`: minimum 0, and code 0 for x <= 0 alone.
 # `seed`: stochastic rounding, a function of (seed, offset, element); None: nearest.
 group_quantize = _oplib.define(
     "group_quantize(Tensor x, int bits, bool positive, Tensor? seed, int offset) -> (Tensor, Tensor)",
-    outputs=_group_quantize_fake,
+    outputs=_group_quantize_outputs,
     launcher=_group_quantize,
 )
 
@@ -381,8 +360,12 @@ def _check_group_dequantize(
         )
 
 
-def _group_dequantize_into(codes: Tensor, scale_minimum: Tensor, bits: int, output: Tensor) -> None:
+def _group_dequantize_into_outputs(codes: Tensor, scale_minimum: Tensor, bits: int, output: Tensor) -> None:
     _check_group_dequantize(codes, scale_minimum, output.shape, output.dtype, bits)
+
+
+def _group_dequantize_into(codes: Tensor, scale_minimum: Tensor, bits: int, output: Tensor) -> None:
+    _group_dequantize_into_outputs(codes, scale_minimum, bits, output)
     if not output.is_contiguous() and not is_channels_last(output):
         raise ValueError(
             f"group_dequantize: out must be contiguous or channels_last, got strides {output.stride()} for "
@@ -397,38 +380,33 @@ def _group_dequantize_into(codes: Tensor, scale_minimum: Tensor, bits: int, outp
     _native.check("group_dequantize", status)
 
 
-def _group_dequantize_into_fake(codes: Tensor, scale_minimum: Tensor, bits: int, output: Tensor) -> None:
-    _check_group_dequantize(codes, scale_minimum, output.shape, output.dtype, bits)
-
-
 # What group codes stand for, written into `output`, whose memory order is that of the tensor that was quantised.
 group_dequantize_into = _oplib.define(
     "group_dequantize_into(Tensor codes, Tensor scale_minimum, int bits, Tensor(a!) output) -> ()",
-    outputs=_group_dequantize_into_fake,
+    outputs=_group_dequantize_into_outputs,
     launcher=_group_dequantize_into,
 )
 
 
-def _group_dequantize(
-    codes: Tensor, scale_minimum: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype, bits: int
-) -> Tensor:
-    _check_group_dequantize(codes, scale_minimum, shape, dtype, bits)
-    output = empty(codes, shape, dtype, channels_last)
-    _group_dequantize_into(codes, scale_minimum, bits, output)
-    return output
-
-
-def _group_dequantize_fake(
+def _group_dequantize_outputs(
     codes: Tensor, scale_minimum: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype, bits: int
 ) -> Tensor:
     _check_group_dequantize(codes, scale_minimum, shape, dtype, bits)
     return empty(codes, shape, dtype, channels_last)
 
 
+def _group_dequantize(
+    codes: Tensor, scale_minimum: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype, bits: int
+) -> Tensor:
+    output = _group_dequantize_outputs(codes, scale_minimum, shape, channels_last, dtype, bits)
+    _group_dequantize_into(codes, scale_minimum, bits, output)
+    return output
+
+
 # What group codes stand for, in a new tensor.
 group_dequantize = _oplib.define(
     "group_dequantize(Tensor codes, Tensor scale_minimum, SymInt[] shape, bool channels_last, ScalarType dtype, "
     "int bits) -> Tensor",
-    outputs=_group_dequantize_fake,
+    outputs=_group_dequantize_outputs,
     launcher=_group_dequantize,
 )

@@ -211,8 +211,8 @@ def _binary_conv2d(
     return output
 
 
-# Words and a weight -> (N, O, H', W') channels-last int32 or float, or, with thresholds, words (N, H', W', W). The weight
-# is words (O, kh, kw, W of one group), or their blocked copy, made once for many calls. Training hands over words: a
+# Words and a weight -> (N, O, H', W') channels-last int32 or float, or, with thresholds, words (N, H', W', W). The
+# weight is words (O, kh, kw, W of one group), or their blocked copy, made once for many calls. Training hands words: a
 # compiled graph, which torch keeps on disk, then holds no size that only one instruction set has.
 # Epilogue and exactness: csrc/core/ops/binary_conv2d.h.
 binary_conv2d = _oplib.define(
