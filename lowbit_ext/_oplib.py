@@ -67,12 +67,8 @@ def define(schema: str, *, outputs: Callable[..., Any], launcher: Callable[..., 
         _count_writes(name, overload, written)
 
     def call(*arguments: Any) -> Any:
-        if is_eager() and type(arguments[0]) in _native.PLAIN_TENSORS:
-            return launch(*arguments)
-        return overload(*arguments)
-
-    def launch(*arguments: Any) -> Any:
-        if not (arguments[0].is_cpu or arguments[0].is_cuda):
+        first = arguments[0]
+        if not (type(first) in _native.PLAIN_TENSORS and (first.is_cpu or first.is_cuda) and is_eager()):
             return overload(*arguments)
         try:
             result = launcher(*arguments)

@@ -17,6 +17,7 @@ from torch._C import _after_ADInplaceOrView_keyset as keys_below_write_counting
 from torch._C import _AutoDispatchBelowADInplaceOrView as below_write_counting
 from torch._C import _get_tracing_state as jit_tracing_state  # of torch.jit.trace; None outside
 from torch._C import _len_torch_dispatch_stack as dispatch_modes  # how many torch dispatch modes are entered
+from torch._C import _len_torch_function_stack as torch_function_modes  # the same of torch function modes
 from torch._C._autograd import _profiler_enabled as is_profiling
 from torch._C._autograd import _top_saved_tensors_default_hooks as innermost_saved_tensors_hooks  # since torch 2.8
 from torch._C._functorch import peek_interpreter_stack as innermost_transform  # of vmap, grad, jvp; None outside
@@ -73,5 +74,5 @@ __all__ = [
     "MODULE_CALL", "BatchNorm", "Convolution", "Size1", "Size2", "StatisticsNorm", "batch_norm_impl_index",
     "below_write_counting", "current_cuda_stream", "dispatch_modes", "innermost_saved_tensors_hooks",
     "innermost_transform", "is_compiled", "is_profiling", "jit_tracing_state", "keys_below_write_counting", "pytree",
-    "register_tree",
+    "register_tree", "torch_function_modes",
 ]

@@ -193,4 +193,5 @@ def _unflatten(tensors: Any, context: Any) -> PackedTensor:
 
 
 register_tree(PackedTensor, ("words", "scale"), ("channels", "encoding"), _unflatten)
+_arguments.TAKE_NOTHING_OVER.add(PackedTensor)
 torch.serialization.add_safe_globals([PackedTensor])

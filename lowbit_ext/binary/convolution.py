@@ -335,15 +335,15 @@ def conv2d(
     """
     op = "binary_conv2d"
     encoding, own_scale = _check_operands(input, weight, encoding, surrogate)
-    words = input.words if isinstance(input, PackedTensor) else input
-    channels = input.shape[1]
+    words, channels = (input.words, input.channels) if isinstance(input, PackedTensor) else (input, input.shape[1])
     groups = _arguments.integer(op, "groups", groups)
     padding_value = _arguments.integer(op, "padding_value", padding_value)
     filters = _check_channels(channels, weight.shape, groups)
     if isinstance(weight, PackedWeight) and (weight.groups != groups or weight.isa != _native.kernels(words).level):
         weight = pack_words(weight.words, weight.shape, groups)
     geometry = geometry_of(weight.shape, stride, padding, dilation, groups)
-    _check_result(words, residual, threshold, flip, out_dtype)
+    if residual is not None or flip is not None or out_dtype is not None:
+        _check_result(words, residual, threshold, flip, out_dtype)
     if words.dtype == torch.float64:
         _check_precise(weight, threshold, out_dtype)
         assert isinstance(weight, Tensor)

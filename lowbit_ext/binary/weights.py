@@ -112,6 +112,7 @@ def _unflatten_weight(tensors: Any, context: Any) -> PackedWeight:
 
 
 register_tree(PackedWeight, ("words", "blocked"), ("shape", "groups", "isa"), _unflatten_weight)
+_arguments.TAKE_NOTHING_OVER.add(PackedWeight)
 
 
 def sign_words(weight: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from sklearn.utils.validation import (
     column_or_1d,
     validate_data,
 )
+from torch import Tensor
 
+from lowbit_ext import _arguments
 from lowbit_ext.helstrom import samples as rows
 from lowbit_ext.helstrom.samples import Samples
 from lowbit_ext.helstrom.states import Array
@@ -125,6 +127,8 @@ def class_weights(classifier: BaseEstimator, samples: Samples, labels: np.ndarra
     if len(classifier.classes_) < 2:
         raise ValueError(f"HelstromClassifier: needs at least 2 classes, got 1 class: {classifier.classes_.tolist()}")
     proxy = np.empty((rows.count(samples), 1))
+    if isinstance(sample_weight, Tensor):
+        sample_weight = _arguments.tensor("HelstromClassifier", "sample_weight", sample_weight).detach().cpu().double()
     weight = _check_sample_weight(sample_weight, proxy, dtype=np.float64)
     if (weight < 0).any():
         raise ValueError(f"HelstromClassifier: sample_weight must not be negative, the smallest is {weight.min()}")

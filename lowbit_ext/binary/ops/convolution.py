@@ -193,8 +193,11 @@ def _binary_conv2d(
     groups = geometry[-1]
     if groups > 1 or not input.is_contiguous():
         input = aligned_groups(input, channels, groups)
-    thresholds = 0 if threshold is None else threshold.shape[0]
-    scale, bias, threshold, flip = contiguous(scale), contiguous(bias), contiguous(threshold), contiguous(flip)
+    thresholds = 0
+    if scale is not None or bias is not None:
+        scale, bias = contiguous(scale), contiguous(bias)
+    if threshold is not None:
+        thresholds, threshold, flip = threshold.shape[0], threshold.contiguous(), contiguous(flip)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     code = ENCODINGS[encoding]
