@@ -85,7 +85,7 @@ def function(op: str, name: str, value: Any) -> Callable[..., Any]:
     """What can be called."""
     if not callable(value):
         raise TypeError(f"{op}: {name} must be callable, got {type(value).__name__}")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def choice(op: str, name: str, value: Any, choices: Sequence[Any]) -> Any:

@@ -2,9 +2,10 @@
 
 import os
 
+import pytest
+
 import fuzz
 import fuzz_api
-import pytest
 
 
 def test_every_public_function_has_a_target():

@@ -147,7 +147,7 @@ def checked(op: str, samples: Any) -> AntitheticSamples:
 def _samples(
     bits: Tensor, ratio: Tensor, logits: Tensor, n: int, coupling: str, layout: str, seed: Tensor, offset: int
 ) -> AntitheticSamples:
-    return unchecked(  # type: ignore[no-any-return]
+    return unchecked(
         AntitheticSamples, bits=bits, ratio=ratio, logits=logits, n=n, coupling=coupling, layout=layout, seed=seed,
         offset=offset,
     )

@@ -11,7 +11,6 @@ from torch import Tensor
 from lowbit_ext import _arguments
 from lowbit_ext.cone.constraints import Cone
 
-
 LARGEST_SIZE = 1 << 20  # its matrix has 2^40 entries: what is larger is a mistake, not a lack of memory
 
 

@@ -186,7 +186,7 @@ def _quantize(
         device = "cpu" if generator is None else generator.device
         seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=device).cpu()
     codes, scale_minimum = ops.group_quantize(x.detach(), bits, positive, seed, 0)
-    return unchecked(  # type: ignore[no-any-return]
+    return unchecked(
         Codes, codes=codes, scale_minimum=scale_minimum, bits=bits, shape=tuple(x.shape), dtype=x.dtype,
         channels_last=ops.is_channels_last(x),
     )
@@ -229,7 +229,7 @@ def quantize_channels(x: Tensor, bits: int = 4, *, range: float | None = None) -
     mean = mean.float()
     inverse = torch.where(std > 0, 1 / std, 0.0)
     codes = ops.batch_norm_quantize(x, mean, inverse, std, mean, bits, span)
-    return unchecked(  # type: ignore[no-any-return]
+    return unchecked(
         ChannelCodes, codes=codes, std=std, mean=mean, bits=bits, span=span, shape=tuple(x.shape), dtype=x.dtype,
         channels_last=ops.is_channels_last(x),
     )
