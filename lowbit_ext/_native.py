@@ -14,7 +14,7 @@ import torch
 from lowbit_ext._torch import current_cuda_stream
 
 try:
-    from lowbit_ext import _cpu as cpu  # type: ignore[attr-defined]
+    import lowbit_ext._cpu as cpu
 except ImportError as error:
     raise ImportError(
         "lowbit_ext: the compiled module lowbit_ext._cpu could not be loaded; reinstall with `pip install .` from the "
