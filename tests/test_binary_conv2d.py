@@ -251,9 +251,7 @@ def test_scale_of_a_packed_input_reaches_the_result(rng):
 def test_weight_packed_under_another_level_is_blocked_again(rng):
     x, w, a, s = operands(rng, 1, 100, 5, 5, 70, (3, 3), 1, "sign")
     weight = pack_weight(w)
-    before = _native.active_isa()
     for level in _native.available_isas():
-        _native.select_isa(level)
-        assert torch.equal(conv2d(binarize(x), weight).double(), torch.nn.functional.conv2d(a, s))
-    _native.select_isa(before)
+        with running_on(level):
+            assert torch.equal(conv2d(binarize(x), weight).double(), torch.nn.functional.conv2d(a, s))
     assert torch.equal(weight.unpack().double(), s)

@@ -108,11 +108,11 @@ def generate(rays, lines, other_rays, other_lines):
         assert residual <= 1e-9 * max(1.0, np.linalg.norm(target))
 
 
-# --- check 1 and 2: counts, and the same cone by every path -----------------------------------------------------------
+# --- counts, and the same cone by every path --------------------------------------------------------------------------
 
 
 def test_checkerboard_by_structure_by_pseudo_inverse_and_by_double_description():
-    """Check 1."""
+    """Independent rows by structure, by a pseudo-inverse and by double description give one cone."""
     c = cone.checkerboard(8, 8, 4)
     matrix = c._a
     assert np.linalg.matrix_rank(matrix) == 4
@@ -153,12 +153,12 @@ def test_checkerboard_of_the_paper():
     (lambda: Cone([[1, 0, 0]]), (1, 2, 0)),
 ])
 def test_counts(build, counts):
-    """Check 2."""
+    """The named cones have as many generators as their docstrings say."""
     assert build().coefficient_counts == counts
 
 
 def test_vertices():
-    """Check 2: [0, 1]^3 has 8 vertices, as a product and as one group that shares coordinates."""
+    """[0, 1]^3 has 8 vertices, as a product and as one group that shares coordinates."""
     corners = {(x, y, z) for x in (0, 1) for y in (0, 1) for z in (0, 1)}
     assert {tuple(map(int, row)) for row in cone.box(3, 0, 1).vertices.tolist()} == corners
     shear = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 1]])
@@ -374,13 +374,13 @@ def test_certificate_notices_wrong_generators():
     assert generators.largest_violation(c.summands, *parts) > 0
 
 
-# --- check 3 and 6: outputs satisfy the constraints -------------------------------------------------------------------
+# --- outputs satisfy the constraints ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nonnegative", PHI)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_outputs_satisfy_the_constraints(example, dtype, nonnegative):
-    """Check 3, to the documented bound; float64 to 1e-12."""
+    """Within the documented bound; float64 within 1e-12."""
     torch.manual_seed(0)
     layer = ConeLinear(12, example, nonnegative).to(dtype)
     nn.init.normal_(layer.linear.bias)
@@ -401,7 +401,7 @@ def test_outputs_satisfy_the_constraints(example, dtype, nonnegative):
 @pytest.mark.parametrize("name", ["checkerboard", "monotone", "convex", "nonnegative", "cube"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_violation_is_a_rounding_of_the_output(name, dtype):
-    """Check 3 in its short form: max(A x) <= eps ||A|| ||x||."""
+    """max(A x) <= eps ||A|| ||x||."""
     torch.manual_seed(1)
     c = CONES[name]()
     x = ConeLinear(16, c).to(dtype)(torch.randn(1000, 16, dtype=dtype)).detach()
@@ -411,7 +411,7 @@ def test_violation_is_a_rounding_of_the_output(name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_box_keeps_the_constraints(dtype):
-    """Check 6."""
+    """Outputs stay in [-c, c] and in the cone."""
     torch.manual_seed(0)
     for c in (cone.checkerboard(8, 8, 4), cone.monotone(9), Cone(cube_cone(5))):
         layer = ConeLinear(12, c, box=0.75).to(dtype)
@@ -431,12 +431,12 @@ def test_autocast_keeps_the_constraints():
     assert (c.violation(x) <= torch.finfo(x.dtype).eps * np.linalg.norm(c._a, 2) * x.double().norm(dim=1)).all()
 
 
-# --- check 4: completeness and the inverse map ------------------------------------------------------------------------
+# --- completeness and the inverse map ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["checkerboard", "monotone", "cube", "random", "convex"])
 def test_generators_reach_every_feasible_point(name):
-    """Check 4: points found without the generators (rejection, projection) are combinations of them."""
+    """Points found without the generators (rejection, projection) are combinations of them."""
     c = CONES[name]()
     rng = np.random.default_rng(2)
     x = rng.standard_normal((1000, c.dimension))
@@ -466,11 +466,11 @@ def test_coefficients_shape_and_type():
     assert torch.equal(c.combine(c.coefficients(x)), x)
 
 
-# --- check 5: projection ----------------------------------------------------------------------------------------------
+# --- projection -------------------------------------------------------------------------------------------------------
 
 
 def test_projection(example):
-    """Check 5."""
+    """The projection is in the set, itself its projection, and closer than other points."""
     torch.manual_seed(0)
     x = 3 * torch.randn(64, example.dimension, dtype=torch.float64)
     y = example.project(x)
@@ -485,7 +485,7 @@ def test_projection(example):
 @pytest.mark.parametrize("name", ["checkerboard", "monotone", "convex", "cube", "random", "polytope", "unbounded",
                                   "independent, b", "apex elsewhere", "float64"])
 def test_projection_agrees_with_enumeration_or_nnls(name):
-    """Check 5, against a solver of another kind."""
+    """Against a solver of another kind."""
     c = CONES[name]()
     x = 3 * torch.randn(40, c.dimension, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     if len(c._a) <= 6:
@@ -605,12 +605,12 @@ def test_projection_keeps_shape_and_type():
     torch.testing.assert_close(c.project(x)[1, 2], c.project(x[1, 2]))
 
 
-# --- check 7: gradients -----------------------------------------------------------------------------------------------
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nonnegative", PHI)
 def test_gradient_of_the_layer(example, nonnegative):
-    """Check 7: away from beta = 0."""
+    """Away from beta = 0, where phi has a kink."""
     activation = ConeActivation(example, nonnegative).double()
     x = torch.randn(2, activation.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x = (x + 0.1 * x.sign()).requires_grad_()
@@ -799,11 +799,11 @@ def test_contains():
     assert cone.simplex(2).contains(x).tolist() == [True, False, False]
 
 
-# --- check 8 and wrong calls ------------------------------------------------------------------------------------------
+# --- wrong calls ------------------------------------------------------------------------------------------------------
 
 
 def test_too_many_rays_is_answered_at_once():
-    """Check 8."""
+    """McMullen's bound refuses before double description begins."""
     matrix = random_cone(36, 12)
     start = time.perf_counter()
     with pytest.raises(ValueError, match=r"^Cone: 3\d inequalities of rank 12 may have up to \d+ rays, more than "

@@ -300,7 +300,7 @@ def test_statistics_and_counters_are_exact(bits, seed):
 
 
 def test_mutated_messages():
-    outcomes = [fuzz_wire.check_one(data) for data in fuzz_wire.mutated_messages(seed=1, count=2000)]
+    outcomes = [fuzz_wire.check_one(data) for data in fuzz_wire.mutated_messages(seed=1, count=5000)]
     assert set(outcomes) == {"unreadable", "of another model", "lost", "dropped", "used"}
 
 

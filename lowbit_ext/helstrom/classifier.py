@@ -220,7 +220,7 @@ class HelstromClassifier(ClassifierMixin, BaseEstimator):
         self.class_count_ += weights.sum(axis=1)
         for total, weight in zip(self._sums, weights, strict=True):
             members = np.flatnonzero(weight)
-            for part, block in rows.blocks(rows.rows(samples, members)):
+            for part, block in rows.blocks(rows.take(samples, members)):
                 own = weight[members[part]]
                 if self.state == "pure":
                     total[: block.shape[1]] += own @ (block > 0)
@@ -379,7 +379,7 @@ class HelstromClassifier(ClassifierMixin, BaseEstimator):
     def _judged(self, samples: Samples) -> Array:
         """Outcome probabilities (N, measurements, outcomes), the priors where a sample lies in the null space."""
         parts = [
-            self._outcomes(self._coordinates(rows.rows(samples, slice(start, start + rows.BLOCK))))
+            self._outcomes(self._coordinates(rows.take(samples, slice(start, start + rows.BLOCK))))
             for start in range(0, rows.count(samples), rows.BLOCK)
         ]
         judged = np.concatenate(parts)

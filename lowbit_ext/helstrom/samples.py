@@ -46,7 +46,7 @@ def count(samples: Samples) -> int:
     return int(samples.shape[0])
 
 
-def rows(samples: Samples, part: Any) -> Samples:
+def take(samples: Samples, part: Any) -> Samples:
     """Some of the samples, by a slice or a boolean mask."""
     if not isinstance(samples, PackedTensor):
         return samples[part]
@@ -65,7 +65,7 @@ def blocks(samples: Samples) -> Iterator[tuple[slice, Array]]:
     """Parts of the samples as dense arrays."""
     for start in range(0, count(samples), BLOCK):
         part = slice(start, min(start + BLOCK, count(samples)))
-        yield part, dense(rows(samples, part))
+        yield part, dense(take(samples, part))
 
 
 def squared_lengths(samples: Samples) -> Array:

@@ -47,6 +47,14 @@ def check_generator(name: str, generator: torch.Generator | None) -> None:
         raise TypeError(f"{name}: generator must be a torch.Generator or None, got {type(generator).__name__}")
 
 
+def drawn_seed(stochastic: bool, generator: torch.Generator | None = None) -> Tensor | None:
+    """The seed of stochastic rounding, drawn; None of rounding to the nearest."""
+    if not stochastic:
+        return None
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=device).cpu()
+
+
 def check_flags(name: str, **flags: bool) -> None:
     """Raises TypeError for what is no bool."""
     for argument, flag in flags.items():
@@ -181,11 +189,7 @@ def _quantize(
     check_tensor(name, "x", x)
     check_flags(name, stochastic=stochastic, positive=positive)
     check_generator(name, generator)
-    seed = None
-    if stochastic:
-        device = "cpu" if generator is None else generator.device
-        seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=device).cpu()
-    codes, scale_minimum = ops.group_quantize(x.detach(), bits, positive, seed, 0)
+    codes, scale_minimum = ops.group_quantize(x.detach(), bits, positive, drawn_seed(stochastic, generator), 0)
     return unchecked(
         Codes, codes=codes, scale_minimum=scale_minimum, bits=bits, shape=tuple(x.shape), dtype=x.dtype,
         channels_last=ops.is_channels_last(x),

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lowbit_ext import _oplib
 from lowbit_ext.lowmem import _ledger, ops
-from lowbit_ext.lowmem.codes import as_int, check_flags, check_generator, check_settings
+from lowbit_ext.lowmem.codes import as_int, check_flags, check_generator, check_settings, drawn_seed
 
 # Between a parameter and what an operation keeps of it: views, and the copies that autocast makes.
 _OF_LEAF = ("ToCopyBackward0", "TBackward0", "TransposeBackward0", "PermuteBackward0", "ViewBackward0")
@@ -69,13 +69,6 @@ def _narrow(flat: Tensor) -> Tensor:
         if limits.min <= low and high <= limits.max:
             return flat.to(dtype)
     return flat.clone()
-
-
-def _seed(stochastic: bool, generator: torch.Generator | None = None) -> Tensor | None:
-    if not stochastic:
-        return None
-    device = "cpu" if generator is None else generator.device
-    return torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=device).cpu()
 
 
 # --- eager hooks ------------------------------------------------------------------------------------------------------
@@ -197,7 +190,7 @@ class saved_tensors:
         elif flat.dtype == torch.int64:
             tensors = (_narrow(flat),)
         else:
-            tensors = _quantize_saved(flat, self.bits, _seed(self.stochastic, self._generator))
+            tensors = _quantize_saved(flat, self.bits, drawn_seed(self.stochastic, self._generator))
         return _Coded(tensors, self.bits, flat.dtype, flat.numel(), StorageWeakRef(flat.untyped_storage()))
 
     def _pack(self, x: Tensor) -> _ledger.Kept | _Packed:
@@ -253,7 +246,7 @@ def _pack_traced(x: Tensor, bits: int, stochastic: bool, min_numel: int) -> tupl
     if x.dtype == torch.bool:
         tensors: tuple[Tensor, ...] = (_pack_bools(flat),)
     else:
-        tensors = _quantize_saved(flat, bits, _seed(stochastic))
+        tensors = _quantize_saved(flat, bits, drawn_seed(stochastic))
     return (*tensors, x.dtype, order, shape)
 
 
