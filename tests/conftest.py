@@ -104,3 +104,12 @@ def generator(seed):
 def rng():
     """A seeded generator."""
     return generator(20260101)
+
+
+def sum_bound(terms, magnitude, dtype=torch.float32):
+    """Bound on the rounding of a sum of products taken in any order, whose absolute values sum to `magnitude`.
+
+    Source: Higham, "Accuracy and Stability of Numerical Algorithms", 2002, equation 3.5: n u / (1 - n u).
+    """
+    error = terms * torch.finfo(dtype).eps / 2
+    return error / (1 - error) * magnitude
