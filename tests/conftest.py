@@ -100,6 +100,18 @@ def generator(seed):
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
+@contextlib.contextmanager
+def defaults(dtype, device):
+    """Torch's default dtype and device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.fixture
 def rng():
     """A seeded generator."""

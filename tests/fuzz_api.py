@@ -509,7 +509,7 @@ TARGETS: dict[str, Target] = {
     ),
     "cone.Cone.combine": Target(
         method("combine"),
-        of(small_cone, coefficients=lambda r: torch.randn(2, 3)),
+        lambda r: {"self": (c := small_cone(r)), "coefficients": torch.randn(2, sum(c.coefficient_counts))},
     ),
     "cone.Cone.describe": Target(method("describe"), of(small_cone), share=1),
     "cone.ConeActivation": Target(

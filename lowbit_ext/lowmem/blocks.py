@@ -81,7 +81,7 @@ class _Workspace(threading.local):
     """
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0)
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def empty(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Tensor:
         """An uninitialised tensor: of this memory where it is large and on the CPU, otherwise a new one."""
@@ -89,7 +89,7 @@ class _Workspace(threading.local):
         if torch.compiler.is_compiling() or size <= _FRESH_BYTES or not like.is_cpu:
             return ops.empty(like, shape, dtype, channels_last)
         if self.memory.nbytes < size:
-            self.memory = torch.empty(size, dtype=torch.uint8)
+            self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         memory = self.memory[:size].view(dtype)
         if not channels_last:
             return memory.view(shape)
