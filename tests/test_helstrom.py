@@ -475,7 +475,8 @@ def test_explain_is_the_diagonal(multi_class, arguments):
     for c, features in explained.items():
         assert [weight for _, weight in features] == sorted((weight for _, weight in features), reverse=True)
         np.testing.assert_allclose(
-            [weight for _, weight in features], [decision[int(name[1:]), c] for name, _ in features], rtol=0, atol=DECIDED
+            [weight for _, weight in features], [decision[int(name[1:]), c] for name, _ in features],
+            rtol=0, atol=DECIDED,
         )
 
 
