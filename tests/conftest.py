@@ -95,12 +95,67 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Sums in the order of processes that have one thread each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def generator(seed):
     """A seeded generator of the device that the test runs on."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+@contextlib.contextmanager
+def defaults(dtype, device):
+    """Torch's default dtype and device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.fixture
 def rng():
     """A seeded generator."""
     return generator(20260101)
+
+
+def assert_as_good(got, plain, exact, what=""):
+    """The error is at most twice that of plain float32 torch, counted in its largest element."""
+    bound = 2 * (plain.double() - exact).abs().max().item() if exact.numel() else 0.0
+    spacing = 4e-7 * exact.abs().max().item() if exact.numel() else 0.0  # torch may be exact where we round once
+    error = (got.double() - exact).abs().max().item() if exact.numel() else 0.0
+    assert got.shape == exact.shape
+    assert error <= max(bound, spacing), f"{what}: error {error:.3g}, torch's {bound / 2:.3g}"
+
+
+def sum_bound(terms, magnitude, dtype=torch.float32):
+    """Bound on the rounding of a sum of products taken in any order, no partial sum of which exceeds `magnitude`.
+
+    Partial sums never exceed the sum of absolute values; those of terms of both signs are about as large as the largest
+    results of a tensor. Source: Higham, "Accuracy and Stability of Numerical Algorithms", 2002, sections 3.1 and 4.2.
+    """
+    error = terms * torch.finfo(dtype).eps / 2
+    return error / (1 - error) * magnitude
+
+
+def surrogate_tolerances(surrogate, dtype, grad=1.0):
+    """Of a surrogate's derivative at x times gradients up to `grad`: two roundings to the type, and that of 2x - 1.
+
+    A unit of the latter, near x = 1, moves a derivative by up to 4 units. swish_sign's moves by 70 and rounds by 23
+    itself, in float32 or float64; its formula in the float64 reference by 146.
+    """
+    eps = torch.finfo(dtype).eps
+    if surrogate == "swish_sign":
+        units = (70 + 23 + 146) * 2.0**-53 if dtype == torch.float64 else (70 + 23) * 2.0**-24
+        return {"rtol": eps, "atol": units * grad}
+    return {"rtol": eps, "atol": 4 * eps / 2 * grad}

@@ -176,10 +176,10 @@ def make(name):
     return build(), shape
 
 
-def step(model, shape, seed=1, **options):
+def step(model, shape, seed=1, dtype=torch.float32):
     """One pass, forward and backward, of seeded input and gradient: (results, input's gradient, {name: gradient})."""
     torch.manual_seed(seed)
-    x = torch.randn(shape, **options).requires_grad_()
+    x = torch.randn(shape).to(dtype).requires_grad_()
     model.zero_grad()
     out = model(x)
     out = out["logits"] if isinstance(out, dict) else out

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fuzz_wire
+from conftest import sum_bound
 from lowbit_ext import federated
 from lowbit_ext.federated import Coordinator, Participant, Settings, run_round, simulate, wire
 
@@ -144,7 +145,8 @@ def test_batch_norm_statistics_policies():
     batches = torch.randn(6, 1, 8, 8).split(3)
     federated.recompute_statistics(model, batches)
     outputs = torch.stack([model[0](batch).mean((0, 2, 3)) for batch in batches])
-    assert torch.allclose(model[1].running_mean, outputs.mean(0), atol=1e-6)
+    bound = sum_bound(3 * 36 + 2, float(model[0](torch.cat(batches)).abs().max()))  # means of 108, and of two of them
+    torch.testing.assert_close(model[1].running_mean, outputs.mean(0), rtol=0, atol=2 * bound)
     assert model[1].momentum == 0.1
 
 
@@ -226,7 +228,9 @@ def test_wire_round_trip(bits, count, dtype):
     update = federated.decompress(packed)
     assert update["w"].dtype == dtype
     assert update["n"] == 3
-    assert torch.allclose(update["w"] + residual["w"], values, atol=1e-6 if dtype.itemsize > 2 else 1e-2)
+    # The residual is rounded, and the sum here.
+    error = (update["w"] + residual["w"] - values).abs().max()
+    assert error <= torch.finfo(dtype).eps * values.abs().max()
     rounding = torch.finfo(dtype).eps * 8
     for group, sent in zip(values.double().split(256), update["w"].double().split(256), strict=True):
         if bits == 4:

@@ -23,6 +23,11 @@ from reference import helstrom as reference
 
 ENCODINGS = ("normalise", "amplitude", "stereographic")
 
+# Absolute, of numbers up to 1 in float64, whose unit is u = 1.1e-16; d is a dimension, up to 100 here.
+SUMMED = 1e-14  # sums, norms and eigenvalues of d numbers: d u (Weyl)
+PROJECTED = 1e-13  # products of such results
+DECIDED = 1e-10  # by projectors onto eigenspaces: 4 d u over the gap of eigenvalues (Davis and Kahan), of 4e-4
+
 
 @pytest.fixture(scope="module")
 def digits():
@@ -56,7 +61,7 @@ def test_states_and_projectors(encoding, copies):
     coordinates = states.symmetric_power(states.encode(X, encoding), copies)
     rhos = [states.outer_sum(coordinates[y == c], np.full((y == c).sum(), 1 / (y == c).sum())) for c in (0, 1)]
     for rho in rhos:
-        assert np.trace(rho) == pytest.approx(1, abs=1e-14)
+        assert np.trace(rho) == pytest.approx(1, abs=SUMMED)
         assert np.linalg.eigvalsh(rho)[0] > -1e-15
 
     observable = states.helstrom_observable(rhos[1], rhos[0], 0.3)
@@ -64,13 +69,13 @@ def test_states_and_projectors(encoding, copies):
     minus, plus = (factor @ factor.T for factor in factors)
     rest = np.eye(len(plus)) - plus - minus
     for projector in (plus, minus, rest):
-        np.testing.assert_allclose(projector @ projector, projector, atol=1e-13)
-    np.testing.assert_allclose(plus @ minus, 0, atol=1e-13)
-    np.testing.assert_allclose(rest @ observable, 0, atol=1e-9)
+        np.testing.assert_allclose(projector @ projector, projector, rtol=0, atol=PROJECTED)
+    np.testing.assert_allclose(plus @ minus, 0, rtol=0, atol=PROJECTED)
+    np.testing.assert_allclose(rest @ observable, 0, rtol=0, atol=1e-9)  # eigenvalues below 1e-10 count as 0
     assert len(eigenvalues) == round(np.trace(plus) + np.trace(minus))
     outcomes = states.outcome_probabilities(coordinates, factors).sum(axis=1)
     null = np.einsum("ij,jk,ik->i", coordinates, rest, coordinates)
-    np.testing.assert_allclose(outcomes + null, 1, atol=1e-13)
+    np.testing.assert_allclose(outcomes + null, 1, rtol=0, atol=PROJECTED)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -78,8 +83,8 @@ def test_encodings_are_unit_vectors_and_match_the_definition(encoding):
     X = np.array([[3.0, 0, 4], [1e200, 1e200, 0], [1e-200, 0, 0], [0, 0, 0]])
     encoded = states.encode(X, encoding)
     expected_length = [1, 1, 1, 0] if encoding == "normalise" else [1] * 4
-    np.testing.assert_allclose(np.linalg.norm(encoded, axis=1), expected_length, atol=1e-15)
-    np.testing.assert_allclose(encoded[0], reference.psi(X[0], encoding, 1), atol=1e-15)
+    np.testing.assert_allclose(np.linalg.norm(encoded, axis=1), expected_length, rtol=0, atol=SUMMED)
+    np.testing.assert_allclose(encoded[0], reference.psi(X[0], encoding, 1), rtol=0, atol=SUMMED)
 
 
 @given(
@@ -110,11 +115,11 @@ def test_bound_of_equal_and_of_orthogonal_states(state, multi_class):
     same = np.array([[1.0, 1, 0], [0, 1, 1]] * 2)
     model = HelstromClassifier(state=state, multi_class=multi_class).fit(same, [0, 0, 1, 1])
     expected = 0.5 if multi_class == "ovr" else math.sqrt(0.5)
-    assert model.success_bound_ == pytest.approx(expected, abs=1e-14)
+    assert model.success_bound_ == pytest.approx(expected, abs=SUMMED)
     np.testing.assert_array_equal(model.predict(same), 0)  # nothing tells them apart: equal priors, the first class
     apart = np.array([[1.0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]])
     model = HelstromClassifier(state=state, multi_class=multi_class).fit(apart, [0, 0, 1, 1])
-    assert model.success_bound_ == pytest.approx(1, abs=1e-14)
+    assert model.success_bound_ == pytest.approx(1, abs=SUMMED)
     np.testing.assert_array_equal(model.predict(apart), [0, 0, 1, 1])
 
 
@@ -127,9 +132,11 @@ def test_pure_closed_form(p1, copies):
     rho1, rho0 = (reference.pure_density(X[y == c], copies) for c in (1, 0))
     c2 = np.trace(rho1 @ rho0)
     root = math.sqrt(1 - 4 * p1 * (1 - p1) * c2)
-    np.testing.assert_allclose(model.eigenvalues_, [(2 * p1 - 1 - root) / 2, (2 * p1 - 1 + root) / 2], atol=1e-14)
+    eigenvalues = [(2 * p1 - 1 - root) / 2, (2 * p1 - 1 + root) / 2]
+    np.testing.assert_allclose(model.eigenvalues_, eigenvalues, rtol=0, atol=SUMMED)
     vectors = [reference.psi(x, "normalise", copies) for x in X]
-    np.testing.assert_allclose(model.decision_function(X), reference.decision(rho1, rho0, p1, vectors), atol=1e-12)
+    expected = reference.decision(rho1, rho0, p1, vectors)
+    np.testing.assert_allclose(model.decision_function(X), expected, rtol=0, atol=PROJECTED)
 
 
 def test_pure_states_that_nearly_agree():
@@ -153,7 +160,7 @@ def test_explicit_and_gram_equal_the_tensor_products(encoding, copies, prior):
     expected = reference.decision(rho1, rho0, p1, [reference.psi(x, encoding, copies) for x in test])
     for solver in ("explicit", "gram"):
         model = HelstromClassifier(encoding=encoding, copies=copies, prior=prior, solver=solver).fit(X, y)
-        np.testing.assert_allclose(model.decision_function(test), expected, atol=1e-10, err_msg=solver)
+        np.testing.assert_allclose(model.decision_function(test), expected, rtol=0, atol=DECIDED, err_msg=solver)
 
 
 @pytest.mark.parametrize("copies", [1, 2, 3])
@@ -167,10 +174,10 @@ def test_gram_equals_explicit_on_digits(digits, copies, multi_class):
         X, test = X[:, ::2], test[:, ::2]
     explicit = HelstromClassifier(solver="explicit", **arguments).fit(X, y)
     gram = HelstromClassifier(solver="gram", **arguments).fit(X, y)
-    np.testing.assert_allclose(gram.decision_function(test), explicit.decision_function(test), atol=1e-10)
-    np.testing.assert_allclose(gram.success_bound_, explicit.success_bound_, atol=1e-12)
+    np.testing.assert_allclose(gram.decision_function(test), explicit.decision_function(test), rtol=0, atol=DECIDED)
+    np.testing.assert_allclose(gram.success_bound_, explicit.success_bound_, rtol=0, atol=PROJECTED)
     for ours, theirs in zip(gram.explain()[0], explicit.explain()[0], strict=True):
-        assert ours[1] == pytest.approx(theirs[1], abs=1e-9)
+        assert ours[1] == pytest.approx(theirs[1], abs=DECIDED)
 
 
 # --- multi-class ------------------------------------------------------------------------------------------------------
@@ -186,14 +193,15 @@ def test_pretty_good_measurement_of_two_pure_states(p1):
         [p * np.outer(v, v) for p, v in zip(priors, vectors, strict=True)], 1e-10
     )
     area = math.sqrt(p1 * (1 - p1)) * math.sin(angle)  # the root of G's determinant
-    assert success == pytest.approx(((priors + area) ** 2).sum() / (1 + 2 * area), abs=1e-14)
+    assert success == pytest.approx(((priors + area) ** 2).sum() / (1 + 2 * area), abs=SUMMED)
     if p1 == 0.5:  # then it is the Helstrom measurement
-        assert success == pytest.approx((1 + math.sin(angle)) / 2, abs=1e-14)
+        assert success == pytest.approx((1 + math.sin(angle)) / 2, abs=SUMMED)
         _, pure = states.pure_measurement(vectors[1], vectors[0], 0.5, 1, 1e-10)
         psi = np.array([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
         overlaps = psi @ np.array(vectors).T
         np.testing.assert_allclose(
-            states.outcome_probabilities(psi, factors), states.outcome_probabilities(overlaps, pure), atol=1e-13
+            states.outcome_probabilities(psi, factors), states.outcome_probabilities(overlaps, pure),
+            rtol=0, atol=PROJECTED,
         )
 
 
@@ -205,7 +213,7 @@ def test_pretty_good_measurement_of_three_classes(state):
     effects = reference.pretty_good_effects(rhos, np.bincount(y) / len(y))
     psi = states.encode(X, "normalise")
     expected = np.stack([np.einsum("ij,jk,ik->i", psi, effect, psi) for effect in effects], axis=1)
-    np.testing.assert_allclose(model.decision_function(X), expected, atol=1e-10)
+    np.testing.assert_allclose(model.decision_function(X), expected, rtol=0, atol=DECIDED)
     np.testing.assert_array_equal(model.predict(X), expected.argmax(axis=1))
 
 
@@ -215,7 +223,7 @@ def test_one_vs_rest_is_a_binary_problem_per_class(arguments):
     decision = HelstromClassifier(**arguments).fit(X, y).decision_function(X)
     for c in range(3):
         binary = HelstromClassifier(**arguments).fit(X, y == c)
-        np.testing.assert_allclose(decision[:, c], binary.decision_function(X), atol=1e-12)
+        np.testing.assert_allclose(decision[:, c], binary.decision_function(X), rtol=0, atol=PROJECTED)
 
 
 @pytest.mark.parametrize("multi_class", ["ovr", "pgm"])
@@ -225,7 +233,7 @@ def test_probabilities_agree_with_the_decision(multi_class, classes, prior):
     X, y = make_bits(7, count=90, classes=classes)
     model = HelstromClassifier(multi_class=multi_class, prior=prior).fit(X, y)
     probabilities = model.predict_proba(X)
-    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-14)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=0, atol=SUMMED)
     assert (probabilities >= 0).all()
     np.testing.assert_array_equal(model.classes_[probabilities.argmax(axis=1)], model.predict(X))
 
@@ -239,10 +247,10 @@ def test_swapping_the_labels_swaps_the_projectors(state, solver):
     X, y = make_bits(8)
     model = HelstromClassifier(state=state, solver=solver, prior=2.0).fit(X, y)
     swapped = HelstromClassifier(state=state, solver=solver, prior=0.5).fit(X, 1 - y)
-    np.testing.assert_allclose(swapped.decision_function(X), -model.decision_function(X), atol=1e-10)
-    np.testing.assert_allclose(swapped.eigenvalues_, -model.eigenvalues_[::-1], atol=1e-14)
+    np.testing.assert_allclose(swapped.decision_function(X), -model.decision_function(X), rtol=0, atol=DECIDED)
+    np.testing.assert_allclose(swapped.eigenvalues_, -model.eigenvalues_[::-1], rtol=0, atol=SUMMED)
     if (state, solver) == ("mixed", "explicit"):
-        np.testing.assert_allclose(projectors(swapped), projectors(model)[::-1], atol=1e-10)
+        np.testing.assert_allclose(projectors(swapped), projectors(model)[::-1], rtol=0, atol=DECIDED)
 
 
 @given(seed=st.integers(0, 10**6))
@@ -254,7 +262,7 @@ def test_order_of_samples_and_features_does_not_matter(seed):
     for arguments in ({}, dict(state="pure"), dict(solver="gram"), dict(multi_class="pgm")):
         expected = HelstromClassifier(**arguments).fit(X, y).decision_function(X)
         got = HelstromClassifier(**arguments).fit(X[order][:, features], y[order]).decision_function(X[:, features])
-        np.testing.assert_allclose(got, expected, atol=1e-8, err_msg=str(arguments))
+        np.testing.assert_allclose(got, expected, rtol=0, atol=DECIDED, err_msg=str(arguments))
 
 
 def test_recall_does_not_rise_with_the_cost_of_a_false_positive(digits):
@@ -333,10 +341,11 @@ def test_sparse_values_equal_dense_values(arguments):
     dense = HelstromClassifier(**arguments).fit(X, y)
     sparse = HelstromClassifier(**arguments).fit(scipy.sparse.csr_array(X), y)
     expected = dense.decision_function(X)
-    np.testing.assert_allclose(sparse.decision_function(scipy.sparse.coo_array(X)), expected, atol=1e-10)
-    np.testing.assert_allclose(dense.decision_function(scipy.sparse.csr_array(X)), expected, atol=1e-10)
+    np.testing.assert_allclose(sparse.decision_function(scipy.sparse.coo_array(X)), expected, rtol=0, atol=DECIDED)
+    np.testing.assert_allclose(dense.decision_function(scipy.sparse.csr_array(X)), expected, rtol=0, atol=DECIDED)
     bits = (X > 0).astype(float)  # samples of bits against training samples of values
-    np.testing.assert_allclose(sparse.decision_function(samples.pack(X > 0)), dense.decision_function(bits), atol=1e-10)
+    packed = sparse.decision_function(samples.pack(X > 0))
+    np.testing.assert_allclose(packed, dense.decision_function(bits), rtol=0, atol=DECIDED)
 
 
 @pytest.mark.parametrize("form", [np.asarray, scipy.sparse.csr_array])
@@ -361,7 +370,7 @@ def test_many_samples_go_through_in_blocks():
     for arguments in ({}, dict(solver="gram", tol=1e-9), dict(state="pure")):
         model = HelstromClassifier(**arguments).fit(X, y)
         single = np.concatenate([model.decision_function(X[i : i + 1]) for i in range(0, len(X), 40)])
-        np.testing.assert_allclose(model.decision_function(X)[::40], single, atol=1e-12)
+        np.testing.assert_allclose(model.decision_function(X)[::40], single, rtol=0, atol=PROJECTED)
 
 
 # --- learning in parts, weights, copies -------------------------------------------------------------------------------
@@ -380,8 +389,8 @@ def test_partial_fit_equals_fit(arguments, classes):
     parts = HelstromClassifier(**arguments)
     for part in np.array_split(np.argsort(y, kind="stable"), 5):  # the first part has one class alone
         parts.partial_fit(X[part], y[part], classes=range(classes))
-    np.testing.assert_allclose(parts.decision_function(X), whole.decision_function(X), atol=1e-10)
-    np.testing.assert_allclose(parts.success_bound_, whole.success_bound_, atol=1e-13)
+    np.testing.assert_allclose(parts.decision_function(X), whole.decision_function(X), rtol=0, atol=DECIDED)
+    np.testing.assert_allclose(parts.success_bound_, whole.success_bound_, rtol=0, atol=PROJECTED)
     np.testing.assert_array_equal(parts.class_count_, np.bincount(y))
 
 
@@ -389,7 +398,7 @@ def test_partial_fit_goes_on_after_fit():
     X, y = make_bits(15)
     model = HelstromClassifier(solver="explicit").fit(X[:30], y[:30]).partial_fit(X[30:], y[30:])
     expected = HelstromClassifier().fit(X, y).decision_function(X)
-    np.testing.assert_allclose(model.decision_function(X), expected, atol=1e-10)
+    np.testing.assert_allclose(model.decision_function(X), expected, rtol=0, atol=DECIDED)
 
 
 @pytest.mark.parametrize("arguments", [{}, dict(solver="gram"), dict(state="pure", prior="empirical")])
@@ -398,7 +407,7 @@ def test_weights_are_repetitions(arguments):
     weight = np.random.default_rng(0).integers(1, 4, len(X))
     weighted = HelstromClassifier(**arguments).fit(X, y, sample_weight=weight)
     repeated = HelstromClassifier(**arguments).fit(X.repeat(weight, axis=0), y.repeat(weight))
-    np.testing.assert_allclose(weighted.decision_function(X), repeated.decision_function(X), atol=1e-9)
+    np.testing.assert_allclose(weighted.decision_function(X), repeated.decision_function(X), rtol=0, atol=DECIDED)
 
 
 def test_fractional_copies_lie_between_whole_ones():
@@ -430,8 +439,9 @@ def test_empty_samples_get_the_class_of_the_prior(arguments, prior, expected):
     model = HelstromClassifier(prior=prior, **arguments).fit(X, [0, 0, 1, 1, 1])
     empty = np.zeros((1, 4))
     assert model.predict(empty) == expected
-    np.testing.assert_allclose(model.predict_proba(empty), model.class_prior_, atol=1e-15)
-    np.testing.assert_allclose(model.decision_function(empty), model.class_prior_[:, 1] - model.class_prior_[:, 0])
+    np.testing.assert_allclose(model.predict_proba(empty), model.class_prior_, rtol=0, atol=SUMMED)
+    difference = model.class_prior_[:, 1] - model.class_prior_[:, 0]
+    np.testing.assert_allclose(model.decision_function(empty), difference, rtol=0, atol=SUMMED)
 
 
 def test_empty_samples_change_no_state():
@@ -439,9 +449,8 @@ def test_empty_samples_change_no_state():
     more = np.concatenate([X, np.zeros((9, X.shape[1]))]), np.concatenate([y, np.ones(9, int)])
     for arguments in ({}, dict(solver="gram"), dict(state="pure")):
         expected = HelstromClassifier(**arguments).fit(X, y)
-        np.testing.assert_allclose(
-            HelstromClassifier(**arguments).fit(*more).decision_function(X), expected.decision_function(X), atol=1e-10
-        )
+        got = HelstromClassifier(**arguments).fit(*more)
+        np.testing.assert_allclose(got.decision_function(X), expected.decision_function(X), rtol=0, atol=DECIDED)
 
 
 def test_features_never_seen_belong_to_the_null_space():
@@ -466,7 +475,8 @@ def test_explain_is_the_diagonal(multi_class, arguments):
     for c, features in explained.items():
         assert [weight for _, weight in features] == sorted((weight for _, weight in features), reverse=True)
         np.testing.assert_allclose(
-            [weight for _, weight in features], [decision[int(name[1:]), c] for name, _ in features], atol=1e-9
+            [weight for _, weight in features], [decision[int(name[1:]), c] for name, _ in features],
+            rtol=0, atol=DECIDED,
         )
 
 
@@ -487,7 +497,7 @@ def test_explain_is_the_diagonal_of_the_projectors():
     model = HelstromClassifier(solver="explicit").fit(X, y)
     minus, plus = projectors(model)
     weights = {int(name[1:]): weight for name, weight in model.explain()[1]}
-    np.testing.assert_allclose([weights[i] for i in range(X.shape[1])], np.diag(plus - minus), atol=1e-13)
+    np.testing.assert_allclose([weights[i] for i in range(X.shape[1])], np.diag(plus - minus), rtol=0, atol=PROJECTED)
 
 
 # --- estimator --------------------------------------------------------------------------------------------------------

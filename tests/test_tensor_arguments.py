@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_leaves
 
+from conftest import defaults
 from lowbit_ext import _native, _oplib, antithetic, lowmem
 from lowbit_ext.binary import (
     BinaryActivation,
@@ -111,14 +112,9 @@ def test_defaults_of_torch_change_nothing(dtype, device):
         return [*network(x, weight, scale), *dense, samples.bits, samples.ratio, samples.unpack()]
 
     expected = results()
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            _native._kept.__dict__.clear()  # a workspace is allocated anew
-            got = results()
-    finally:
-        torch.set_default_dtype(before)
+    with defaults(dtype, device):
+        _native._kept.__dict__.clear()  # a workspace is allocated anew
+        got = results()
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)

@@ -293,7 +293,7 @@ def pack(model: nn.Module, example_input: Any) -> PackedModel:
     def example() -> tuple[Any, ...]:
         return copy.deepcopy(inputs)
 
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         try:
             model(*example())
         except Exception as error:

@@ -289,7 +289,8 @@ class PackedModel(nn.Module):
         if not isinstance(body, fx.GraphModule):
             raise TypeError(f"PackedModel: body must be a torch.fx.GraphModule, got {type(body).__name__}")
         self.body = body
-        self.register_buffer("checksum", torch.tensor(self._checksum(self.state_dict()), dtype=torch.int64))
+        checksum = torch.tensor(self._checksum(self.state_dict()), dtype=torch.int64, device="cpu")
+        self.register_buffer("checksum", checksum)
         self.requires_grad_(False)
         self.eval()
 

@@ -106,7 +106,7 @@ def fold_floats(chain: Chain, encoding: str, channels: int) -> Fold:
     # The largest finite number's bits; negative numbers' bits below the sign run downwards.
     high = torch.full((channels * chain.copies,), 0x7F7FFFFF)
     fold = _fold(chain, encoding, -high - 1, high, value)
-    infinite = torch.where(fold.threshold == -high - 1, -math.inf, math.inf)
+    infinite = torch.where(fold.threshold == -high - 1, -math.inf, math.inf).float()
     threshold = value(fold.threshold.minimum(high))
     fold.threshold = torch.where(fold.constant, infinite, threshold)
     return fold

@@ -138,15 +138,17 @@ def gradient_mismatch(
         gradients = torch.autograd.grad(straight, list(chosen.values()), allow_unused=True)
         found = []
         for (name, weight), gradient in zip(chosen.items(), gradients, strict=True):
-            indices = torch.arange(weight.numel())
+            indices = torch.arange(weight.numel(), device=weight.device)
             if max_weights is not None and max_weights < weight.numel():
-                indices = torch.randperm(weight.numel(), generator=generator)[:max_weights].sort().values
+                device = generator.device if generator else "cpu"
+                order = torch.randperm(weight.numel(), generator=generator, device=device)
+                indices = order[:max_weights].sort().values.to(weight.device)
             with torch.no_grad():
                 if chunk_size == 1:
                     discrete = _one_by_one(lambda: value(lambda: model(input)), weight, indices, eps, progress)
                 else:
                     discrete = _in_chunks(model, value, input, name, weight, indices, eps, chunk_size, progress)
-            flat = torch.zeros(weight.numel()) if gradient is None else gradient.detach().reshape(-1)
+            flat = (torch.zeros_like(weight) if gradient is None else gradient).detach().reshape(-1)
             through = flat[indices].double()
             layer = LayerMismatch(
                 name, _cosine(discrete, through), len(indices), weight.numel(), discrete, through, indices
@@ -185,7 +187,7 @@ def _one_by_one(
 ) -> Tensor:
     """Perturbs each weight in place and puts its value back."""
     flat = weight.data.view(-1)
-    discrete = torch.empty(len(indices), dtype=torch.float64)
+    discrete = torch.empty(len(indices), dtype=torch.float64, device=weight.device)
     for at, index in enumerate(indices.tolist()):
         kept = flat[index].clone()
         flat[index] = kept + eps
@@ -212,7 +214,7 @@ def _in_chunks(
 
     batched = torch.func.vmap(evaluate, randomness="same")
     for chunk in indices.split(chunk_size):
-        rows = torch.arange(len(chunk))
+        rows = torch.arange(len(chunk), device=chunk.device)
         copies = flat.repeat(2, len(chunk), 1)
         copies[0, rows, chunk] += eps
         copies[1, rows, chunk] -= eps

@@ -150,7 +150,7 @@ class Trainer:
             nesterov=settings.momentum > 0,
         )
         for _ in range(steps):
-            index = torch.randint(samples, (settings.batch,), generator=generator)
+            index = torch.randint(samples, (settings.batch,), generator=generator, device="cpu")
             optimizer.zero_grad()
             loss_of(index, generator).backward()
             optimizer.step()
@@ -345,8 +345,10 @@ def _user_training(trainer: Trainer, user: int, images: Tensor, labels: Tensor |
 
     def run(state: dict[str, Tensor], number: int) -> State | None:
         settings, generator = trainer.settings, trainer.generator("user", user, number)
-        if settings.drop and float(torch.rand((), generator=generator)) < settings.drop:
-            return None
+        if settings.drop:
+            drawn = torch.rand((), generator=generator, dtype=torch.float32, device="cpu")
+            if float(drawn) < settings.drop:
+                return None
         return trainer.unsupervised(state, images, labels, trainer.rate(number), settings.steps, generator)
 
     return run

@@ -88,7 +88,8 @@ def partition(
     pools = []
     for label in range(classes):
         members = torch.nonzero(labels == label).flatten()
-        pools.append(members[torch.randperm(len(members), generator=generator)])
+        order = torch.randperm(len(members), generator=generator, device=generator.device if generator else "cpu")
+        pools.append(members[order.to(members.device)])
     weights = [[(1 - non_iid) / classes + non_iid * (k % classes == c) for c in range(classes)] for k in range(users)]
     left = [len(pool) - labelled // classes for pool in pools]
     demand = [sum(row[c] for row in weights) for c in range(classes)]

@@ -394,7 +394,7 @@ def _is_shape(sizes: list[Any]) -> bool:
 
 
 def _read_tensor(key: str, data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
     memory_of(tensor)[:] = data
     if dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
         raise ValueError(f"from_bytes: {reprlib.repr(key)} is bool and has other bytes than 0 and 1")

@@ -70,7 +70,7 @@ class Workspace(threading.local):
         if torch.compiler.is_compiling() or size <= _FRESH_BYTES or not like.is_cpu:
             return ops.empty(like, shape, dtype, channels_last)
         if self.memory.nbytes < size:
-            self.memory = torch.empty(size, dtype=torch.uint8)
+            self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         memory = self.memory[:size].view(dtype)
         if not channels_last:
             return memory.view(shape)

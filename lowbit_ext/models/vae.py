@@ -52,10 +52,11 @@ class BernoulliVAE(nn.Module):
         self.encoder = _layers([pixels, *hidden, latents])
         self.decoder = _layers([latents, *reversed(hidden), pixels])
         self.prior_logits = nn.Parameter(torch.zeros(latents))
-        self.register_buffer("mean", torch.zeros(pixels) if mean is None else mean.detach().clone().float())
+        mean_of_data = torch.zeros(pixels) if mean is None else mean.detach().to(self.prior_logits, copy=True)
+        self.register_buffer("mean", mean_of_data)
         if mean is not None:
             with torch.no_grad():
-                self.decoder[-1].bias.copy_(torch.logit(self.mean.clamp(1e-3, 1 - 1e-3)))  # type: ignore[operator]
+                self.decoder[-1].bias.copy_(torch.logit(mean.float().clamp(1e-3, 1 - 1e-3)))  # type: ignore[operator]
 
     def encode(self, x: Tensor) -> Tensor:
         """Logits of q(b | x): (*batch, pixels) of 0 and 1 to (*batch, latents)."""
