@@ -62,7 +62,7 @@ class Workspace(threading.local):
     """
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0)
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def empty(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Tensor:
         """An uninitialised tensor: of this memory where it is large and on the CPU, otherwise a new one."""
