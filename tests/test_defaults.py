@@ -15,7 +15,7 @@ from conftest import defaults
 from fuzz_api import TARGETS
 from lowbit_ext import cone, duo, federated, lowmem, models
 from lowbit_ext.federated import wire
-from lowbit_ext.lowmem import blocks
+from lowbit_ext.lowmem import _stored
 
 DEFAULTS = pytest.mark.parametrize(
     ("dtype", "device"), [(torch.bfloat16, "meta"), (torch.float64, "cpu")], ids=["bfloat16", "float64"]
@@ -97,8 +97,8 @@ def saved(x, **options):
 def unpacked_into_workspace(block, x):
     """A backward pass whose activations are large."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "_FRESH_BYTES", 0)
-        patch.setattr(blocks, "_workspace", blocks._Workspace())
+        patch.setattr(_stored, "_FRESH_BYTES", 0)
+        patch.setattr(_stored, "_workspace", _stored._Workspace())
         return torch.autograd.grad(block(x).sum(), list(block.parameters()))
 
 
