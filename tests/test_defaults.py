@@ -98,7 +98,7 @@ def unpacked_into_workspace(block, x):
     """A backward pass whose activations are large."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_stored, "_FRESH_BYTES", 0)
-        patch.setattr(_stored, "_workspace", _stored._Workspace())
+        patch.setattr(_stored, "_workspace", _stored.Workspace())
         return torch.autograd.grad(block(x).sum(), list(block.parameters()))
 
 
