@@ -172,6 +172,8 @@ class PackedTensor:
             TypeError: another dtype.
         """
         _arguments.dtype("unpack", "dtype", dtype, _arguments.FLOATS)
+        if self.scale is not None and self.scale.device != self.device:  # words or scale replaced by a transformation
+            raise ValueError(f"unpack: packed's scale must be on {self.device} like its words, got {self.scale.device}")
         low, high = ENCODING_VALUES[self.encoding]
         values = unpack_op(self.words, self.channels, low, high, dtype).movedim(-1, 1)
         return values if self.scale is None else values * self.scale.to(dtype)

@@ -192,7 +192,10 @@ def conv(a: Arguments, result: Any, dims: int) -> str:
     axis = acc.dim() - 1 if dims == 0 else 1
     value = acc
     if a.get("scale") is not None:
-        value = value * _vector(a["scale"], acc, axis)
+        scale = _vector(a["scale"], acc, axis)
+        if getattr(weight, "requires_grad", False) and not bool((scale.abs() < 1e300).all()):
+            return ""  # the gradient of a latent weight needs the scale within the sum, where inf - inf is NaN
+        value = value * scale
     if a.get("bias") is not None:
         value = value + _vector(a["bias"], acc, axis)
     if a.get("residual") is not None:
@@ -201,7 +204,7 @@ def conv(a: Arguments, result: Any, dims: int) -> str:
             return f"a residual {tuple(residual.shape)} of a result {tuple(acc.shape)} was taken"
         value = value + residual
     if a.get("threshold") is not None:
-        return _unlike_bits(a, result, value.flatten(0, -2) if dims == 0 else value, encoding)
+        return _unlike_bits(a, result, value.reshape(-1, value.shape[-1]) if dims == 0 else value, encoding)
     dtype = result.dtype
     if dtype == torch.int32:
         return unlike(result, value)
@@ -209,7 +212,7 @@ def conv(a: Arguments, result: Any, dims: int) -> str:
 
 
 def _vector(value: Any, like: Tensor, axis: int) -> Tensor:
-    numbers = plain(value) if isinstance(value, Tensor) else torch.tensor(float(value))
+    numbers = plain(value) if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
     filters = like.shape[axis]
     return numbers.double().reshape(-1).expand(filters).reshape(-1, *(1,) * (like.dim() - 1 - axis))
 

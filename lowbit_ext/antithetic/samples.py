@@ -203,7 +203,7 @@ def sample(
         Zhou, "ARM", 2019, and Dong, Mnih and Tucker, "DisARM", NeurIPS 2020, for pairs.
     """
     logits = _arguments.tensor("sample", "logits", logits, _arguments.FLOATS)
-    n = _arguments.integer("sample", "n", n)
+    n = _arguments.integer("sample", "n", n, most=2**31)
     coupling = _arguments.choice("sample", "coupling", coupling, tuple(ops.COUPLINGS))
     layout = _arguments.choice("sample", "layout", layout, tuple(ops.LAYOUTS))
     offset = _arguments.integer("sample", "offset", offset, -(2**63), 2**63 - 1)

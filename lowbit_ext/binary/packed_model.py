@@ -380,10 +380,13 @@ def save(model: PackedModel, path: str | os.PathLike[str]) -> None:
         path: file to write. It gets the permissions of the file that it replaces, a new one what the umask leaves.
 
     Raises:
-        TypeError: not a packed model. ImportError: safetensors is not installed. OSError: the file cannot be written.
+        TypeError: not a packed model. ValueError: the path names no file. ImportError: safetensors is not installed.
+        OSError: the file cannot be written.
     """
     _check_model("save", model)
     path = _check_path("save", path)
+    if not path.name:
+        raise ValueError(f"save: path must name a file, got {str(path)!r}")
     safetensors = _safetensors()
     # Clones: safetensors refuses tensors that share memory, as tied layers do.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}

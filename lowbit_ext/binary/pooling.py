@@ -24,9 +24,12 @@ def _check_packed(op: str, value: Any) -> None:
         raise TypeError(f"{op}: input must be a PackedTensor, got {type(value).__name__}")
     if value.dim() != 4:
         raise ValueError(f"{op}: input must be (N, C, H, W), got {tuple(value.shape)}")
-    if value.scale is not None and value.scale.device != value.device:
+    if value.scale is None:
+        return
+    _arguments.tensor(op, "input's scale", value.scale)
+    if value.scale.device != value.device:
         raise ValueError(f"{op}: input's scale must be on {value.device} like its words, got {value.scale.device}")
-    if value.scale is not None and any(size != 1 for size in value.scale.shape[-2:]):
+    if any(size != 1 for size in value.scale.shape[-2:]):
         raise ValueError(
             f"{op}: input's scale must be the same for all pixels, got shape {tuple(value.scale.shape)}"
         )

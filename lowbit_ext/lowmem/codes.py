@@ -134,7 +134,7 @@ class ChannelCodes:
     channels_last: bool
 
     def __post_init__(self) -> None:
-        check_settings("ChannelCodes", self.bits, self.span)
+        check_settings("ChannelCodes", self.bits, _arguments.number("ChannelCodes", "span", self.span))
         _check_original("ChannelCodes", self.bits, self.shape, self.dtype, self.channels_last)
         if len(self.shape) < 2:
             raise ValueError(f"ChannelCodes: shape must be (N, C, ...), got {self.shape}")
