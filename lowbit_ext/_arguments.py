@@ -56,6 +56,8 @@ def pair(op: str, name: str, value: Any) -> tuple[int, int]:
     """One int for both dimensions, or two."""
     if type(value) is int and -(2**31) < value < 2**31:  # what is usual, at once
         return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int and max(value) < 2**31:
+        return value
     sizes = [index(item) for item in (value if isinstance(value, (tuple, list)) else (value,))]
     if len(sizes) not in (1, 2) or None in sizes:
         raise TypeError(f"{op}: {name} must be an int or a pair of ints, got {value!r}")

@@ -134,7 +134,9 @@ def avg_pool2d(
 def global_avg_pool(input: PackedTensor) -> Tensor:
     """Mean over all pixels of a packed tensor (N, C, H, W) of at least one pixel: float32 (N, C, 1, 1)."""
     _check_packed("global_avg_pool", input)
-    size = tuple(input.words.shape[1:3])
-    if 0 in size:
+    height, width = input.words.shape[1:3]
+    if height == 0 or width == 0:
         raise ValueError(f"global_avg_pool: input must have pixels, got {tuple(input.shape)}")
-    return avg_pool2d(input, size)
+    whole = Window(height, width, height, width, 0, 0, 1, 1, 0)
+    output = ops.binary_avg_pool2d(input.words, input.channels, whole, True, 0, input.encoding)
+    return output if input.scale is None else output * input.scale
