@@ -18,6 +18,7 @@ from lowbit_ext._torch import torch_function_modes
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 TAKE_NOTHING_OVER: set[type] = {torch.Tensor, torch.nn.Parameter, int, float, str, tuple, type(None)}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels read
+FLOATS_AND_DOUBLE = (*FLOATS, torch.float64)
 
 
 def named(values: Sequence[Any]) -> str:
@@ -56,13 +57,14 @@ def pair(op: str, name: str, value: Any) -> tuple[int, int]:
     """One int for both dimensions, or two."""
     if type(value) is int and -(2**31) < value < 2**31:  # what is usual, at once
         return value, value
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int and max(value) < 2**31:
+    is_plain = type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int
+    if is_plain and max(map(abs, value)) < 2**31:
         return value
     sizes = [index(item) for item in (value if isinstance(value, (tuple, list)) else (value,))]
     if len(sizes) not in (1, 2) or None in sizes:
         raise TypeError(f"{op}: {name} must be an int or a pair of ints, got {value!r}")
     if any(type(size) is int and abs(size) >= 2**63 for size in sizes):
-        raise ValueError(f"{op}: {name} must be less than 2^63, got {value!r}")
+        raise ValueError(f"{op}: {name} must be less than 2^63 in magnitude, got {value!r}")
     return sizes[0], sizes[-1]  # type: ignore[return-value]
 
 

@@ -127,7 +127,7 @@ class PackedTensor:
         if self.scale is None:
             return
         scale = _arguments.tensor_like("PackedTensor", "scale", self.scale, words)
-        if scale.dtype not in (torch.float64, *_arguments.FLOATS) or not _broadcasts(scale.shape, self.shape):
+        if scale.dtype not in _arguments.FLOATS_AND_DOUBLE or not _broadcasts(scale.shape, self.shape):
             raise ValueError(
                 f"PackedTensor: scale must be a float tensor that broadcasts against {tuple(self.shape)}, "
                 f"got {scale.dtype} {tuple(scale.shape)}"

@@ -33,7 +33,7 @@ def _check_values(op: str, samples: AntitheticSamples, values: Any) -> None:
         raise ValueError(
             f"{op}: values must have one value a sample and row, shape {(samples.n, *batch)}, got {tuple(values.shape)}"
         )
-    if values.dtype not in (torch.float64, *_arguments.FLOATS):
+    if values.dtype not in _arguments.FLOATS_AND_DOUBLE:
         raise TypeError(f"{op}: values must be floating point, got {values.dtype}")
 
 

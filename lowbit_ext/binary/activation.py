@@ -25,16 +25,19 @@ DEFAULT_THRESHOLDS = {"sign": 0.0, "step": 0.5}
 
 
 def check_encoding(op: str, encoding: str) -> None:
+    """Raises ValueError for what is no encoding of bits."""
     if not isinstance(encoding, str) or encoding not in ENCODING_VALUES:
         raise ValueError(f"{op}: encoding must be 'sign' or 'step', got {encoding!r}")
 
 
 def check_surrogate(op: str, surrogate: str) -> None:
+    """Raises ValueError for what is no surrogate of a derivative."""
     if not isinstance(surrogate, str) or surrogate not in SURROGATES:
         raise ValueError(f"{op}: surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
 
 
 def check_float(op: str, name: str, value: Any) -> None:
+    """Raises TypeError for what is not a dense tensor of a type that the kernels read."""
     _arguments.tensor(op, name, value, _arguments.FLOATS)
 
 
@@ -111,6 +114,7 @@ def unpack(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def wants_grad(*values: Any) -> bool:
+    """Whether gradients are recorded and one of the values, those that are tensors, asks for its own."""
     if not torch.is_grad_enabled():
         return False
     for value in values:  # noqa: SIM110  half the time of any() over a generator
@@ -158,7 +162,7 @@ def _with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:
 
 def quantized_activation(op: str, x: Tensor, levels: str, surrogate: str) -> Tensor:
     """What binary_activation and BinaryDuo's activations share; `op` names the caller in messages."""
-    _arguments.tensor(op, "input", x, (*_arguments.FLOATS, torch.float64))
+    _arguments.tensor(op, "input", x, _arguments.FLOATS_AND_DOUBLE)
     check_surrogate(op, surrogate)
     if x.dtype == torch.float64:
         return _DenseActivation.apply(x, levels, surrogate)

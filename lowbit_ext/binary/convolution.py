@@ -106,7 +106,7 @@ def _conv2d_float64(
     factor = None if scale is None else channel_vector("scale", scale, filters, input, torch.float64)
     offset = None if bias is None else channel_vector("bias", bias, filters, input, torch.float64)
     if residual is not None:
-        ops.check_residual(residual, out_size, (*_arguments.FLOATS, torch.float64))
+        ops.check_residual(residual, out_size, _arguments.FLOATS_AND_DOUBLE)
     # Sums of +-1 are exact, scaled ones are not; the gradient of a latent weight does not have the scale.
     late = wants_grad(scale) or not wants_grad(weight)
     top, left, bottom, right = geometry.padding
@@ -331,7 +331,8 @@ def conv2d(
     Gradient:
         input: straight-through (`surrogate`). Float weight: that of the effective weight scale * sign(weight), taken
         as it is (BinaryDuo); with a scale that itself wants a gradient, that of sign(weight). Scale, bias, residual:
-        exact. Packed inputs, packed weights and packed results carry none.
+        exact. Packed inputs, packed weights and packed results carry none. Float64, in which networks are compared, has
+        the scale within the sums where the weight wants a gradient: rounded there, and NaN where they overflow.
     """
     op = "binary_conv2d"
     encoding, own_scale = _check_operands(input, weight, encoding, surrogate)

@@ -29,7 +29,7 @@ def check_factory(layer: str, device: Any, dtype: Any) -> None:
     if device is not None:
         _arguments.device(layer, "device", device)
     if dtype is not None:
-        _arguments.dtype(layer, "dtype", dtype, (*_arguments.FLOATS, torch.float64))
+        _arguments.dtype(layer, "dtype", dtype, _arguments.FLOATS_AND_DOUBLE)
 
 
 def check_conv(

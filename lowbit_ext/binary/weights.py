@@ -92,6 +92,7 @@ def _check_weight_words(op: str, words: Any, shape: Any, groups: Any) -> tuple[t
 
 
 def check_groups(op: str, groups: Any, filters: int) -> int:
+    """The number of groups: an int that divides the filters."""
     count = _arguments.integer(op, "groups", groups)
     if count < 1 or filters % count:
         raise ValueError(f"{op}: groups must divide the {filters} filters, got {groups}")

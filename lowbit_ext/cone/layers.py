@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lowbit_ext import _arguments
 from lowbit_ext.cone.constraints import Cone
-from lowbit_ext.cone.polyhedron import FLOATS
 
 NONNEGATIVE: dict[str, Callable[[Tensor], Tensor]] = {
     "abs": torch.abs,
@@ -41,7 +40,7 @@ def _check_options(op: str, cone: Any, nonnegative: Any, box: Any) -> None:
 
 
 def _check_features(op: str, x: Any, count: int, parameter: Tensor) -> None:
-    _arguments.tensor(op, "x", x, FLOATS)
+    _arguments.tensor(op, "x", x, _arguments.FLOATS_AND_DOUBLE)
     if x.shape[-1:] != (count,):
         raise ValueError(f"{op}: x must have {count} values in the last dimension, got {tuple(x.shape)}")
     if x.device != parameter.device:

@@ -20,8 +20,6 @@ from lowbit_ext.cone.rows import groups
 ROUNDING_UNITS = 64
 LEAST_TOLERANCE = 1e-11
 
-FLOATS = (torch.float64, *_arguments.FLOATS)  # types of points
-
 
 def _fits(value: Any) -> bool:
     """Whether a number is finite and, but for rounding, in float64."""
@@ -130,7 +128,7 @@ class Polyhedron:
         return matrix, bounds, equal, values
 
     def _check_points(self, op: str, x: Tensor, with_values: bool = False) -> Tensor:
-        if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        if not isinstance(x, Tensor) or x.dtype not in _arguments.FLOATS_AND_DOUBLE:
             raise TypeError(f"{op}: x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
         _arguments.tensor(op, "x", x)
         if x.dim() < 1 or x.shape[-1] != self.dimension:
