@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -142,12 +142,31 @@ def _marked_modes() -> Iterator[None]:
             torch.set_autocast_dtype(device, dtype)
 
 
+class Invocation(Protocol):
+    """A call of a model, of which the tensors alone are inputs of the graph."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the tensors."""
+
+    def on(self, model: nn.Module, tensors: Sequence[Any]) -> Any:
+        """The model's forward with these tensors."""
+
+
 class _Tracer(fx.Tracer):
     """Torch's layers, those of this library and those that `is_whole` names are one node each."""
 
-    def __init__(self, is_whole: Callable[[nn.Module], bool], modes: tuple[Any, ...] | None) -> None:
+    def __init__(
+        self, is_whole: Callable[[nn.Module], bool], modes: tuple[Any, ...] | None, call: Invocation | None
+    ) -> None:
         super().__init__()
-        self.is_whole, self.modes = is_whole, modes
+        self.is_whole, self.modes, self.call = is_whole, modes, call
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        if self.call is None:
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        inputs = [self.create_proxy("placeholder", name, (), {}) for name in self.call.names]
+        return (lambda root, *tensors: self.call.on(root, tensors)), [self.root, *inputs]  # type: ignore[union-attr]
 
     def create_node(self, *arguments: Any, **options: Any) -> fx.Node:
         if self.modes not in (None, _modes()):
@@ -155,16 +174,18 @@ class _Tracer(fx.Tracer):
         return super().create_node(*arguments, **options)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return super().is_leaf_module(module, qualified_name) or _is_own_layer(module) or self.is_whole(module)
+        return super().is_leaf_module(module, qualified_name) or is_own_layer(module) or self.is_whole(module)
 
 
-def _is_own_layer(module: nn.Module) -> bool:
+def is_own_layer(module: nn.Module) -> bool:
+    """A layer of this library or one derived from it, without modules in it."""
     ours = any(kind.__module__.startswith(f"{__package__}.") for kind in type(module).__mro__)
     return ours and not any(True for _ in module.children())
 
 
 def trace(
-    model: nn.Module, is_whole: Callable[[nn.Module], bool] = lambda module: False, inference: bool = False
+    model: nn.Module, is_whole: Callable[[nn.Module], bool] = lambda module: False, inference: bool = False,
+    call: Invocation | None = None,
 ) -> fx.Graph:
     """The model's graph, with sizes spelled x.size(axis) and the input of a call as its first argument.
 
@@ -172,13 +193,14 @@ def trace(
         model: whose layers are one node each: torch's, this library's and those derived from this library's.
         is_whole: other modules that tracing does not look into.
         inference: the graph will run without gradients and is compared with the model on an example.
+        call: what is called with which tensors; by default forward with all that its signature names.
 
     Raises:
         Whatever torch.fx or the model's own forward raises; TraceError unless `inference` if the forward switches
         gradients or autocast, as `with torch.no_grad()` does, which a graph would lose.
     """
     with contextlib.nullcontext() if inference else _marked_modes():
-        graph = _Tracer(is_whole, None if inference else _modes()).trace(model)
+        graph = _Tracer(is_whole, None if inference else _modes(), call).trace(model)
     modules = dict(model.named_modules())
     for node in graph.nodes:
         if not node.args and "input" in node.kwargs and _has_input_first(node, modules):
@@ -198,7 +220,7 @@ def trace(
 def _has_input_first(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         module = modules[str(node.target)]
-        return type(module).__module__.startswith("torch.nn.") or _is_own_layer(module)
+        return type(module).__module__.startswith("torch.nn.") or is_own_layer(module)
     home = getattr(node.target, "__module__", None) or "torch"  # torch's own builtin functions name none
     return node.op == "call_function" and home.split(".")[0] == "torch"
 
@@ -208,6 +230,38 @@ def _is_shape(node: Any) -> bool:
         return False
     attribute = node.target is getattr and node.args[1] == "shape"
     return attribute or (node.op == "call_method" and node.target == "size" and len(node.args) == 1)
+
+
+_OUT_OF_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+    operator.itruediv: operator.truediv, F.relu_: F.relu, torch.relu_: torch.relu, F.hardtanh_: F.hardtanh,
+    F.leaky_relu_: F.leaky_relu, torch.clamp_: torch.clamp,
+    "add_": torch.add, "sub_": torch.sub, "mul_": torch.mul, "div_": torch.div, "relu_": torch.relu,
+    "clamp_": torch.clamp, "clamp_min_": torch.clamp_min, "clamp_max_": torch.clamp_max,
+}
+
+
+def out_of_place(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+    """Puts out-of-place calls for those that write into their first argument, in graph and modules.
+
+    What reads the argument afterwards reads the result. Views of an argument do not see it change: whoever runs the
+    graph compares it with the model.
+    """
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        written = node.target in _OUT_OF_PLACE
+        if written:
+            node.target, node.op = _OUT_OF_PLACE[node.target], "call_function"
+        if getattr(module, "inplace", False) or node.kwargs.get("inplace"):
+            written = True
+            if module is None:
+                node.update_kwarg("inplace", False)
+        if written and isinstance(node.args[0], fx.Node):
+            node.args[0].replace_all_uses_with(node, lambda user, node=node: position[user] > position[node])
+    for module in modules.values():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
 
 
 # --- nodes ------------------------------------------------------------------------------------------------------------

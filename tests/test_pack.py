@@ -16,7 +16,7 @@ from torch import nn
 from flattens import SPELLINGS, Flattened
 from lowbit_ext import _native, binary
 from lowbit_ext.binary import BinaryActivation, BinaryConv1d, BinaryConv2d, BinaryLinear
-from lowbit_ext.binary.packed_model import (
+from lowbit_ext.binary.packed_layers import (
     PackedAvgPool2d,
     PackedBinarize,
     PackedConv2d,

@@ -1,260 +1,111 @@
-"""The packed network that pack() makes, its layers and its files.
-
-Between packed layers flow bare words (N, H, W, words): one-dimensional data has H = 1, vectors H = W = 1.
-"""
+"""The packed network that pack() makes, and its files."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import inspect
 import os
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from lowbit_ext import _arguments, _native
-from lowbit_ext.binary import ops
-from lowbit_ext.binary.activation import DEFAULT_THRESHOLDS
-from lowbit_ext.binary.weights import PackedWeight
-from lowbit_ext.packed import ENCODING_VALUES, clear_tail, unpack_op
+from lowbit_ext import _arguments
+from lowbit_ext._torch import pytree
+from lowbit_ext.binary.packed_layers import PackedLayer
 
 FORMAT = "lowbit_ext.packed"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 
-# --- layers -----------------------------------------------------------------------------------------------------------
+# --- call -------------------------------------------------------------------------------------------------------------
 
+class Call:
+    """The call that a model was packed for: its tensors are inputs, all other arguments fixed.
 
-def drop_axes(value: Tensor, dims: int) -> Tensor:
-    """(N, C, H, W) as a tensor of `dims` dimensions: H = 1 dropped for three, all flattened for two."""
-    if dims == 2:
-        return value.flatten(1)
-    return value.squeeze(2) if dims == 3 else value
-
-
-class PackedLayer(nn.Module):
-    """A layer whose buffers are its meaning: the model's checksum covers them and casts leave their dtypes alone."""
-
-    def prepare(self) -> None:
-        """Derives from the buffers what a call needs."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        exact = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            moved = getattr(self, name)
-            if moved.dtype != buffer.dtype:
-                setattr(self, name, buffer.to(moved.device))
-        self.prepare()
-        return self
-
-    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        super()._load_from_state_dict(*arguments, **options)
-        self.prepare()
-
-
-def _unless_zero(buffer: Tensor | None) -> Tensor | None:
-    """Flips and inversions that no channel has cost the kernels nothing."""
-    return buffer if buffer is not None and bool(buffer.any()) else None
-
-
-class PackedBinarize(PackedLayer):
-    """Float (N, C, *spatial) -> words, by one threshold for all channels or, behind a batch norm, one or two for each.
-
-    Two, of shape (2, C), give 2 C bits.
+    Attributes:
+        names: of the tensors.
     """
 
-    threshold: Tensor | None
-    flip: Tensor | None
+    def __init__(self, signature: inspect.Signature, arguments: dict[str, Any]) -> None:
+        self._signature = signature
+        self._example = tuple(leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor))
+        # The class Tensor stands for a tensor.
+        self._fixed = pytree.tree_map(lambda leaf: Tensor if isinstance(leaf, Tensor) else leaf, arguments)
+        self.names = []
+        for name, value in self._fixed.items():
+            leaves = pytree.tree_leaves(value)
+            names = [name] if len(leaves) == 1 else [f"{name}_{index}" for index in range(len(leaves))]
+            self.names += [name for name, leaf in zip(names, leaves, strict=True) if leaf is Tensor]
 
-    def __init__(
-        self, channels: int, encoding: str, threshold: Tensor | None = None, flip: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        self.channels, self.encoding = channels, encoding
-        self.register_buffer("threshold", threshold)
-        self.register_buffer("flip", flip)
-        self.prepare()
-
-    def prepare(self) -> None:
-        common = DEFAULT_THRESHOLDS[self.encoding]
-        self._arguments = (self.threshold, _unless_zero(self.flip), common, self.encoding)
-
-    def forward(self, x: Tensor) -> Tensor:
-        _arguments.tensor("packed model", "input", x, _arguments.FLOATS)
-        if x.dim() < 2 or x.shape[1] != self.channels:
-            raise ValueError(f"packed model: input must have {self.channels} channels, got {tuple(x.shape)}")
-        words = ops.binarize(x, *self._arguments)
-        shape = words.shape
-        return words if len(shape) == 4 else words.reshape(shape[0], *(1,) * (4 - len(shape)), *shape[1:])
-
-    def extra_repr(self) -> str:
-        thresholds = "one" if self.threshold is None else ("per channel", "two per channel")[self.threshold.dim() - 1]
-        return f"channels={self.channels}, encoding={self.encoding!r}, thresholds={thresholds}"
-
-
-class PackedConv2d(PackedLayer):
-    """Words -> words by integer thresholds, or -> float32; convolutions and linear layers of any number of dimensions.
-
-    Args:
-        weight: of four dimensions.
-        geometry: of the convolution.
-        encoding, padding_value: of the input's bits.
-        scale, bias: float32, for a float result.
-        threshold, flip: int32 and bool of shape (1 or 2, O), for a result of bits.
-        out_dims: dimensions of a float result.
-        one_pixel: a linear layer, whose kernel covers the image.
-    """
-
-    words: Tensor
-    blocked: Tensor
-    scale: Tensor | None
-    bias: Tensor | None
-    threshold: Tensor | None
-    flip: Tensor | None
-
-    def __init__(
-        self,
-        weight: PackedWeight,
-        geometry: ops.Geometry,
-        encoding: str,
-        padding_value: int,
-        *,
-        scale: Tensor | None = None,
-        bias: Tensor | None = None,
-        threshold: Tensor | None = None,
-        flip: Tensor | None = None,
-        out_dims: int = 4,
-        one_pixel: bool = False,
-    ) -> None:
-        super().__init__()
-        self.shape, self.geometry = tuple(weight.shape), geometry
-        self.encoding, self.padding_value = encoding, padding_value
-        self.out_dims, self.one_pixel = out_dims, one_pixel
-        self.register_buffer("words", weight.words)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
-        self.register_buffer("threshold", threshold)
-        self.register_buffer("flip", flip)
-        # Private to the device and its instruction set: made from the words, never stored.
-        self.register_buffer("blocked", weight.blocked, persistent=False)
-        self.prepare()
-
-    def prepare(self) -> None:
-        geometry = self.geometry
-        channels = self.shape[1] * geometry.groups
-        self.isa = _native.kernels(self.words).level
-        words = clear_tail(self.words, self.shape[1])  # the kernels' copy, whatever a file holds past the last channel
-        self.blocked = ops.binary_conv2d_block_weight(words, channels, geometry.groups)
-        # Looked up once here and not in each call: nn.Module.__getattr__ takes a third of a microsecond a buffer.
-        self._before_residual = (self.blocked, self.scale, self.bias)
-        self._after_residual = (
-            self.threshold, _unless_zero(self.flip), channels, self.shape[0], geometry, self.encoding,
-            self.padding_value, torch.float32,
+    @staticmethod
+    def of(model: nn.Module, example: Any) -> Call:
+        """The call of a model with an example: a tensor, a tuple of arguments or a dictionary of them by name."""
+        signature = inspect.signature(model.forward)
+        signature = signature.replace(
+            parameters=[value.replace(annotation=inspect.Parameter.empty) for value in signature.parameters.values()],
+            return_annotation=inspect.Signature.empty,
         )
+        args: tuple[Any, ...] = () if isinstance(example, dict) else example if isinstance(example, tuple) else (example,)
+        try:
+            return Call(signature, _bind(signature, args, example if isinstance(example, dict) else {}))
+        except TypeError as error:
+            raise ValueError(f"pack: example_input does not fit the model's forward: {error}") from error
 
-    def forward(self, words: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not torch.compiler.is_compiling() and self.isa != _native.kernels(words).level:
-            self.prepare()
-        if residual is not None and residual.dim() < 4:
-            shape = residual.shape
-            residual = residual.reshape(*shape[:2], *(1,) * (4 - len(shape)), *shape[2:])
-        if self.one_pixel and words.shape[1:3] != self.shape[2:]:
-            raise ValueError(
-                f"packed model: a linear layer was packed for images of {self.shape[2]} x {self.shape[3]} pixels, "
-                f"got {words.shape[1]} x {words.shape[2]}"
-            )
-        output = ops.binary_conv2d(words, *self._before_residual, residual, *self._after_residual)
-        return output if output.dtype == torch.int64 else drop_axes(output, self.out_dims)
+    def example(self) -> tuple[Tensor, ...]:
+        """The example's tensors: copies."""
+        return tuple(tensor.clone() for tensor in self._example)
 
-    def extra_repr(self) -> str:
-        geometry = self.geometry
-        terms = [name for name in ("scale", "bias", "threshold") if getattr(self, name) is not None]
+    def on(self, model: nn.Module, tensors: Sequence[Any] | None = None) -> Any:
+        """What a model's forward gives for these tensors, by default the example's."""
+        waiting = iter(self.example() if tensors is None else tensors)
+        bound = self._signature.bind_partial()
+        bound.arguments.update(
+            pytree.tree_map(lambda leaf: next(waiting) if leaf is Tensor else leaf, self._fixed)
+        )
+        return model.forward(*bound.args, **bound.kwargs)
+
+    def is_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call has just the tensors, one an argument and by position."""
         return (
-            f"{self.shape[1] * geometry.groups}, {self.shape[0]}, kernel={geometry.kernel}, stride={geometry.stride}, "
-            f"padding={geometry.padding}, dilation={geometry.dilation}, groups={geometry.groups}, "
-            f"encoding={self.encoding!r}, padding_value={self.padding_value}, dims={self.out_dims}, "
-            f"epilogue={'+'.join(terms) or None}"
+            not kwargs and len(args) == len(self.names) == len(self._fixed)
+            and all(isinstance(value, Tensor) for value in args)
         )
 
+    def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The tensors of a call.
 
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """Geometry of a max-pooling, in the order of the operator's arguments."""
+        Raises:
+            TypeError: the arguments do not fit the signature. ValueError: one that was fixed has another value.
+        """
+        found: list[Any] = []
+        for name, value in _bind(self._signature, args, kwargs).items():
+            fixed = self._fixed[name]
+            (wanted, structure), (given, came) = pytree.tree_flatten(fixed), pytree.tree_flatten(value)
+            for want, got in zip(wanted, given, strict=False):
+                same = isinstance(got, Tensor) if want is Tensor else not isinstance(got, Tensor) and got == want
+                if not same or structure != came:
+                    was = "a tensor" if want is Tensor else f"{want!r}"
+                    got = "a tensor" if isinstance(got, Tensor) else f"{got!r}"
+                    raise ValueError(f"packed model: it was packed for a call with {name}={was}, got {got}")
+                if want is Tensor:
+                    found.append(got)
+            if structure != came:
+                raise ValueError(f"packed model: it was packed for another {name}: {fixed!r}")
+        return tuple(found)
 
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    ceil_mode: bool
-
-
-class PackedMaxPool2d(PackedLayer):
-    """Maximum over windows of words; the minimum in the channels whose bit of `invert` is set."""
-
-    invert: Tensor | None
-
-    def __init__(self, channels: int, window: Window, invert: Tensor | None = None) -> None:
-        super().__init__()
-        self.channels, self.window = channels, window
-        self.register_buffer("invert", invert)
-        self.prepare()
-
-    def prepare(self) -> None:
-        w = self.window
-        window = ops.Window(*w.kernel, *w.stride, *w.padding, *w.dilation, int(w.ceil_mode))
-        invert = None if self.invert is None else clear_tail(self.invert, self.channels)
-        self._arguments = (_unless_zero(invert), self.channels, window)
-
-    def forward(self, words: Tensor) -> Tensor:
-        return ops.binary_max_pool2d(words, *self._arguments)
-
-    def extra_repr(self) -> str:
-        return f"channels={self.channels}, {self.window}, inverts={self.invert is not None}"
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_example": ()}  # of use while packing alone
 
 
-class PackedAvgPool2d(PackedLayer):
-    """Mean over windows of words, or over the whole image: words -> float32.
-
-    Args:
-        channels, encoding: of the words.
-        window: kernel, stride, padding, ceil_mode, count_include_pad, divisor_override (0: none); None: the image.
-    """
-
-    def __init__(self, channels: int, encoding: str, window: tuple[Any, ...] | None) -> None:
-        super().__init__()
-        self.channels, self.encoding, self.window = channels, encoding, window
-
-    def forward(self, words: Tensor) -> Tensor:
-        size = words.shape[1:3]
-        given: tuple[Any, ...] = self.window if self.window is not None else (size, size, (0, 0), False, True, 0)
-        kernel, stride, padding, ceil_mode, count_include_pad, divisor_override = given
-        window = ops.Window._make((*kernel, *stride, *padding, 1, 1, int(ceil_mode)))
-        return ops.binary_avg_pool2d(
-            words, self.channels, window, count_include_pad, divisor_override, self.encoding
-        )
-
-    def extra_repr(self) -> str:
-        return f"channels={self.channels}, encoding={self.encoding!r}, window={self.window}"
-
-
-class PackedUnpack(PackedLayer):
-    """Words -> float32 values of `dims` dimensions."""
-
-    def __init__(self, channels: int, encoding: str, dims: int) -> None:
-        super().__init__()
-        self.channels, self.encoding, self.dims = channels, encoding, dims
-
-    def forward(self, words: Tensor) -> Tensor:
-        low, high = ENCODING_VALUES[self.encoding]
-        return drop_axes(unpack_op(words, self.channels, low, high, torch.float32).movedim(-1, 1), self.dims)
-
-    def extra_repr(self) -> str:
-        return f"channels={self.channels}, encoding={self.encoding!r}, dims={self.dims}"
+def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
@@ -270,29 +121,70 @@ def _crc32(tensors: Mapping[str, Tensor], seed: str) -> int:
     return crc
 
 
+class Row(NamedTuple):
+    """A line of a packed model's report.
+
+    Attributes:
+        name: of the node in the model.
+        kind: class of the module, function or method.
+        how: "bits" (reads bits), "pass" (part of one pass over floats) or "as it was".
+        note: what it gives, what it runs with, or why it stayed.
+    """
+
+    name: str
+    kind: str
+    how: str
+    note: str
+
+
 class PackedModel(nn.Module):
     """A packed network, made by pack() of a traced graph, `body`: inference only, without gradients.
 
-    Binary layers hold words of weights and integer thresholds; float layers are the model's own. Takes the model's
-    inputs, of any batch size. The buffer `checksum` is a CRC-32 over the packed layers' buffers and architecture.
+    Binary layers hold words of weights, thresholds and epilogues; the other layers are the model's own. Takes the
+    arguments that the model was packed for, with tensors of any batch size; what was no tensor must be as it was.
+    Floats of any type are computed in `float_dtype`, also inside autocast; results have the type of the first float
+    tensor given. `.to(dtype)` changes `float_dtype`. The buffer `checksum` is a CRC-32 over the packed layers' buffers
+    and architecture.
+
+    Attributes:
+        float_dtype: of the float parts.
+        agreement: of a model in half precision, how many of the example's predictions equal the float32 model's, of how
+            many; else None.
 
     Raises:
-        TypeError: a body that is no torch.fx.GraphModule. ValueError: from load_state_dict, before anything is written,
-            for a state whose packed buffers do not match its checksum or whose entries are not this model's. What float
-            layers raise in a call comes through.
+        TypeError: a body that is no torch.fx.GraphModule, a cast to a type other than float32, bfloat16 and float16.
+        ValueError: a call with other arguments than the model was packed for; from load_state_dict, before anything is
+            written, for a state whose packed buffers do not match its checksum or whose entries are not this model's.
+            What float layers raise in a call comes through.
     """
 
     checksum: Tensor
+    float_dtype = torch.float32
+    agreement: tuple[int, int] | None = None
 
-    def __init__(self, body: fx.GraphModule) -> None:
+    def __init__(self, body: fx.GraphModule, call: Call | None = None, rows: tuple[Row, ...] = ()) -> None:
         super().__init__()
         if not isinstance(body, fx.GraphModule):
             raise TypeError(f"PackedModel: body must be a torch.fx.GraphModule, got {type(body).__name__}")
-        self.body = body
+        self.body, self._call, self._rows = body, call, rows
         checksum = torch.tensor(self._checksum(self.state_dict()), dtype=torch.int64, device="cpu")
         self.register_buffer("checksum", checksum)
         self.requires_grad_(False)
         self.eval()
+
+    def report(self) -> Report:
+        """What became of each of the model's operations, in its order; prints as a table."""
+        return Report(self._rows)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModel:
+        dtype = fn(torch.empty(0, dtype=self.float_dtype, device="cpu")).dtype
+        if dtype not in _arguments.FLOATS:
+            raise TypeError(f"packed model: floats are float32, bfloat16 or float16, got {dtype}")
+        super()._apply(fn, recurse)
+        self.float_dtype = dtype
+        for layer in self.packed_layers().values():
+            layer.float_dtype = dtype
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result. torch.fx records a packed network within another model as one call."""
@@ -300,8 +192,27 @@ class PackedModel(nn.Module):
             if isinstance(value, fx.Proxy):
                 tracer: Any = value.tracer
                 return tracer.create_proxy("call_module", tracer.path_of_module(self.body), args, kwargs)
-        with torch.no_grad():
-            return self.body.forward(*args, **kwargs)
+        inputs = self._tensors(args, kwargs)
+        wanted = next((value.dtype for value in inputs if value.is_floating_point()), self.float_dtype)
+        inputs = [value.to(self.float_dtype) if value.is_floating_point() else value for value in inputs]
+        with torch.no_grad(), _without_autocast(inputs):
+            result = self.body.forward(*inputs)
+        if wanted == self.float_dtype:
+            return result
+
+        def as_given(value: Any) -> Any:
+            return value.to(wanted) if isinstance(value, Tensor) and value.dtype == self.float_dtype else value
+
+        return pytree.tree_map(as_given, result)
+
+    def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+        """The body's inputs."""
+        call = self._call
+        if call is not None and not call.is_plain(args, kwargs):
+            return call.tensors(args, kwargs)
+        if kwargs or not all(isinstance(value, Tensor) for value in args):
+            raise TypeError(f"packed model: inputs must be tensors, got {args} {kwargs}")
+        return args
 
     def train(self, mode: bool = True) -> PackedModel:
         """Stays in evaluation mode, whatever `mode`."""
@@ -347,6 +258,25 @@ class PackedModel(nn.Module):
         own = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
         self.check_state(own, strict)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+
+
+class Report(tuple[Row, ...]):
+    """Rows of a packed model's report, which print as a table."""
+
+    def __str__(self) -> str:
+        titles = Row("layer", "kind", "runs", "note")
+        widths = [max((len(row[i]) for row in (titles, *self)), default=0) for i in range(3)]
+        lines = ["  ".join(text.ljust(width) for text, width in zip(row, (*widths, 0), strict=True)).rstrip()
+                 for row in (titles, *self)]
+        return "\n".join(lines)
+
+
+def _without_autocast(inputs: Sequence[Any]) -> Any:
+    """The dtypes of a packed model are its own."""
+    for value in inputs:
+        if isinstance(value, Tensor) and not value.is_meta and torch.is_autocast_enabled(value.device.type):
+            return torch.autocast(value.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -428,7 +358,7 @@ def load(model: PackedModel, path: str | os.PathLike[str]) -> PackedModel:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except safetensors.SafetensorError as error:
         raise ValueError(f"load: {path} is no whole safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
@@ -437,5 +367,5 @@ def load(model: PackedModel, path: str | os.PathLike[str]) -> PackedModel:
         raise ValueError(f"load: {path} has format version {metadata.get('version')}, this reads {FORMAT_VERSION}")
     if metadata.get("checksum") != str(_crc32(state, FORMAT)):
         raise ValueError(f"load: {path} is corrupted: its checksum does not match its contents")
-    model.load_state_dict(state)
+    model.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
     return model

@@ -1,0 +1,354 @@
+"""The layers of a packed network.
+
+Between them flow bare words (N, H, W, words), where one-dimensional data has H = 1 and vectors H = W = 1, and floats in
+the model's own shapes, channels-last in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_ext import _arguments, _native
+from lowbit_ext.binary import ops
+from lowbit_ext.binary.activation import DEFAULT_THRESHOLDS
+from lowbit_ext.binary.weights import PackedWeight
+from lowbit_ext.packed import ENCODING_VALUES, FLOAT_TYPES, clear_tail, unpack_op
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How floats of the model stand for images (N, C, H, W).
+
+    Attributes:
+        dims: dimensions of the model's value, 2 to 4.
+        axis: of its channels, 1 or -1.
+    """
+
+    dims: int
+    axis: int = 1
+
+    def images(self, value: Tensor) -> Tensor:
+        """The value as images: a view."""
+        value = value.movedim(-1, 1) if self.axis == -1 else value
+        shape = value.shape
+        return value if len(shape) == 4 else value.reshape(*shape[:2], *(1,) * (4 - len(shape)), *shape[2:])
+
+    def of_images(self, images: Tensor) -> Tensor:
+        """Images as a value of the model: a view."""
+        if self.dims == 2:
+            return images.flatten(1)
+        value = images.squeeze(2) if self.dims == 3 else images
+        return value.movedim(1, -1) if self.axis == -1 else value
+
+
+class _Exact(nn.Module):
+    """A module whose buffers are its meaning: casts leave their dtypes alone."""
+
+    def prepare(self) -> None:
+        """Derives from the buffers what a call needs."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        self.prepare()
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        self.prepare()
+
+
+class PackedLayer(_Exact):
+    """A layer of a packed network, under the model's checksum.
+
+    Attributes:
+        float_dtype: of the floats that it writes.
+    """
+
+    float_dtype = torch.float32
+
+
+def _unless_zero(buffer: Tensor | None) -> Tensor | None:
+    """Flips and inversions that no channel has cost the kernels nothing."""
+    return buffer if buffer is not None and bool(buffer.any()) else None
+
+
+class Epilogue(_Exact):
+    """The steps that a value runs through, and what is written on the way: csrc/core/epilogue.h.
+
+    Args:
+        steps: names among the kernels' steps, each with its factors, float32 (C,). A step "add_tensor" or
+            "multiply_image" takes the next of the call's tensors; "store" writes floats; "bits" has thresholds (1 or 2,
+            C) and flips, bool of the same shape.
+        layout: of the floats.
+    """
+
+    def __init__(self, steps: Sequence[tuple[str, Sequence[Tensor]]], layout: Layout) -> None:
+        super().__init__()
+        self.kinds, self.layout = tuple(kind for kind, _ in steps), layout
+        for index, (_, factors) in enumerate(steps):
+            for name, factor in zip(("first", "second"), factors, strict=False):
+                self.register_buffer(f"{name}_{index}", factor)
+
+    def factors(self, index: int) -> tuple[Tensor | None, Tensor | None]:
+        """The factors of a step."""
+        return getattr(self, f"first_{index}", None), getattr(self, f"second_{index}", None)
+
+    def program(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[int], list[Tensor | None]]:
+        """Steps and operands as the operators take them.
+
+        Args:
+            tensors: of the steps that read some, in the model's own shapes.
+            dtype: of the floats that are written.
+        """
+        waiting = iter(tensors)
+        steps: list[int] = []
+        operands: list[Tensor | None] = []
+        for index, kind in enumerate(self.kinds):
+            option = 0
+            first, second = self.factors(index)
+            if kind == "add_tensor":
+                first = self.layout.images(next(waiting))
+            elif kind == "multiply_image":
+                first = self.layout.images(next(waiting)).flatten(1).to(torch.float32)
+            elif kind == "store":
+                option = FLOAT_TYPES[dtype]
+            steps += [ops.EPILOGUE_STEPS[kind], option]
+            operands += [first, second]
+        return steps, operands
+
+    def results(self, outputs: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """What the operator wrote: words, and floats in the model's own shapes; a single one as it is."""
+        results = [output if output.dtype == torch.int64 else self.layout.of_images(output) for output in outputs]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def extra_repr(self) -> str:
+        return f"{'+'.join(self.kinds)}, {self.layout}"
+
+
+class PackedBinarize(PackedLayer):
+    """Float (N, C, *spatial) -> words, by one threshold for all channels or, behind a batch norm, one or two for each.
+
+    Two, of shape (2, C), give 2 C bits. With `axis` -1 the channels are the last axis.
+    """
+
+    threshold: Tensor | None
+    flip: Tensor | None
+
+    def __init__(
+        self, channels: int, encoding: str, threshold: Tensor | None = None, flip: Tensor | None = None, axis: int = 1
+    ) -> None:
+        super().__init__()
+        self.channels, self.encoding, self.axis = channels, encoding, axis
+        self.register_buffer("threshold", threshold)
+        self.register_buffer("flip", flip)
+        self.prepare()
+
+    def prepare(self) -> None:
+        common = DEFAULT_THRESHOLDS[self.encoding]
+        self._arguments = (self.threshold, _unless_zero(self.flip), common, self.encoding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _arguments.tensor("packed model", "input", x, _arguments.FLOATS)
+        if x.dim() < 2 or x.shape[self.axis] != self.channels:
+            raise ValueError(f"packed model: input must have {self.channels} channels, got {tuple(x.shape)}")
+        words = ops.binarize(x if self.axis == 1 else x.movedim(-1, 1), *self._arguments)
+        shape = words.shape
+        return words if len(shape) == 4 else words.reshape(shape[0], *(1,) * (4 - len(shape)), *shape[1:])
+
+    def extra_repr(self) -> str:
+        thresholds = "one" if self.threshold is None else ("per channel", "two per channel")[self.threshold.dim() - 1]
+        return f"channels={self.channels}, encoding={self.encoding!r}, thresholds={thresholds}, axis={self.axis}"
+
+
+class PackedConv2d(PackedLayer):
+    """Words -> words by integer thresholds, or -> what an epilogue writes; convolutions and linear layers.
+
+    Args:
+        weight: of four dimensions.
+        geometry: of the convolution.
+        encoding, padding_value: of the input's bits.
+        threshold, flip: int32 and bool of shape (1 or 2, O), for a result of bits.
+        epilogue: what becomes of the accumulator otherwise.
+        one_pixel: a linear layer, whose kernel covers the image.
+    """
+
+    words: Tensor
+    blocked: Tensor
+    threshold: Tensor | None
+    flip: Tensor | None
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        geometry: ops.Geometry,
+        encoding: str,
+        padding_value: int,
+        *,
+        threshold: Tensor | None = None,
+        flip: Tensor | None = None,
+        epilogue: Epilogue | None = None,
+        one_pixel: bool = False,
+    ) -> None:
+        super().__init__()
+        self.shape, self.geometry = tuple(weight.shape), geometry
+        self.encoding, self.padding_value, self.one_pixel = encoding, padding_value, one_pixel
+        self.epilogue = epilogue
+        self.register_buffer("words", weight.words)
+        self.register_buffer("threshold", threshold)
+        self.register_buffer("flip", flip)
+        # Private to the device and its instruction set: made from the words, never stored.
+        self.register_buffer("blocked", weight.blocked, persistent=False)
+        self.prepare()
+
+    def prepare(self) -> None:
+        geometry = self.geometry
+        self.channels = self.shape[1] * geometry.groups
+        self.isa = _native.kernels(self.words).level
+        words = clear_tail(self.words, self.shape[1])  # the kernels' copy, whatever a file holds past the last channel
+        self.blocked = ops.binary_conv2d_block_weight(words, self.channels, geometry.groups)
+        # Looked up once here and not in each call: nn.Module.__getattr__ takes a third of a microsecond a buffer.
+        self._weight = self.blocked
+        self._before = (self.blocked, None, None, None, self.threshold, _unless_zero(self.flip))
+        self._call = (self.channels, self.shape[0], geometry, self.encoding, self.padding_value)
+
+    def forward(self, words: Tensor, *tensors: Tensor) -> Any:
+        if not torch.compiler.is_compiling() and self.isa != _native.kernels(words).level:
+            self.prepare()
+        if self.one_pixel and words.shape[1:3] != self.shape[2:]:
+            raise ValueError(
+                f"packed model: a linear layer was packed for images of {self.shape[2]} x {self.shape[3]} pixels, "
+                f"got {words.shape[1]} x {words.shape[2]}"
+            )
+        if self.epilogue is None:
+            return ops.binary_conv2d(words, *self._before, *self._call, torch.float32)
+        program = self.epilogue.program(tensors, self.float_dtype)
+        return self.epilogue.results(ops.binary_conv2d_epilogue(words, self._weight, *self._call, *program))
+
+    def extra_repr(self) -> str:
+        geometry = self.geometry
+        return (
+            f"{self.shape[1] * geometry.groups}, {self.shape[0]}, kernel={geometry.kernel}, stride={geometry.stride}, "
+            f"padding={geometry.padding}, dilation={geometry.dilation}, groups={geometry.groups}, "
+            f"encoding={self.encoding!r}, padding_value={self.padding_value}, "
+            f"{'thresholds' if self.epilogue is None else self.epilogue.extra_repr()}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatWindow:
+    """A pooling of floats, in the order of the operator's arguments; `average` alone uses the last two."""
+
+    average: bool
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    ceil_mode: bool
+    count_include_pad: bool = True
+    divisor_override: int = 0
+
+
+class PackedPointwise(PackedLayer):
+    """Floats -> what an epilogue writes, with a pooling and steps in front of it in the same pass."""
+
+    def __init__(
+        self, channels: int, before: Epilogue, window: FloatWindow | None, epilogue: Epilogue
+    ) -> None:
+        super().__init__()
+        self.channels, self.before, self.window, self.epilogue = channels, before, window, epilogue
+
+    def forward(self, x: Tensor, *tensors: Tensor) -> Any:
+        images = self.before.layout.images(x)
+        if images.shape[1] != self.channels:
+            raise ValueError(f"packed model: input must have {self.channels} channels, got {tuple(x.shape)}")
+        before = self.before.program((), self.float_dtype)
+        after = self.epilogue.program(tensors, self.float_dtype)
+        return self.epilogue.results(ops.pointwise(images, self.window, *before, *after))
+
+    def extra_repr(self) -> str:
+        before, after = self.before.extra_repr(), self.epilogue.extra_repr()
+        return f"{self.channels}, {before}, window={self.window}, {after}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Geometry of a max-pooling, in the order of the operator's arguments."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    ceil_mode: bool
+
+
+class PackedMaxPool2d(PackedLayer):
+    """Maximum over windows of words; the minimum in the channels whose bit of `invert` is set."""
+
+    invert: Tensor | None
+
+    def __init__(self, channels: int, window: Window, invert: Tensor | None = None) -> None:
+        super().__init__()
+        self.channels, self.window = channels, window
+        self.register_buffer("invert", invert)
+        self.prepare()
+
+    def prepare(self) -> None:
+        w = self.window
+        window = ops.Window(*w.kernel, *w.stride, *w.padding, *w.dilation, int(w.ceil_mode))
+        invert = None if self.invert is None else clear_tail(self.invert, self.channels)
+        self._arguments = (_unless_zero(invert), self.channels, window)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return ops.binary_max_pool2d(words, *self._arguments)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, {self.window}, inverts={self.invert is not None}"
+
+
+class PackedAvgPool2d(PackedLayer):
+    """Mean over windows of words, or over the whole image: words -> floats.
+
+    Args:
+        channels, encoding: of the words.
+        window: kernel, stride, padding, ceil_mode, count_include_pad, divisor_override (0: none); None: the image.
+    """
+
+    def __init__(self, channels: int, encoding: str, window: tuple[Any, ...] | None) -> None:
+        super().__init__()
+        self.channels, self.encoding, self.window = channels, encoding, window
+
+    def forward(self, words: Tensor) -> Tensor:
+        size = words.shape[1:3]
+        given: tuple[Any, ...] = self.window if self.window is not None else (size, size, (0, 0), False, True, 0)
+        kernel, stride, padding, ceil_mode, count_include_pad, divisor_override = given
+        window = ops.Window._make((*kernel, *stride, *padding, 1, 1, int(ceil_mode)))
+        mean = ops.binary_avg_pool2d(words, self.channels, window, count_include_pad, divisor_override, self.encoding)
+        return mean.to(self.float_dtype)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, encoding={self.encoding!r}, window={self.window}"
+
+
+class PackedUnpack(PackedLayer):
+    """Words -> values in the model's own shape."""
+
+    def __init__(self, channels: int, encoding: str, layout: Layout) -> None:
+        super().__init__()
+        self.channels, self.encoding, self.layout = channels, encoding, layout
+
+    def forward(self, words: Tensor) -> Tensor:
+        low, high = ENCODING_VALUES[self.encoding]
+        return self.layout.of_images(unpack_op(words, self.channels, low, high, self.float_dtype).movedim(-1, 1))
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, encoding={self.encoding!r}, {self.layout}"
