@@ -13,6 +13,7 @@ from lowbit_ext import _arguments
 from lowbit_ext._graph import first_line, has_binary_weight, is_own_layer
 from lowbit_ext._torch import pytree
 from lowbit_ext.binary.activation import DEFAULT_THRESHOLDS
+from lowbit_ext.binary.batches import is_by_image
 from lowbit_ext.binary.chains import Model
 from lowbit_ext.binary.packed_model import Call, PackedModel
 from lowbit_ext.binary.packer import Packer
@@ -77,7 +78,8 @@ def pack(model: nn.Module, example_input: Any, *, float_dtype: torch.dtype | Non
         body = fx.GraphModule(packer.modules, packer.graph, class_name="PackedGraph")
         result = _check_bits(traced, packer, body, call)
         _check_output(expected, result)
-    packed = PackedModel(body, call, tuple(packer.rows[node] for node in traced.graph.nodes if node in packer.rows))
+    rows = tuple(packer.rows[node] for node in traced.graph.nodes if node in packer.rows)
+    packed = PackedModel(body, call, rows, is_by_image(traced))
     if float_dtype in _HALVES:
         packed.to(float_dtype)
         packed.agreement = _agreement(expected, packed(*call.example()))

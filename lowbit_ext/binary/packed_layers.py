@@ -7,6 +7,7 @@ the model's own shapes, channels-last in memory.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +17,13 @@ from torch import Tensor, nn
 from lowbit_ext import _arguments, _native
 from lowbit_ext.binary import ops
 from lowbit_ext.binary.activation import DEFAULT_THRESHOLDS
+from lowbit_ext.binary.plan import Plan, Value
 from lowbit_ext.binary.weights import PackedWeight
-from lowbit_ext.packed import ENCODING_VALUES, FLOAT_TYPES, clear_tail, unpack_op
+from lowbit_ext.packed import ENCODING_VALUES, FLOAT_TYPES, WORD_BITS, clear_tail, unpack_op, words_for
+
+
+_BITS_BY_INTEGER: int = _native.cpu.CONV_OUTPUTS["bits_by_integer"]
+_ONE_PIXEL = ops.Window(1, 1, 1, 1, 0, 0, 1, 1, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +53,17 @@ class Layout:
 
 
 class _Exact(nn.Module):
-    """A module whose buffers are its meaning: casts leave their dtypes alone."""
+    """A module whose buffers are its meaning: casts leave their dtypes alone.
+
+    Attributes:
+        version: grows whenever what a call needs is made anew.
+    """
+
+    version = 0
 
     def prepare(self) -> None:
         """Derives from the buffers what a call needs."""
+        self.version += 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         exact = dict(self.named_buffers(recurse=False))
@@ -97,34 +110,91 @@ class Epilogue(_Exact):
         self.kinds, self.layout = tuple(kind for kind, _ in steps), layout
         for index, (_, factors) in enumerate(steps):
             for name, factor in zip(("first", "second"), factors, strict=False):
-                self.register_buffer(f"{name}_{index}", factor)
+                self.register_buffer(f"{name}_{index}", factor.contiguous())
 
     def factors(self, index: int) -> tuple[Tensor | None, Tensor | None]:
         """The factors of a step."""
         return getattr(self, f"first_{index}", None), getattr(self, f"second_{index}", None)
 
     def program(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[int], list[Tensor | None]]:
-        """Steps and operands as the operators take them.
+        """Steps and operands as the operators take them (ops/steps.py).
 
         Args:
             tensors: of the steps that read some, in the model's own shapes.
             dtype: of the floats that are written.
         """
-        waiting = iter(tensors)
         steps: list[int] = []
         operands: list[Tensor | None] = []
+        for step in self.complete(tensors, dtype):
+            steps += [ops.STEP_KINDS[step.kind], step.option]
+            operands += step.tensors
+        return steps, operands
+
+    def complete(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[ops.Step]:
+        """The steps with what they read."""
+        waiting = iter(tensors)
+        steps = []
         for index, kind in enumerate(self.kinds):
             option = 0
             first, second = self.factors(index)
+            read: tuple[Tensor | None, ...] = (first,) if second is None else (first, second)
             if kind == "add_tensor":
-                first = self.layout.images(next(waiting))
+                read = (self.layout.images(next(waiting)),)
             elif kind == "multiply_image":
-                first = self.layout.images(next(waiting)).flatten(1).to(torch.float32)
+                read = (self.layout.images(next(waiting)).flatten(1).to(torch.float32),)
             elif kind == "store":
-                option = FLOAT_TYPES[dtype]
-            steps += [ops.EPILOGUE_STEPS[kind], option]
-            operands += [first, second]
-        return steps, operands
+                option, read = FLOAT_TYPES[dtype], ()
+            elif kind == "bits":
+                option, read = first.shape[0], (first, second)  # type: ignore[union-attr]
+            steps.append(ops.Step(kind, option, read))
+        return steps
+
+    def plan(
+        self, plan: Plan, tensors: Sequence[Value], dtype: torch.dtype, size: Sequence[int]
+    ) -> tuple[list[ops.Step], list[Value], list[tuple[int, Value]]]:
+        """The steps with what they write too, their results, and the rows that read what each run has elsewhere.
+
+        A sum is stored over the tensor that has been added where nothing else reads that one.
+        """
+        reading = [kind for kind in self.kinds if kind in ("add_tensor", "multiply_image")]
+        tensors = [
+            self._readable(plan, value, kind) for value, kind in zip(tensors, reading, strict=True)
+        ]
+        steps = self.complete([value.tensor for value in tensors], dtype)
+        waiting = iter(tensors)
+        rows: list[tuple[int, Value]] = []
+        reusable: list[Tensor] = []
+        results: list[Value] = []
+        for index, step in enumerate(steps):
+            written: tuple[Tensor, ...] = ()
+            if step.kind in ("add_tensor", "multiply_image"):
+                value = next(waiting)
+                rows.append((index, value))
+                images = step.tensors[0]
+                dense = step.kind == "add_tensor" and images.movedim(1, -1).is_contiguous()  # type: ignore[union-attr]
+                if dense and images.dtype == dtype and plan.dies_here(value):  # type: ignore[union-attr]
+                    reusable.append(images)  # type: ignore[arg-type]
+            elif step.kind == "store":
+                written = (reusable.pop() if reusable else plan.images(size, dtype),)
+                results.append(Value(self.layout.of_images(written[0])))
+            elif step.kind == "bits":
+                shape = (size[0], *size[2:], words_for(step.option * size[1]))
+                written = (plan.buffer(shape, torch.int64),)
+                results.append(Value(written[0]))
+            steps[index] = step._replace(tensors=(*step.tensors, *written))
+        return steps, results, rows
+
+    def _readable(self, plan: Plan, value: Value, kind: str) -> Value:
+        """A value as kernels read it: gates float32, other tensors with each pixel's channels together."""
+        images = self.layout.images(value.tensor)
+        if kind == "multiply_image" and (images.dtype != torch.float32 or not images.flatten(1).is_contiguous()):
+            return plan.dynamic(lambda gate: gate.to(torch.float32).contiguous(), (value,), {})
+        if kind == "add_tensor" and ops.steps.pixel_stride(images, 1) is None:
+            return plan.dynamic(self._with_channels_last, (value,), {})
+        return value
+
+    def _with_channels_last(self, value: Tensor) -> Tensor:
+        return self.layout.of_images(self.layout.images(value).contiguous(memory_format=torch.channels_last))
 
     def results(self, outputs: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
         """What the operator wrote: words, and floats in the model's own shapes; a single one as it is."""
@@ -154,6 +224,7 @@ class PackedBinarize(PackedLayer):
         self.prepare()
 
     def prepare(self) -> None:
+        super().prepare()
         common = DEFAULT_THRESHOLDS[self.encoding]
         self._arguments = (self.threshold, _unless_zero(self.flip), common, self.encoding)
 
@@ -164,6 +235,23 @@ class PackedBinarize(PackedLayer):
         words = ops.binarize(x if self.axis == 1 else x.movedim(-1, 1), *self._arguments)
         shape = words.shape
         return words if len(shape) == 4 else words.reshape(shape[0], *(1,) * (4 - len(shape)), *shape[1:])
+
+    def plan(self, plan: Plan, x: Value) -> Value:
+        """The layer's call in a plan."""
+        value = x.tensor if self.axis == 1 else x.tensor.movedim(-1, 1)
+        channels_last = not value.is_contiguous()
+        if channels_last and not value.movedim(1, -1).is_contiguous():
+            return plan.dynamic(self, (x,), {})  # type: ignore[no-any-return]
+        threshold, flip, common, encoding = self._arguments
+        batch, channels, *space = value.shape
+        bits = 1 if threshold is None else threshold.dim()
+        words = plan.buffer((batch, *(1,) * (2 - len(space)), *space, words_for(bits * channels)), torch.int64)
+        plan.call(
+            "binarize", _native.cpu.binarize, x, FLOAT_TYPES[value.dtype], channels_last, batch, channels,
+            math.prod(space), 0 if threshold is None else threshold.contiguous(), common,
+            0 if flip is None else flip.contiguous(), ops.ENCODINGS[encoding], words, 0, bits,
+        )
+        return Value(words)
 
     def extra_repr(self) -> str:
         thresholds = "one" if self.threshold is None else ("per channel", "two per channel")[self.threshold.dim() - 1]
@@ -211,6 +299,7 @@ class PackedConv2d(PackedLayer):
         self.prepare()
 
     def prepare(self) -> None:
+        super().prepare()
         geometry = self.geometry
         self.channels = self.shape[1] * geometry.groups
         self.isa = _native.kernels(self.words).level
@@ -233,6 +322,50 @@ class PackedConv2d(PackedLayer):
             return ops.binary_conv2d(words, *self._before, *self._call, torch.float32)
         program = self.epilogue.program(tensors, self.float_dtype)
         return self.epilogue.results(ops.binary_conv2d_epilogue(words, self._weight, *self._call, *program))
+
+    def plan(self, plan: Plan, words: Value, *tensors: Value) -> Any:
+        """The layer's call in a plan."""
+        native, call = _native.cpu, self._call
+        geometry = self.geometry
+        if self.isa != native.level:
+            self.prepare()
+        if self.one_pixel and words.tensor.shape[1:3] != self.shape[2:]:
+            self.forward(words.tensor)  # raises
+        sizes = ops.geometry.conv_plan(native, words.tensor.shape, *call)
+        if geometry.groups > 1 and self.shape[1] % WORD_BITS:
+            words = self._plan_groups(plan, words)
+        code = (sizes.shape, ops.ENCODINGS[self.encoding], self.padding_value)
+        if self.epilogue is None:
+            threshold, flip = self._before[4:]
+            assert threshold is not None
+            kind, count, (batch, _, height, width) = _BITS_BY_INTEGER, threshold.shape[0], sizes.out_size
+            output = plan.buffer((batch, height, width, words_for(count * self.shape[0])), torch.int64)
+            size = native.binary_conv2d_workspace_bytes(*code, kind, count)
+            plan.call(
+                "binary_conv2d", native.binary_conv2d, *code, kind, words, self.blocked, 0, 0, 0, 0, 0,
+                threshold.contiguous(), 0 if flip is None else flip.contiguous(), count, output, plan.workspace(size),
+                size,
+            )
+            return Value(output)
+        steps, results, rows = self.epilogue.plan(plan, tensors, self.float_dtype, sizes.out_size)
+        table = ops.step_table("binary_conv2d_epilogue", steps, words.tensor)
+        plan.keep(steps)
+        size = native.binary_conv2d_epilogue_workspace_bytes(*code, table.data_ptr(), len(table))
+        plan.call(
+            "binary_conv2d_epilogue", native.binary_conv2d_epilogue, *code, words, self.blocked, table, len(table),
+            plan.workspace(size), size, table=table, rows=rows,
+        )
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _plan_groups(self, plan: Plan, words: Value) -> Value:
+        """The words with each group's channels at a word boundary."""
+        groups, channels = self.geometry.groups, self.shape[1]
+        pixels = words.tensor.shape[:-1]
+        aligned = plan.buffer((*pixels, groups, words_for(channels)), torch.int64)
+        plan.call(
+            "align_groups", _native.cpu.align_groups, words, pixels.numel(), groups, channels, aligned
+        )
+        return Value(aligned)
 
     def extra_repr(self) -> str:
         geometry = self.geometry
@@ -268,12 +401,51 @@ class PackedPointwise(PackedLayer):
         self.channels, self.before, self.window, self.epilogue = channels, before, window, epilogue
 
     def forward(self, x: Tensor, *tensors: Tensor) -> Any:
+        images = self._images(x)
+        before, operands = self.before.program((), self.float_dtype)
+        after, others = self.epilogue.program(tensors, self.float_dtype)
+        outputs = ops.pointwise(images, *self._window(), [*before, *after], len(self.before.kinds), [*operands, *others])
+        return self.epilogue.results(outputs)
+
+    def _images(self, x: Tensor) -> Tensor:
+        _arguments.tensor("packed model", "input", x, _arguments.FLOATS)
         images = self.before.layout.images(x)
         if images.shape[1] != self.channels:
             raise ValueError(f"packed model: input must have {self.channels} channels, got {tuple(x.shape)}")
-        before = self.before.program((), self.float_dtype)
-        after = self.epilogue.program(tensors, self.float_dtype)
-        return self.epilogue.results(ops.pointwise(images, self.window, *before, *after))
+        return images
+
+    def _window(self) -> tuple[Sequence[int], str, bool, int]:
+        """The window as the operator takes it, what it makes, and the options of averages."""
+        w = self.window
+        if w is None:
+            return (), "none", True, 0
+        window = ops.Window(*w.kernel, *w.stride, *w.padding, *w.dilation, int(w.ceil_mode))
+        return window, "average" if w.average else "maximum", w.count_include_pad, w.divisor_override
+
+    def plan(self, plan: Plan, x: Value, *tensors: Value) -> Any:
+        """The layer's call in a plan."""
+        op, images = "pointwise", self._images(x.tensor)
+        window, reduction, *options = self._window()
+        size = (images.shape[0], *images.shape[2:])
+        of_image, out = _ONE_PIXEL, size[1:]
+        if self.window is not None:
+            of_image, out = window, ops.geometry.window_size(op, size[1:], self.channels, window)  # type: ignore
+        shape = ops.geometry.pool_shape(op, size, self.channels, out, of_image)
+        stride = ops.steps.pixel_stride(images, 1)
+        if stride is None and not images.is_contiguous():
+            x = plan.dynamic(torch.Tensor.contiguous, (x,), {})
+            images = self._images(x.tensor)
+            stride = ops.steps.pixel_stride(images, 1)
+        steps, results, rows = self.epilogue.plan(plan, tensors, self.float_dtype, (size[0], self.channels, *out))
+        before = self.before.complete((), self.float_dtype)
+        table = ops.step_table(op, [*before, *steps], images)
+        plan.keep([*before, *steps])
+        plan.call(
+            op, _native.cpu.pointwise, shape, ops.REDUCTIONS[reduction], *options, x, FLOAT_TYPES[images.dtype],
+            stride is not None, stride or 0, table, len(before), len(steps), table=table,
+            rows=[(len(before) + row, value) for row, value in rows],
+        )
+        return results[0] if len(results) == 1 else tuple(results)
 
     def extra_repr(self) -> str:
         before, after = self.before.extra_repr(), self.epilogue.extra_repr()
@@ -303,6 +475,7 @@ class PackedMaxPool2d(PackedLayer):
         self.prepare()
 
     def prepare(self) -> None:
+        super().prepare()
         w = self.window
         window = ops.Window(*w.kernel, *w.stride, *w.padding, *w.dilation, int(w.ceil_mode))
         invert = None if self.invert is None else clear_tail(self.invert, self.channels)
@@ -310,6 +483,14 @@ class PackedMaxPool2d(PackedLayer):
 
     def forward(self, words: Tensor) -> Tensor:
         return ops.binary_max_pool2d(words, *self._arguments)
+
+    def plan(self, plan: Plan, words: Value) -> Value:
+        """The layer's call in a plan."""
+        op, (invert, channels, window) = "binary_max_pool2d", self._arguments
+        shape, size = ops.geometry.pool_plan(op, words.tensor.shape, torch.int64, channels, window)
+        output = plan.buffer((words.tensor.shape[0], *size, words.tensor.shape[3]), torch.int64)
+        plan.call(op, _native.cpu.binary_max_pool2d, shape, words, 0 if invert is None else invert, output)
+        return Value(output)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, {self.window}, inverts={self.invert is not None}"

@@ -17,6 +17,9 @@ from torch import Tensor, fx, nn
 
 from lowbit_ext import _arguments
 from lowbit_ext._torch import pytree
+from lowbit_ext._native import PLAIN_TENSORS
+from lowbit_ext._oplib import is_eager
+from lowbit_ext.binary.executor import Executor
 from lowbit_ext.binary.packed_layers import PackedLayer
 
 FORMAT = "lowbit_ext.packed"
@@ -162,15 +165,25 @@ class PackedModel(nn.Module):
     float_dtype = torch.float32
     agreement: tuple[int, int] | None = None
 
-    def __init__(self, body: fx.GraphModule, call: Call | None = None, rows: tuple[Row, ...] = ()) -> None:
+    def __init__(
+        self, body: fx.GraphModule, call: Call | None = None, rows: tuple[Row, ...] = (), by_image: bool = False
+    ) -> None:
         super().__init__()
         if not isinstance(body, fx.GraphModule):
             raise TypeError(f"PackedModel: body must be a torch.fx.GraphModule, got {type(body).__name__}")
-        self.body, self._call, self._rows = body, call, rows
+        self.body, self._call, self._rows, self._by_image = body, call, rows, by_image
+        self._executor = Executor(body, by_image)
         checksum = torch.tensor(self._checksum(self.state_dict()), dtype=torch.int64, device="cpu")
         self.register_buffer("checksum", checksum)
         self.requires_grad_(False)
         self.eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_executor"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._executor = Executor(self.body, self._by_image)
 
     def report(self) -> Report:
         """What became of each of the model's operations, in its order; prints as a table."""
@@ -182,6 +195,7 @@ class PackedModel(nn.Module):
             raise TypeError(f"packed model: floats are float32, bfloat16 or float16, got {dtype}")
         super()._apply(fn, recurse)
         self.float_dtype = dtype
+        self._executor.clear()
         for layer in self.packed_layers().values():
             layer.float_dtype = dtype
         return self
@@ -196,7 +210,7 @@ class PackedModel(nn.Module):
         wanted = next((value.dtype for value in inputs if value.is_floating_point()), self.float_dtype)
         inputs = [value.to(self.float_dtype) if value.is_floating_point() else value for value in inputs]
         with torch.no_grad(), _without_autocast(inputs):
-            result = self.body.forward(*inputs)
+            result = (self._executor.run if self._is_plain(inputs) else self.body.forward)(*inputs)
         if wanted == self.float_dtype:
             return result
 
@@ -204,6 +218,14 @@ class PackedModel(nn.Module):
             return value.to(wanted) if isinstance(value, Tensor) and value.dtype == self.float_dtype else value
 
         return pytree.tree_map(as_given, result)
+
+    def _is_plain(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether kernels may be called with addresses, past torch's dispatcher and the layers' hooks."""
+        return (
+            not torch.compiler.is_compiling() and is_eager()
+            and all(type(x) in PLAIN_TENSORS and x.is_cpu and x.layout is torch.strided for x in inputs)
+            and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in self._executor.layers)
+        )
 
     def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
         """The body's inputs."""

@@ -1,0 +1,136 @@
+"""Runs packed networks on the CPU: a batch in slices whose buffers stay in cache, whole slices given to threads.
+
+A thread that has slices of its own meets no other before the end, where kernels that share one image wait for each other
+after each layer.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lowbit_ext import _native
+from lowbit_ext._torch import pytree
+from lowbit_ext.binary.packed_layers import PackedLayer
+from lowbit_ext.binary.plan import Plan
+
+_MOST_SHAPES = 8  # of which plans are kept
+_DEFAULT_CACHE = 1 << 20  # bytes, where the system does not tell
+CACHES = 2  # second-level caches that the buffers of a slice may fill
+
+
+class Executor:
+    """Plans of a packed graph by the shape of its inputs. Several threads may run it.
+
+    Args:
+        body: the packed graph.
+        by_image: whether each image's result depends on it alone, so that a batch may be cut.
+
+    Attributes:
+        layers: the packed layers.
+    """
+
+    def __init__(self, body: fx.GraphModule, by_image: bool) -> None:
+        self._body, self._by_image = body, by_image
+        self.layers = [layer for layer in body.modules() if isinstance(layer, PackedLayer)]
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the plans, whose arguments may have changed."""
+        self._plans: dict[Any, list[Plan]] = {}  # those that no thread uses
+        self._bytes: dict[Any, int] = {}  # of a plan for one image
+        self._version = self._layers_version()
+
+    def _layers_version(self) -> int:
+        return sum(layer.version for layer in self.layers)
+
+    def run(self, *inputs: Tensor) -> Any:
+        """The graph's result for dense tensors on the CPU."""
+        if self._version != self._layers_version():
+            self.clear()
+        batch = inputs[0].shape[0] if inputs and inputs[0].dim() > 0 else 0
+        if not self._by_image or batch < 2 or any(value.shape[:1] != (batch,) for value in inputs):
+            return self._run_whole(inputs)
+        size = self._slice_size(inputs)
+        threads = min(torch.get_num_threads(), batch)
+        if threads > 1:
+            size = min(size, -(-batch // threads))
+        bounds = [batch * i // -(-batch // size) for i in range(-(-batch // size) + 1)]
+        slices = [[value[a:b] for value in inputs] for a, b in zip(bounds, bounds[1:], strict=False)]
+        if len(slices) == 1:
+            return self._run_whole(inputs)
+        if threads == 1:
+            results = [self._run_whole(part) for part in slices]
+        else:
+            shares = [slices[len(slices) * i // threads : len(slices) * (i + 1) // threads] for i in range(threads)]
+            others = [_workers().submit(self._run_share, share) for share in shares[1:]]
+            results = self._run_share(shares[0])
+            for other in others:
+                results += other.result()
+        leaves = [pytree.tree_leaves(result) for result in results]
+        joined = [torch.cat(parts) for parts in zip(*leaves, strict=True)]
+        return pytree.tree_unflatten(joined, pytree.tree_structure(results[0]))
+
+    def _run_share(self, slices: Sequence[Sequence[Tensor]]) -> list[Any]:
+        """Slices one after the other, in one thread."""
+        with torch.no_grad(), _one_thread():
+            return [self._run_whole(part) for part in slices]
+
+    def _run_whole(self, inputs: Sequence[Tensor]) -> Any:
+        key = (_native.cpu.level, *((value.shape, value.stride(), value.dtype) for value in inputs))
+        plans = self._plans.get(key)
+        if plans is None:
+            while len(self._plans) >= _MOST_SHAPES:
+                self._plans.pop(next(iter(self._plans), None), None)
+            plans = self._plans.setdefault(key, [])
+        try:
+            plan = plans.pop()
+        except IndexError:
+            plan = Plan(self._body, inputs)
+        result = plan.run(inputs)
+        plans.append(plan)
+        return result
+
+    def _slice_size(self, inputs: Sequence[Tensor]) -> int:
+        """How many images' buffers fit the cache."""
+        key = (_native.cpu.level, *((value.shape[1:], value.dtype) for value in inputs))
+        if key not in self._bytes:
+            self._bytes[key] = Plan(self._body, [value[:1] for value in inputs]).bytes
+        return max(1, CACHES * cache_bytes() // self._bytes[key])
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """Size of a core's own second-level cache."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text("ascii").strip()
+        return int(text.removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return _DEFAULT_CACHE
+
+
+class _one_thread:
+    """Kernels and torch's operators called by this thread use it alone."""
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads()  # also lets torch set the thread up, which it would do later
+        _native.cpu.set_threads(1)
+
+    def __exit__(self, *error: object) -> None:
+        _native.cpu.set_threads(self._before)
+
+
+@functools.cache
+def _workers() -> concurrent.futures.ThreadPoolExecutor:
+    """The threads that slices are given to, besides the caller's."""
+    return concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1, "lowbit_ext")
+
+
+os.register_at_fork(after_in_child=_workers.cache_clear)  # a child has none of the threads
