@@ -47,6 +47,16 @@ def samples(layout):
             (words, weight.blocked, torch.ones(5), torch.ones(5), grad, None, None, *conv, torch.float32),
             (words, weight.blocked, None, None, None, thresholds, None, *conv, torch.int32),
         ],
+        "lowbit::binary_conv2d_epilogue": [
+            (words, filters, *conv, [2, 0, 4, 0, 7, 1, 8, 2], [*torch.ones(2, 5), grad, torch.zeros(2, 5), None])
+            for filters in (weight.blocked, weight.words)
+        ],
+        "lowbit::pointwise": [
+            (x, [], "none", False, 0, [0, 0, 7, 0, 8, 1], 0, [torch.ones(70), torch.zeros(1, 70), None]),
+            (x.half(), [3, 3, 2, 2, 1, 1, 1, 1, 0], "maximum", False, 0, [1, 0, 4, 0, 7, 2], 1,
+             [torch.ones(70), torch.ones(2, 70, 3, 4)]),
+            (x, [2, 2, 2, 2, 0, 0, 1, 1, 1], "average", True, 0, [7, 0], 0, []),
+        ],
         "lowbit::binary_conv2d_input_grad": [
             (grad, weight.words, None, None, [2, 70, 6, 7], *GEOMETRY),
             (grad.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2), weight.words, torch.ones(5), words,

@@ -222,6 +222,44 @@ inline BinaryConv2dArgs binary_conv2d_args(const ConvShape& shape, int encoding,
   return args;
 }
 
+inline EpilogueProgram program_of(uintptr_t steps, int64_t count) { return {as<const EpilogueStep>(steps), count}; }
+
+// binary_conv2d with a program of steps.
+inline BinaryConv2dArgs binary_conv2d_epilogue_plan_args(const ConvShape& shape, int encoding, int padding_value,
+                                                         uintptr_t steps, int64_t step_count) {
+  BinaryConv2dArgs args =
+      binary_conv2d_plan_args(shape, encoding, padding_value, static_cast<int>(ConvOutput::program), 0);
+  args.program = program_of(steps, step_count);
+  return args;
+}
+
+inline BinaryConv2dArgs binary_conv2d_epilogue_args(const ConvShape& shape, int encoding, int padding_value,
+                                                    uintptr_t input, uintptr_t weight, uintptr_t steps,
+                                                    int64_t step_count, uintptr_t workspace) {
+  BinaryConv2dArgs args = binary_conv2d_epilogue_plan_args(shape, encoding, padding_value, steps, step_count);
+  args.input = as<const uint64_t>(input);
+  args.weight = as<const void>(weight);
+  args.workspace = as<void>(workspace);
+  return args;
+}
+
+// `steps` are those of both programs, the first `before` of them in front of the window.
+inline PointwiseArgs pointwise_args(const PoolShape& shape, int reduction, bool count_include_pad,
+                                    int64_t divisor_override, uintptr_t input, int input_type, bool channels_last,
+                                    int64_t stride, uintptr_t steps, int64_t before, int64_t after) {
+  const EpilogueProgram all = program_of(steps, before);
+  return {shape,
+          static_cast<Reduction>(reduction),
+          count_include_pad,
+          divisor_override,
+          as<const void>(input),
+          static_cast<FloatType>(input_type),
+          channels_last,
+          stride,
+          all,
+          {all.steps + before, after}};
+}
+
 inline BinaryConv2dInputGradArgs binary_conv2d_input_grad_args(const ConvShape& shape, uintptr_t grad_output,
                                                                uintptr_t weight, uintptr_t scale, int64_t scale_stride,
                                                                uintptr_t mask, uintptr_t grad_input,

@@ -45,6 +45,18 @@ inline void define_constants(pybind11::module_& m) {
                                                 {"float16", ConvOutput::float16},
                                                 {"bits_by_integer", ConvOutput::bits_by_integer},
                                                 {"bits_by_float", ConvOutput::bits_by_float}});
+  m.attr("STEP_KINDS") = numbers<StepKind>({{"multiply", StepKind::multiply},
+                                            {"add", StepKind::add},
+                                            {"multiply_add", StepKind::multiply_add},
+                                            {"multiply_image", StepKind::multiply_image},
+                                            {"add_tensor", StepKind::add_tensor},
+                                            {"prelu", StepKind::prelu},
+                                            {"clamp", StepKind::clamp},
+                                            {"store", StepKind::store},
+                                            {"bits", StepKind::bits}});
+  m.attr("MOST_STEPS") = kMostSteps;
+  m.attr("REDUCTIONS") =
+      numbers<Reduction>({{"none", Reduction::none}, {"maximum", Reduction::maximum}, {"average", Reduction::average}});
   m.attr("CONV_ENGINES") = numbers<cuda::ConvEngine>(
       {{"popcount", cuda::ConvEngine::popcount}, {"mma", cuda::ConvEngine::mma}, {"wgmma", cuda::ConvEngine::wgmma}});
   m.attr("COUPLINGS") = numbers<Coupling>({{"independent", Coupling::independent},

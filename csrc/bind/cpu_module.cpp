@@ -77,6 +77,9 @@ PYBIND11_MODULE(_cpu, m) {
   LOWBIT_BIND(binary_conv2d, BinaryConv2dArgs)
 #undef LOWBIT_BIND
 
+  m.def("binary_conv2d_epilogue", on_threads(binary_conv2d_epilogue_args, launch::binary_conv2d), unlocked);
+  m.def("binary_conv2d_epilogue_workspace_bytes",
+        asks(binary_conv2d_epilogue_plan_args, launch::binary_conv2d_workspace_bytes));
   m.def(
       "binary_conv2d_block_weight",
       [](const ConvShape& shape, uintptr_t words, uintptr_t blocked) {

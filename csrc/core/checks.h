@@ -3,7 +3,9 @@
 
 #include "core/codes.h"
 #include "core/conv_shape.h"
+#include "core/epilogue.h"
 #include "core/float_type.h"
+#include "core/ops/pointwise.h"
 #include "core/pool_shape.h"
 #include "core/status.h"
 
@@ -79,6 +81,73 @@ static inline bool valid(const PoolShape& shape) {
          multiply(taps, within(shape.kernel_width, shape.width)) && taps < (int64_t{1} << 30) &&
          addressable(shape.batch, shape.height, shape.width, shape.channels) &&
          addressable(shape.batch, shape.out_height, shape.out_width, shape.channels);
+}
+
+// What a program of steps on `pixels` pixels of so many channels asks of its steps.
+static inline Status check_program(const EpilogueProgram& program, int64_t pixels, int64_t channels) {
+  if (program.count < 0 || program.count > kMostSteps) return Status::bad_argument;
+  for (int64_t i = 0; i < program.count; ++i) {
+    const EpilogueStep& step = program.steps[i];
+    const bool empty = pixels == 0 || channels == 0;  // tensors without elements have no address
+    int64_t row = 0;                                  // what a pixel has
+    switch (kind_of(step)) {
+      case StepKind::multiply:
+      case StepKind::add:
+      case StepKind::multiply_image:
+      case StepKind::prelu:
+        if (!empty && step.first == 0) return Status::bad_argument;
+        break;
+      case StepKind::multiply_add:
+      case StepKind::clamp:
+        if (!empty && (step.first == 0 || step.second == 0)) return Status::bad_argument;
+        break;
+      case StepKind::add_tensor:
+      case StepKind::store:
+        if (!valid(static_cast<FloatType>(step.option))) return Status::bad_argument;
+        if (!empty && (kind_of(step) == StepKind::store ? step.target : step.first) == 0) return Status::bad_argument;
+        row = channels;
+        break;
+      case StepKind::bits:
+        if (step.option != 1 && step.option != 2) return Status::bad_argument;
+        if (!empty && (step.first == 0 || step.target == 0)) return Status::bad_argument;
+        row = words_for(step.option * channels);
+        break;
+      default:
+        return Status::bad_argument;
+    }
+    if (row > 0 && (step.stride < row || !addressable(pixels, step.stride))) return Status::bad_shape;
+  }
+  return Status::ok;
+}
+
+// Whether all steps need the value and its channel alone.
+static inline bool is_elementwise(const EpilogueProgram& program) {
+  for (int64_t i = 0; i < program.count; ++i) {
+    const StepKind kind = kind_of(program.steps[i]);
+    if (kind == StepKind::add_tensor || kind == StepKind::store || kind == StepKind::bits) return false;
+  }
+  return true;
+}
+
+// What pointwise asks of its arguments.
+static inline Status check_pointwise(const PointwiseArgs& args) {
+  const PoolShape& s = args.shape;
+  if (!valid(args.input_type) || args.reduction < Reduction::none || args.reduction > Reduction::average ||
+      !is_elementwise(args.before)) {
+    return Status::bad_argument;
+  }
+  if (!valid(s)) return Status::bad_shape;
+  const bool same_size = s.kernel_height == 1 && s.kernel_width == 1 && s.stride_height == 1 && s.stride_width == 1 &&
+                         s.pad_top == 0 && s.pad_left == 0 && s.out_height == s.height && s.out_width == s.width;
+  const bool dilated = s.dilation_height != 1 || s.dilation_width != 1;
+  if ((args.reduction == Reduction::none && (!same_size || args.before.count > 0)) ||
+      (args.reduction == Reduction::average && dilated)) {
+    return Status::bad_argument;
+  }
+  const int64_t pixels = s.batch * s.height * s.width, out_pixels = s.batch * s.out_height * s.out_width;
+  if (args.channels_last && (args.stride < s.channels || !addressable(pixels, args.stride))) return Status::bad_shape;
+  const Status status = check_program(args.before, pixels, s.channels);
+  return status == Status::ok ? check_program(args.after, out_pixels, s.channels) : status;
 }
 
 // The second is for the workspaces, which are there although a tensor is empty.

@@ -17,6 +17,7 @@
 #include "cpu/group_quantize/group_quantize.h"
 #include "cpu/isa.h"
 #include "cpu/masked_gradient/masked_gradient.h"
+#include "cpu/pointwise/pointwise.h"
 #include "cpu/popcount_peak/popcount_peak.h"
 #include "cpu/quantized_activation/quantized_activation.h"
 #include "cpu/unpack/unpack.h"
@@ -42,6 +43,7 @@
   ROW(binary_conv2d_weight_grad,                      scalar, avx2,   avx512, avx512) \
   ROW(antithetic_sample,                              scalar, avx2,   avx512, avx512) \
   ROW(antithetic_gradient,                            scalar, avx2,   avx512, avx512) \
+  ROW(pointwise,                                      scalar, avx2,   avx512, avx512) \
   ROW(quantized_activation,                           scalar, avx2,   avx512, avx512) \
   ROW(masked_gradient,                                scalar, avx2,   avx512, avx512) \
   ROW(batch_norm_relu_quantize,                       scalar, avx2,   avx512, avx512) \

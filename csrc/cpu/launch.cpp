@@ -111,6 +111,8 @@ int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept {
 
 Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes) noexcept {
   if (!valid(args.shape)) return Status::bad_shape;
+  const Status status = check_program(args.program, out_pixels(args.shape), args.shape.filters);
+  if (status != Status::ok) return status;
   const KernelTable& table = kernels();
   const BinaryConv2dPlan plan = table.binary_conv2d_plan(args);
   const int64_t grain = grain_for(kGrainBinaryMacs, macs(args.shape) / max(plan.items, 1));
@@ -144,6 +146,17 @@ Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t
   const int64_t grain = grain_for(kGrainFloatMacs, macs(args.shape) / max(items, 1));
   return run_with_workspace(args, items, grain, table.binary_conv2d_weight_grad_workspace_bytes(args), workspace_bytes,
                             table.binary_conv2d_weight_grad);
+}
+
+Status pointwise(const PointwiseArgs& args) noexcept {
+  const Status status = check_pointwise(args);
+  if (status != Status::ok) return status;
+  const int64_t items = pointwise_items(args), pixels = args.shape.batch * args.shape.height * args.shape.width;
+  // A step counts as the bytes of a float.
+  const int64_t bytes = work(4 * (2 + args.before.count + args.after.count), args.shape.channels, pixels);
+  parallel_for(items, grain_for(kGrainBytes, bytes / max(items, 1)),
+               [&](int64_t begin, int64_t end, int) { kernels().pointwise(args, begin, end); });
+  return Status::ok;
 }
 
 Status quantized_activation(const QuantizedActivationArgs& args) noexcept {

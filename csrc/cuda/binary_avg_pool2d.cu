@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(kThreads) binary_avg_pool2d_kernel(AvgPoolKern
   const int64_t channel = pixel.remainder * kChannels;
   const int shift = static_cast<int>(channel % kWordBits);
   const uint64_t* input = args.op.input + image.quotient * s.height * s.width * args.row_words + channel / kWordBits;
-  const PoolWindow window = pool_window(args.op, row_span(s, image.remainder), column_span(s, row.remainder));
+  const PoolWindow window = pool_window(args.op.count_include_pad, args.op.divisor_override,
+                                        row_span(s, image.remainder), column_span(s, row.remainder));
   int32_t ones[kChannels] = {};
   uint32_t counts = 0;
   int64_t room = kByteTaps;

@@ -1,6 +1,7 @@
 // Accumulators and every epilogue, bit for bit.
 #include "conv_case.h"
 #include "cpu/binary_conv2d/binary_conv2d.h"
+#include "epilogue_case.h"
 
 namespace lowbit::test {
 namespace {
@@ -79,28 +80,42 @@ std::vector<Output> expected_output(const BinaryConv2dArgs& args, const std::vec
   return output;
 }
 
-template <class Output>
-void check_output(BinaryConv2dArgs args, const std::vector<int32_t>& acc, Random& random) {
-  const std::vector<Output> expected = expected_output<Output>(args, acc);
+// expect(what) after a launch, after the items in pieces and after those of the tiles, each after a reset().
+template <class Reset, class Expect>
+void check_runs(BinaryConv2dArgs args, Random& random, const Reset& reset, const Expect& expect) {
   const std::string what = describe(args);
-  Buffer<Output> launched(static_cast<int64_t>(expected.size())), pieced(static_cast<int64_t>(expected.size()));
   Workspace workspace(launch::binary_conv2d_workspace_bytes(args));
   args.workspace = workspace.data();
-  args.output = launched.data();
   expect_workspace(what, workspace.bytes(), [&](int64_t bytes) { return launch::binary_conv2d(args, bytes); });
-  expect_same(what, launched, expected);
-  args.output = pieced.data();
+  expect(what);
   const auto check_pieces = [&](const char* by, const BinaryConv2dPlan& plan) {
+    reset();
     Workspace own(plan.workspace_bytes);
     in_pieces(plan.items, random,
               [&](int64_t begin, int64_t end) { kernels().binary_conv2d(args, plan, begin, end, own.data()); });
-    expect_same(what + by, pieced, expected);
+    expect(what + by);
   };
   check_pieces(" in pieces", kernels().binary_conv2d_plan(args));
   if (active_isa() == Isa::amx && amx::suits_tiles(args.shape)) {  // the level itself leaves small shapes to AVX-512
-    memset(pieced.data(), 0xa5, static_cast<size_t>(pieced.bytes()));
     check_pieces(" by tiles", amx::plan_of_tiles(args));
   }
+}
+
+template <class Output>
+void check_output(BinaryConv2dArgs args, const std::vector<int32_t>& acc, Random& random) {
+  const std::vector<Output> expected = expected_output<Output>(args, acc);
+  Buffer<Output> output(static_cast<int64_t>(expected.size()));
+  args.output = output.data();
+  check_runs(
+      args, random, [&] { memset(output.data(), 0xa5, static_cast<size_t>(output.bytes())); },
+      [&](const std::string& what) { expect_same(what, output, expected); });
+}
+
+void check_program(BinaryConv2dArgs args, const std::vector<int32_t>& acc, Random& random) {
+  EpilogueCase epilogue(random, std::vector<float>(acc.begin(), acc.end()), args.shape.filters, args.shape.batch, true);
+  args.output_kind = ConvOutput::program;
+  args.program = epilogue.program();
+  check_runs(args, random, [&] { epilogue.reset(); }, [&](const std::string& what) { epilogue.expect(what); });
 }
 
 void check(Random& random) {
@@ -127,6 +142,7 @@ void check(Random& random) {
   operands.for_each_output(random, [&](const BinaryConv2dArgs& of_kind, auto element) {
     check_output<decltype(element)>(of_kind, acc, random);
   });
+  check_program(args, acc, random);
 }
 
 }  // namespace

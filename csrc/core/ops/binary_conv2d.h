@@ -7,9 +7,11 @@
 //   float      value = ((scale * acc) + bias) + residual, absent terms left out, rounded once to the output type
 //   bits       acc >= threshold (integer) or value >= threshold (float), with <= where flip. Two thresholds give two
 //              output channels from one accumulator: o and filters + o (BinaryDuo).
+//   program    the steps of core/epilogue.h, from acc rounded to float32 on; with C = filters
 #pragma once
 
 #include "core/conv_shape.h"
+#include "core/epilogue.h"
 #include "core/status.h"
 
 namespace lowbit {
@@ -21,6 +23,7 @@ enum class ConvOutput : int {
   float16 = 3,
   bits_by_integer = 4,  // thresholds are int32 and meet the accumulator
   bits_by_float = 5,    // thresholds are float32 and meet the value
+  program = 6,
 };
 
 struct BinaryConv2dArgs {
@@ -35,11 +38,12 @@ struct BinaryConv2dArgs {
   const float* bias;     // [filters] or null
   const void* residual;  // [batch, out_height, out_width, filters] of residual_type, or null
   FloatType residual_type;
-  const void* threshold;  // [thresholds, filters]; int32 or float32 by output_kind
-  const uint8_t* flip;    // [thresholds, filters] of 0 or 1, or null
-  int64_t thresholds;     // 1 or 2
-  void* output;           // [batch, out_height, out_width, filters], or words [.., words_for(thresholds * filters)]
-  void* workspace;        // threads * binary_conv2d_workspace_bytes, 64-byte aligned
+  const void* threshold;    // [thresholds, filters]; int32 or float32 by output_kind
+  const uint8_t* flip;      // [thresholds, filters] of 0 or 1, or null
+  int64_t thresholds;       // 1 or 2
+  void* output;             // [batch, out_height, out_width, filters], or words [.., words_for(thresholds * filters)]
+  void* workspace;          // threads * binary_conv2d_workspace_bytes, 64-byte aligned
+  EpilogueProgram program;  // of output_kind program, which reads none of what stands above from scale to output
 };
 
 LOWBIT_INLINE bool is_bits(ConvOutput kind) {
@@ -48,9 +52,12 @@ LOWBIT_INLINE bool is_bits(ConvOutput kind) {
 
 // Output channels of neighbouring blocks of 64 filters share a word, so that their work may not be cut between them.
 LOWBIT_INLINE bool conv_blocks_share_words(const BinaryConv2dArgs& args) {
+  const int64_t thresholds = args.output_kind == ConvOutput::program ? most_thresholds(args.program)
+                             : is_bits(args.output_kind)             ? args.thresholds
+                                                                     : 0;
   const bool unaligned_groups = args.shape.groups > 1 && filters_per_group(args.shape) % kWordBits != 0;
-  const bool unaligned_second = args.thresholds == 2 && args.shape.filters % kWordBits != 0;
-  return is_bits(args.output_kind) && (unaligned_groups || unaligned_second);
+  const bool unaligned_second = thresholds == 2 && args.shape.filters % kWordBits != 0;
+  return thresholds > 0 && (unaligned_groups || unaligned_second);
 }
 
 }  // namespace lowbit

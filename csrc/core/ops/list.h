@@ -17,6 +17,7 @@
 #include "core/ops/group_dequantize.h"
 #include "core/ops/group_quantize.h"
 #include "core/ops/masked_gradient.h"
+#include "core/ops/pointwise.h"
 #include "core/ops/popcount_peak.h"
 #include "core/ops/quantized_activation.h"
 #include "core/ops/unpack.h"
@@ -33,6 +34,7 @@
   OP(group_dequantize,     GroupDequantizeArgs)     \
   OP(group_quantize,       GroupQuantizeArgs)       \
   OP(masked_gradient,      MaskedGradientArgs)      \
+  OP(pointwise,            PointwiseArgs)           \
   OP(quantized_activation, QuantizedActivationArgs) \
   OP(unpack,               UnpackArgs)
 

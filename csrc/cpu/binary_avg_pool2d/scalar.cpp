@@ -48,7 +48,7 @@ void binary_avg_pool2d(const BinaryAvgPool2dArgs& args, int64_t begin, int64_t e
     const uint64_t* image = args.input + item / s.out_height * s.height * s.width * row_words;
     const PoolSpan rows = row_span(s, item % s.out_height);
     for (int64_t x = 0; x < s.out_width; ++x) {
-      const PoolWindow window = pool_window(args, rows, column_span(s, x));
+      const PoolWindow window = pool_window(args.count_include_pad, args.divisor_override, rows, column_span(s, x));
       float* output = args.output + (item * s.out_width + x) * s.channels;
       for (int64_t word = 0; word < row_words; ++word) average_word(args, image, window, word, output);
     }

@@ -161,12 +161,11 @@ class Worker {
 
   // Zeroes the output words of groups [begin, end).
   void clear(int64_t begin, int64_t end) const {
-    const BitOutput output(args_);
     int64_t pixels[kTileRows];
     const int32_t* acc[kTileRows];
     for (int64_t tile = block_.group_begin(begin); tile < block_.group_begin(end); ++tile) {
       const int64_t count = tile_pixels(tile, nullptr, pixels, acc);
-      for (int64_t i = 0; i < count; ++i) output.clear(pixels[i]);
+      clear_words(args_, pixels, count);
     }
   }
 

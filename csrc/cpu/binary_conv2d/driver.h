@@ -297,10 +297,7 @@ inline void run_items(const BinaryConv2dArgs& args, const BinaryConv2dPlan& plan
         if (args.padding_value != 0 && tile[i].taps() < all_taps) {
           add_padding(args, tile[i], sums + group * layout.sums_per_group + filter, filters, acc);
         }
-        if (shared && block == 0) {
-          const BitOutput output(args);
-          for (int64_t pixel = 0; pixel < tile[i].count; ++pixel) output.clear(tile[i].output[pixel]);
-        }
+        if (shared && block == 0) clear_words(args, tile[i].output, tile[i].count);
         store_tile<typename Kernel::Epilogue>(args, acc, tile[i].output, tile[i].count, first_filter, filters);
       }
     }

@@ -6,50 +6,58 @@
 
 #include "core/half.h"
 #include "cpu/binary_conv2d/binary_conv2d.h"
+#include "cpu/shared/epilogue.h"
 
 namespace lowbit {
 namespace {
 
-// The packed output of one pixel. Where neighbouring filter blocks share words (conv_blocks_share_words), whoever works
-// the pixel works all its blocks: `clear` comes before the first, and each block ORs its bits in.
-struct BitOutput {
-  uint64_t* words;
-  int64_t words_per_pixel;
-  bool shared;
+inline BitOutput bit_output(const BinaryConv2dArgs& args) {
+  const int64_t words = words_for(args.thresholds * args.shape.filters);
+  return {static_cast<uint64_t*>(args.output), words, words, conv_blocks_share_words(args)};
+}
 
-  explicit BitOutput(const BinaryConv2dArgs& args)
-      : words(static_cast<uint64_t*>(args.output)),
-        words_per_pixel(words_for(args.thresholds * args.shape.filters)),
-        shared(conv_blocks_share_words(args)) {}
+// Before the first filter block of pixels that share words (BitOutput).
+inline void clear_words(const BinaryConv2dArgs& args, const int64_t* pixels, int64_t count) {
+  if (args.output_kind == ConvOutput::program) return clear_bits(args.program, args.shape.filters, pixels, count);
+  const BitOutput output = bit_output(args);
+  for (int64_t i = 0; i < count; ++i) output.clear(pixels[i]);
+}
 
-  inline void clear(int64_t pixel) const {
-    for (int64_t i = 0; i < words_per_pixel; ++i) words[pixel * words_per_pixel + i] = 0;
+// Bits of accumulators or values: value[i] points at those of pixels[i].
+template <class Number>
+inline void store_bits(const BinaryConv2dArgs& args, const Number* const* value, const int64_t* pixels, int64_t count,
+                       int64_t filter, int64_t filters) {
+  const Thresholds<Number> thresholds = {static_cast<const Number*>(args.threshold), args.flip, args.thresholds,
+                                         args.shape.filters};
+  store_bits(bit_output(args), thresholds, value, pixels, count, filter, filters);
+}
+
+// The steps of args.program on the accumulators of a tile.
+inline void store_program(const BinaryConv2dArgs& args, const int32_t* const* acc, const int64_t* pixels, int64_t count,
+                          int64_t filter, int64_t filters) {
+  alignas(64) float value[kTilePixels][kTileChannels];
+  for (int64_t i = 0; i < count; ++i) {
+    for_count(filters, [&](auto known) {
+      for (int64_t j = 0; j < known; ++j) value[i][j] = static_cast<float>(acc[i][j]);
+    });
+    complete(value[i], filters);
   }
+  const ConvShape& shape = args.shape;
+  const ValueTile tile = {value, pixels, count, filter, filters, shape.filters, shape.out_height * shape.out_width};
+  run_program(args.program, tile, conv_blocks_share_words(args));
+}
 
-  // `bits` become channels [channel, channel + count) of `pixel`; bits past `count` are 0.
-  inline void put(int64_t pixel, int64_t channel, int64_t count, uint64_t bits) const {
-    uint64_t* word = words + pixel * words_per_pixel + channel / kWordBits;
-    if (!shared) {
-      *word = bits;
-      return;
-    }
-    const int64_t shift = channel % kWordBits;
-    word[0] |= bits << shift;
-    if (shift + count > kWordBits) word[1] |= bits >> (kWordBits - shift);
-  }
-};
-
-// Every output kind but int32, which store_tile copies. One pixel at a time.
+// Every output kind but int32, which store_tile copies, and program. One pixel at a time.
 struct ScalarEpilogue {
   static inline void store(const BinaryConv2dArgs& args, const int32_t* const* acc, const int64_t* pixels,
                            int64_t count, int64_t filter, int64_t filters) {
     alignas(64) float value[64];
-    const BitOutput bits(args);
+    const float* const values = value;
     const int64_t row = args.shape.filters;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t first = pixels[i] * row + filter;
       if (args.output_kind == ConvOutput::bits_by_integer) {
-        store_bits(args, bits, acc[i], pixels[i], filter, filters);
+        store_bits(args, acc + i, pixels + i, 1, filter, filters);
         continue;
       }
       if (args.output_kind == ConvOutput::float32) {
@@ -58,7 +66,7 @@ struct ScalarEpilogue {
       }
       to_float(args, acc[i], pixels[i], filter, filters, value);
       if (args.output_kind == ConvOutput::bits_by_float) {
-        store_bits(args, bits, value, pixels[i], filter, filters);
+        store_bits(args, &values, pixels + i, 1, filter, filters);
         continue;
       }
       uint16_t* out = static_cast<uint16_t*>(args.output) + first;
@@ -103,23 +111,6 @@ struct ScalarEpilogue {
       }
     }
   }
-
-  // Bit i = value[i] >= threshold[i], or <= where flip; count <= 64. A NaN gives 0.
-  template <class Number>
-  static inline void store_bits(const BinaryConv2dArgs& args, const BitOutput& output, const Number* value,
-                                int64_t pixel, int64_t filter, int64_t count) {
-    for (int64_t t = 0; t < args.thresholds; ++t) {
-      const int64_t channel = t * args.shape.filters + filter;
-      const Number* threshold = static_cast<const Number*>(args.threshold) + channel;
-      uint64_t bits = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        const bool flipped = args.flip != nullptr && args.flip[channel + i] != 0;
-        const bool bit = flipped ? value[i] <= threshold[i] : value[i] >= threshold[i];
-        bits |= uint64_t{bit} << i;
-      }
-      output.put(pixel, channel, count, bits);
-    }
-  }
 };
 
 // Stores filters [filter, filter + filters) of the output pixels pixels[0, count). acc[i] points at the accumulators of
@@ -127,6 +118,7 @@ struct ScalarEpilogue {
 template <class Epilogue>
 inline void store_tile(const BinaryConv2dArgs& args, const int32_t* const* acc, const int64_t* pixels, int64_t count,
                        int64_t filter, int64_t filters) {
+  if (args.output_kind == ConvOutput::program) return store_program(args, acc, pixels, count, filter, filters);
   if (args.output_kind != ConvOutput::int32) return Epilogue::store(args, acc, pixels, count, filter, filters);
   for (int64_t i = 0; i < count; ++i) {
     int32_t* out = static_cast<int32_t*>(args.output) + pixels[i] * args.shape.filters + filter;

@@ -11,6 +11,7 @@ from lowbit_ext import _native, _oplib
 from lowbit_ext._native import pointer
 from lowbit_ext.binary.ops.geometry import (
     ENCODINGS,
+    ConvPlan,
     Geometry,
     Size,
     as_geometry,
@@ -19,6 +20,7 @@ from lowbit_ext.binary.ops.geometry import (
     weight_bytes,
     weight_shape,
 )
+from lowbit_ext.binary.ops.steps import new_outputs, read_steps, step_table, with_outputs
 from lowbit_ext.packed import FLOAT_TYPES, words_for
 
 # What the convolution writes: values of a type, or bits by thresholds.
@@ -160,6 +162,22 @@ def _empty(input: Tensor, size: Size, threshold: Tensor | None, out_dtype: torch
     return input.new_empty_strided(size, strides, dtype=out_dtype)
 
 
+def _blocked_weight(
+    op: str, weight: Tensor, input: Tensor, channels: int, filters: int, geometry: Sequence[int], plan: ConvPlan,
+    level: str,
+) -> Tensor:
+    """A weight, or its words, as the kernels read it."""
+    pointer(weight, input, f"{op}: weight")  # before its size, which depends on the device
+    if weight.dtype == torch.int64:
+        weight = _block_weight(weight, channels, geometry[-1])
+    if weight.dtype != torch.uint8 or weight.numel() != plan.weight_bytes or not weight.is_contiguous():
+        raise ValueError(
+            f"{op}: weight was not packed for {filters} filters, {channels} input channels, "
+            f"{as_geometry(geometry)} and {level}"
+        )
+    return weight
+
+
 def _outputs(
     input: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     threshold: Tensor | None, flip: Tensor | None, channels: int, filters: int, geometry: Sequence[int], encoding: str,
@@ -180,15 +198,7 @@ def _binary_conv2d(
     if input.dtype != torch.int64:
         raise TypeError(f"binary_conv2d: input must be int64 words, got {input.dtype}")
     kind = output_kind(filters, scale, bias, residual, threshold, flip, out_dtype, plan.out_size)
-    weight_pointer = pointer(weight, input, "binary_conv2d: weight")  # before its size, which depends on the device
-    if weight.dtype == torch.int64:
-        weight = _block_weight(weight, channels, geometry[-1])
-        weight_pointer = weight.data_ptr()
-    if weight.dtype != torch.uint8 or weight.numel() != plan.weight_bytes or not weight.is_contiguous():
-        raise ValueError(
-            f"binary_conv2d: weight was not packed for {filters} filters, {channels} input channels, "
-            f"{as_geometry(geometry)} and {native.level}"
-        )
+    weight = _blocked_weight("binary_conv2d", weight, input, channels, filters, geometry, plan, native.level)
     output = _empty(input, plan.out_size, threshold, out_dtype)
     groups = geometry[-1]
     if groups > 1 or not input.is_contiguous():
@@ -204,7 +214,7 @@ def _binary_conv2d(
     size = native.binary_conv2d_workspace_bytes(plan.shape, code, padding_value, kind, thresholds)
     workspace = _native.workspace(size, input)
     status = native.binary_conv2d(
-        plan.shape, code, padding_value, kind, pointer(input, input, "binary_conv2d: input"), weight_pointer,
+        plan.shape, code, padding_value, kind, pointer(input, input, "binary_conv2d: input"), weight.data_ptr(),
         pointer(scale, input, "binary_conv2d: scale"), 0 if scale is None or scale.numel() == 1 else 1,
         pointer(bias, input, "binary_conv2d: bias"), pointer(residual, input, "binary_conv2d: residual"),
         0 if residual is None else FLOAT_TYPES[residual.dtype], pointer(threshold, input, "binary_conv2d: threshold"),
@@ -224,4 +234,50 @@ binary_conv2d = _oplib.define(
     "-> Tensor",
     outputs=_outputs,
     launcher=_binary_conv2d,
+)
+
+
+def _epilogue_outputs(
+    input: Tensor, weight: Tensor, channels: int, filters: int, geometry: Sequence[int], encoding: str,
+    padding_value: int, steps: Sequence[int], operands: Sequence[Tensor | None],
+) -> list[Tensor]:
+    size = conv_size(input.shape, channels, filters, as_geometry(geometry), encoding, padding_value)
+    return new_outputs(read_steps("binary_conv2d_epilogue", steps, operands, size, 1, input), size, 1, input)
+
+
+def _binary_conv2d_epilogue(
+    input: Tensor, weight: Tensor, channels: int, filters: int, geometry: Sequence[int], encoding: str,
+    padding_value: int, steps: Sequence[int], operands: Sequence[Tensor | None],
+) -> list[Tensor]:
+    op = "binary_conv2d_epilogue"
+    native = _native.kernels(input)
+    plan = conv_plan(native, input.shape, channels, filters, geometry, encoding, padding_value)
+    if input.dtype != torch.int64:
+        raise TypeError(f"{op}: input must be int64 words, got {input.dtype}")
+    program = read_steps(op, steps, operands, plan.out_size, 1, input)
+    weight = _blocked_weight(op, weight, input, channels, filters, geometry, plan, native.level)
+    outputs = new_outputs(program, plan.out_size, 1, input)
+    complete = with_outputs(program, outputs, 1)  # holds copies until the kernel has run
+    table = step_table(op, complete, input)
+    input = aligned_groups(input, channels, geometry[-1])
+    code = ENCODINGS[encoding]
+    size = native.binary_conv2d_epilogue_workspace_bytes(
+        plan.shape, code, padding_value, table.data_ptr(), len(table)
+    )
+    workspace = _native.workspace(size, input)
+    status = native.binary_conv2d_epilogue(
+        plan.shape, code, padding_value, pointer(input, input, f"{op}: input"), weight.data_ptr(), table.data_ptr(),
+        len(table), workspace.data_ptr(), size,
+    )
+    _native.check(op, status)
+    return outputs
+
+
+# Words and a weight, as above, and a program on the accumulators (steps.py) -> what its store and bits steps write, in
+# order: (N, O, H', W') channels-last floats, words (N, H', W', W).
+binary_conv2d_epilogue = _oplib.define(
+    "binary_conv2d_epilogue(Tensor input, Tensor weight, int channels, int filters, int[] geometry, str encoding, "
+    "int padding_value, int[] steps, Tensor?[] operands) -> Tensor[]",
+    outputs=_epilogue_outputs,
+    launcher=_binary_conv2d_epilogue,
 )

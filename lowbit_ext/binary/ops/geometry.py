@@ -224,16 +224,11 @@ def _pool_rows(size: int, kernel: int, stride: int, padding: int, dilation: int,
     return out - 1 if (out - 1) * stride >= size + padding else out
 
 
-def pool_size(op: str, size: Sequence[int], dtype: torch.dtype, channels: int, window: Window) -> tuple[int, int]:
-    """Checks a pooling's arguments; returns the output's height and width."""
-    if dtype != torch.int64 or len(size) != 4 or size[3] != words_for(channels):
+def window_size(op: str, size: Sequence[int], channels: int, window: Window) -> tuple[int, int]:
+    """Checks a window over images of `size` rows and columns; returns the output's height and width."""
+    if channels < 1 or min(size) < 1:
         raise ValueError(
-            f"{op}: input must be int64 words (N, H, W, {words_for(channels)}) for {channels} channels, "
-            f"got {dtype} {tuple(size)}"
-        )
-    if channels < 1 or size[1] < 1 or size[2] < 1:
-        raise ValueError(
-            f"{op}: input must have channels and pixels, got {channels} channels and {size[1]} x {size[2]} pixels"
+            f"{op}: input must have channels and pixels, got {channels} channels and {size[0]} x {size[1]} pixels"
         )
     kernel, stride, padding, dilation = window.kernel, window.stride, window.padding, window.dilation
     if min(kernel) < 1 or min(stride) < 1 or min(dilation) < 1:
@@ -250,14 +245,24 @@ def pool_size(op: str, size: Sequence[int], dtype: torch.dtype, channels: int, w
             f"{op}: kernel, stride and dilation must be below {MOST_STEP}, got kernel={list(kernel)}, "
             f"stride={list(stride)}, dilation={list(dilation)}"
         )
-    height = _pool_rows(size[1], kernel[0], stride[0], padding[0], dilation[0], window.ceil_mode)
-    width = _pool_rows(size[2], kernel[1], stride[1], padding[1], dilation[1], window.ceil_mode)
+    height = _pool_rows(size[0], kernel[0], stride[0], padding[0], dilation[0], window.ceil_mode)
+    width = _pool_rows(size[1], kernel[1], stride[1], padding[1], dilation[1], window.ceil_mode)
     if height < 1 or width < 1:
         raise ValueError(
-            f"{op}: input {tuple(size[1:3])} is smaller than the window {list(kernel)} with padding "
+            f"{op}: input {tuple(size)} is smaller than the window {list(kernel)} with padding "
             f"{list(padding)} and dilation {list(dilation)}"
         )
     return height, width
+
+
+def pool_size(op: str, size: Sequence[int], dtype: torch.dtype, channels: int, window: Window) -> tuple[int, int]:
+    """Checks a pooling's arguments; returns the output's height and width."""
+    if dtype != torch.int64 or len(size) != 4 or size[3] != words_for(channels):
+        raise ValueError(
+            f"{op}: input must be int64 words (N, H, W, {words_for(channels)}) for {channels} channels, "
+            f"got {dtype} {tuple(size)}"
+        )
+    return window_size(op, size[1:3], channels, window)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -266,11 +271,21 @@ def pool_plan(
 ) -> tuple[Any, tuple[int, int]]:
     """The native shape, and the output's height and width; made once for each set of arguments."""
     out = pool_size(op, size, dtype, channels, window)
-    sizes = (*size[:3], channels, *window.kernel, *out, *window.stride, *window.padding, *window.dilation)
+    return pool_shape(op, size[:3], channels, out, window), out
+
+
+@functools.lru_cache(maxsize=1024)
+def pool_shape(op: str, size: Sequence[int], channels: int, out: tuple[int, int], window: Window) -> Any:
+    """The native core's description of a window over images (batch, height, width).
+
+    Raises:
+        ValueError: the sizes do not fit memory, or sums may pass int32.
+    """
+    sizes = (*size, channels, *window.kernel, *out, *window.stride, *window.padding, *window.dilation)
     shape = _native.cpu.PoolShape(*sizes)
     if not shape.valid():
         raise ValueError(
             f"{op}: sizes (batch, height, width, channels, kernel, out height and width, stride, padding, dilation) "
             f"are too large for exact int32 sums or for memory: {sizes}"
         )
-    return shape, out
+    return shape
