@@ -41,6 +41,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("active_isa", [] { return std::string(isa_name(active_isa())); });
   m.def("select_isa", [](int level) { return level < kIsaCount && select_isa(static_cast<Isa>(level)); });
   m.def("threads", [] { return omp_get_max_threads(); });
+  // Of the calling thread alone, unlike torch.set_num_threads.
+  m.def("set_threads", [](int threads) { omp_set_num_threads(threads); });
 
   // The module _cuda takes these two as well.
   py::class_<ConvShape>(m, "ConvShape")

@@ -45,7 +45,7 @@ class Executor:
     def clear(self) -> None:
         """Forgets the plans, whose arguments may have changed."""
         self._plans: dict[Any, list[Plan]] = {}  # those that no thread uses
-        self._bytes: dict[Any, int] = {}  # of a plan for one image
+        self._images: dict[Any, tuple[int, fx.Node | None]] = {}  # bytes and head of a plan for one image
         self._version = self._layers_version()
 
     def _layers_version(self) -> int:
@@ -56,35 +56,36 @@ class Executor:
         if self._version != self._layers_version():
             self.clear()
         batch = inputs[0].shape[0] if inputs and inputs[0].dim() > 0 else 0
-        if not self._by_image or batch < 2 or any(value.shape[:1] != (batch,) for value in inputs):
-            return self._run_whole(inputs)
-        size = self._slice_size(inputs)
-        threads = min(torch.get_num_threads(), batch)
-        if threads > 1:
-            size = min(size, -(-batch // threads))
-        bounds = [batch * i // -(-batch // size) for i in range(-(-batch // size) + 1)]
+        threads = torch.get_num_threads()
+        cut = self._by_image and batch >= max(2, threads) and all(value.shape[:1] == (batch,) for value in inputs)
+        if not cut:
+            return self._run_plan(inputs)
+        size, head = self._image(inputs)
+        count = max(threads, -(-batch // size)) if threads > 1 else -(-batch // size)
+        if count == 1:
+            return self._run_plan(inputs)
+        bounds = [batch * index // count for index in range(count + 1)]
         slices = [[value[a:b] for value in inputs] for a, b in zip(bounds, bounds[1:], strict=False)]
-        if len(slices) == 1:
-            return self._run_whole(inputs)
         if threads == 1:
-            results = [self._run_whole(part) for part in slices]
+            results = [self._run_plan(part, until=head) for part in slices]
         else:
-            shares = [slices[len(slices) * i // threads : len(slices) * (i + 1) // threads] for i in range(threads)]
-            others = [_workers().submit(self._run_share, share) for share in shares[1:]]
-            results = self._run_share(shares[0])
+            shares = [slices[count * i // threads : count * (i + 1) // threads] for i in range(threads)]
+            others = [_workers().submit(self._run_share, share, head) for share in shares[1:]]
+            results = self._run_share(shares[0], head)
             for other in others:
                 results += other.result()
-        leaves = [pytree.tree_leaves(result) for result in results]
-        joined = [torch.cat(parts) for parts in zip(*leaves, strict=True)]
+        joined = [torch.cat(parts) for parts in zip(*map(pytree.tree_leaves, results), strict=True)]
+        if head is not None:
+            return self._run_plan(joined, after=head)
         return pytree.tree_unflatten(joined, pytree.tree_structure(results[0]))
 
-    def _run_share(self, slices: Sequence[Sequence[Tensor]]) -> list[Any]:
+    def _run_share(self, slices: Sequence[Sequence[Tensor]], until: fx.Node | None) -> list[Any]:
         """Slices one after the other, in one thread."""
         with torch.no_grad(), _one_thread():
-            return [self._run_whole(part) for part in slices]
+            return [self._run_plan(part, until=until) for part in slices]
 
-    def _run_whole(self, inputs: Sequence[Tensor]) -> Any:
-        key = (_native.cpu.level, *((value.shape, value.stride(), value.dtype) for value in inputs))
+    def _run_plan(self, inputs: Sequence[Tensor], after: fx.Node | None = None, until: fx.Node | None = None) -> Any:
+        key = (_native.cpu.level, after, until, *((value.shape, value.stride(), value.dtype) for value in inputs))
         plans = self._plans.get(key)
         if plans is None:
             while len(self._plans) >= _MOST_SHAPES:
@@ -93,17 +94,18 @@ class Executor:
         try:
             plan = plans.pop()
         except IndexError:
-            plan = Plan(self._body, inputs)
+            plan = Plan(self._body, inputs, after, until)
         result = plan.run(inputs)
         plans.append(plan)
         return result
 
-    def _slice_size(self, inputs: Sequence[Tensor]) -> int:
-        """How many images' buffers fit the cache."""
+    def _image(self, inputs: Sequence[Tensor]) -> tuple[int, fx.Node | None]:
+        """How many images' buffers fit the cache, and where the head begins, which runs on the whole batch."""
         key = (_native.cpu.level, *((value.shape[1:], value.dtype) for value in inputs))
-        if key not in self._bytes:
-            self._bytes[key] = Plan(self._body, [value[:1] for value in inputs]).bytes
-        return max(1, CACHES * cache_bytes() // self._bytes[key])
+        if key not in self._images:
+            plan = Plan(self._body, [value[:1] for value in inputs])
+            self._images[key] = max(1, CACHES * cache_bytes() // plan.bytes), plan.head
+        return self._images[key]
 
 
 @functools.cache

@@ -241,8 +241,11 @@ class Fusion:
 
 
 def window_of(model: Model, node: fx.Node) -> Pool | None:
-    """A pooling of images that a pass can make: of known windows, on float32."""
+    """A pooling of images that a pass can make: of known windows or an average of the whole image, on float32."""
     pool = model.pool(node)
-    if pool is None or not pool.is_known or len(pool.padding) != 2 or len(model.shape(node)) != 4:
+    if pool is None or len(pool.padding) != 2 or len(model.shape(node)) != 4:
+        return None
+    whole = pool.kind == "average" and pool.output == (1, 1)
+    if not whole and (pool.output or not pool.is_known):
         return None
     return pool if model.dtype(node) == torch.float32 else None

@@ -379,16 +379,24 @@ class PackedConv2d(PackedLayer):
 
 @dataclasses.dataclass(frozen=True)
 class FloatWindow:
-    """A pooling of floats, in the order of the operator's arguments; `average` alone uses the last two."""
+    """A pooling of floats, in the order of the operator's arguments; `average` alone uses the last two.
+
+    Without a kernel the window is the whole image.
+    """
 
     average: bool
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    ceil_mode: bool
+    kernel: tuple[int, int] | None = None
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    ceil_mode: bool = False
     count_include_pad: bool = True
     divisor_override: int = 0
+
+    def of_images(self, size: Sequence[int]) -> ops.Window:
+        """The window on images of this height and width."""
+        kernel = tuple(size) if self.kernel is None else self.kernel
+        return ops.Window(*kernel, *self.stride, *self.padding, *self.dilation, int(self.ceil_mode))
 
 
 class PackedPointwise(PackedLayer):
@@ -404,7 +412,7 @@ class PackedPointwise(PackedLayer):
         images = self._images(x)
         before, operands = self.before.program((), self.float_dtype)
         after, others = self.epilogue.program(tensors, self.float_dtype)
-        outputs = ops.pointwise(images, *self._window(), [*before, *after], len(self.before.kinds), [*operands, *others])
+        outputs = ops.pointwise(images, *self._window(images.shape[2:]), [*before, *after], len(self.before.kinds), [*operands, *others])
         return self.epilogue.results(outputs)
 
     def _images(self, x: Tensor) -> Tensor:
@@ -414,18 +422,17 @@ class PackedPointwise(PackedLayer):
             raise ValueError(f"packed model: input must have {self.channels} channels, got {tuple(x.shape)}")
         return images
 
-    def _window(self) -> tuple[Sequence[int], str, bool, int]:
+    def _window(self, size: Sequence[int]) -> tuple[Sequence[int], str, bool, int]:
         """The window as the operator takes it, what it makes, and the options of averages."""
         w = self.window
         if w is None:
             return (), "none", True, 0
-        window = ops.Window(*w.kernel, *w.stride, *w.padding, *w.dilation, int(w.ceil_mode))
-        return window, "average" if w.average else "maximum", w.count_include_pad, w.divisor_override
+        return w.of_images(size), "average" if w.average else "maximum", w.count_include_pad, w.divisor_override
 
     def plan(self, plan: Plan, x: Value, *tensors: Value) -> Any:
         """The layer's call in a plan."""
         op, images = "pointwise", self._images(x.tensor)
-        window, reduction, *options = self._window()
+        window, reduction, *options = self._window(images.shape[2:])
         size = (images.shape[0], *images.shape[2:])
         of_image, out = _ONE_PIXEL, size[1:]
         if self.window is not None:

@@ -16,8 +16,10 @@ import operator
 from collections.abc import Set
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
+from lowbit_ext._graph import Pool
 from lowbit_ext.binary import layers
 from lowbit_ext.binary.activation import invert_words
 from lowbit_ext.binary.chains import Model, chain_of, pixels_of
@@ -224,6 +226,8 @@ class Packer:
         if node.op in ("call_module", "get_attr"):
             target = str(node.target)
             self.modules[target] = operator.attrgetter(target)(model.root)
+            if isinstance(self.modules[target], nn.Conv2d):
+                _prefer_channels_last(self.modules[target], model.values[node.args[0]])  # type: ignore[index]
         if node.op.startswith("call_"):
             self._note(node, "as it was", model.left_because(node) or "")
         return self.graph.node_copy(node, self._floats.__getitem__)
@@ -366,7 +370,18 @@ def _geometry(layer: Any, weight: Tensor) -> Any:
     )
 
 
-def _float_window(pool: Any) -> FloatWindow:
+def _prefer_channels_last(conv: nn.Conv2d, images: Tensor) -> None:
+    """Has a float convolution give its result channels-last, as passes read it, where its values stay the same."""
+    weight = conv.weight.data
+    before = conv(images)
+    conv.weight.data = weight.contiguous(memory_format=torch.channels_last)
+    if not torch.equal(conv(images.contiguous(memory_format=torch.channels_last)), before):
+        conv.weight.data = weight
+
+
+def _float_window(pool: Pool) -> FloatWindow:
+    if pool.output:
+        return FloatWindow(True)
     average = pool.kind == "average"
     return FloatWindow(
         average, pool.kernel, pool.stride, pool.padding, (1, 1) if average else pool.dilation, pool.ceil_mode,

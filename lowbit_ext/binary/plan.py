@@ -40,12 +40,18 @@ class Plan:
     Args:
         body: the packed graph.
         inputs: on which it is run once.
+        after: a node whose value is the input instead, and behind which the plan begins.
+        until: a node whose value is the result, and with which the plan ends.
 
     Attributes:
         bytes: of the buffers, and of the largest result of a layer of torch.
+        head: the first node that gives vectors (N, features) and is all that later nodes read, or None.
     """
 
-    def __init__(self, body: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    def __init__(
+        self, body: fx.GraphModule, inputs: Sequence[Tensor], after: fx.Node | None = None,
+        until: fx.Node | None = None,
+    ) -> None:
         self._calls: list[Callable[[list[Any]], None]] = []
         self._buffers: dict[int, _Buffer] = {}  # by address
         self._free: list[Tensor] = []
@@ -59,9 +65,9 @@ class Plan:
         nodes = list(body.graph.nodes)
         order = {node: index for index, node in enumerate(nodes)}
         modules = dict(body.named_modules())
-        for node in nodes:
+        for node in nodes[0 if after is None else order[after] :]:
             self._now = order[node]
-            if node.op == "placeholder":
+            if node.op == "placeholder" or node is after:
                 values[node] = self._new_value(next(waiting))
             elif node.op == "output":
                 self._outputs = fx.map_arg(node.args[0], values.__getitem__)
@@ -70,8 +76,12 @@ class Plan:
             last = max((order[user] for user in node.users), default=self._now)
             for value in pytree.tree_leaves(values.get(node), is_leaf=_is_value):
                 self._hold(value, last)
+            if node is until:
+                self._outputs = values[node]
+                break
             self._release(node, order, values)
         self.bytes = self._largest + sum(self._memory.values())
+        self.head = _head(nodes, order, values)
 
     # Making the plan: what layers call
 
@@ -217,7 +227,7 @@ class Plan:
                 del self._buffers[address]
         dead = {value for value in node.all_input_nodes if max(map(order.__getitem__, value.users)) == self._now}
         slots = [
-            value.slot for source in dead for value in pytree.tree_leaves(values[source], is_leaf=_is_value)
+            value.slot for source in dead for value in pytree.tree_leaves(values.get(source), is_leaf=_is_value)
             if _is_value(value) and value.slot is not None
         ]
         if slots and node.op != "output":
@@ -246,6 +256,19 @@ class Plan:
             return value
 
         return pytree.tree_map(result, self._outputs, is_leaf=_is_value)
+
+
+def _head(nodes: Sequence[fx.Node], order: dict[fx.Node, int], values: dict[fx.Node, Any]) -> fx.Node | None:
+    reach = 0  # the last node that reads one of those before
+    for index, node in enumerate(nodes):
+        value = values.get(node)
+        vectors = _is_value(value) and isinstance(value.tensor, Tensor) and value.tensor.dim() == 2
+        if vectors and reach <= index and node.op != "placeholder":
+            return node
+        reach = max((order[user] for user in node.users), default=0) if reach <= index else max(
+            reach, *(order[user] for user in node.users), 0
+        )
+    return None
 
 
 def _call_method(name: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
