@@ -84,9 +84,13 @@ LOWBIT_INLINE float multiply_add(float value, float factor, float summand) {
 
 LOWBIT_INLINE float prelu(float value, float slope) { return value > 0 ? value : value * slope; }
 
-LOWBIT_INLINE float clamp(float value, float lowest, float highest) {
-  const float raised = value < lowest ? lowest : value;
-  return raised > highest ? highest : raised;
+// clamp is at_most(at_least(value, first[c]), second[c]).
+LOWBIT_INLINE float at_least(float value, float lowest) { return value < lowest ? lowest : value; }
+LOWBIT_INLINE float at_most(float value, float highest) { return value > highest ? highest : value; }
+
+// A bit of a bits step.
+LOWBIT_INLINE bool reached(float value, float threshold, bool flip) {
+  return flip ? value <= threshold : value >= threshold;
 }
 
 }  // namespace lowbit

@@ -27,6 +27,11 @@ struct PointwiseArgs {
   EpilogueProgram before, after;
 };
 
+// What a maximum is after a later pixel.
+LOWBIT_INLINE float later_maximum(float largest, float pixel) {
+  return pixel > largest || pixel != pixel ? pixel : largest;
+}
+
 // Pixels without a window that are worked together.
 constexpr int64_t kPointwisePixels = 16;
 

@@ -23,41 +23,17 @@ inline void clear_words(const BinaryConv2dArgs& args, const int64_t* pixels, int
   for (int64_t i = 0; i < count; ++i) output.clear(pixels[i]);
 }
 
-// Bits of accumulators or values: value[i] points at those of pixels[i].
-template <class Number>
-inline void store_bits(const BinaryConv2dArgs& args, const Number* const* value, const int64_t* pixels, int64_t count,
-                       int64_t filter, int64_t filters) {
-  const Thresholds<Number> thresholds = {static_cast<const Number*>(args.threshold), args.flip, args.thresholds,
-                                         args.shape.filters};
-  store_bits(bit_output(args), thresholds, value, pixels, count, filter, filters);
-}
-
-// The steps of args.program on the accumulators of a tile.
-inline void store_program(const BinaryConv2dArgs& args, const int32_t* const* acc, const int64_t* pixels, int64_t count,
-                          int64_t filter, int64_t filters) {
-  alignas(64) float value[kTilePixels][kTileChannels];
-  for (int64_t i = 0; i < count; ++i) {
-    for_count(filters, [&](auto known) {
-      for (int64_t j = 0; j < known; ++j) value[i][j] = static_cast<float>(acc[i][j]);
-    });
-    complete(value[i], filters);
-  }
-  const ConvShape& shape = args.shape;
-  const ValueTile tile = {value, pixels, count, filter, filters, shape.filters, shape.out_height * shape.out_width};
-  run_program(args.program, tile, conv_blocks_share_words(args));
-}
-
 // Every output kind but int32, which store_tile copies, and program. One pixel at a time.
 struct ScalarEpilogue {
   static inline void store(const BinaryConv2dArgs& args, const int32_t* const* acc, const int64_t* pixels,
                            int64_t count, int64_t filter, int64_t filters) {
     alignas(64) float value[64];
-    const float* const values = value;
+    const BitOutput bits = bit_output(args);
     const int64_t row = args.shape.filters;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t first = pixels[i] * row + filter;
       if (args.output_kind == ConvOutput::bits_by_integer) {
-        store_bits(args, acc + i, pixels + i, 1, filter, filters);
+        store_bits(args, bits, acc[i], pixels[i], filter, filters);
         continue;
       }
       if (args.output_kind == ConvOutput::float32) {
@@ -66,7 +42,7 @@ struct ScalarEpilogue {
       }
       to_float(args, acc[i], pixels[i], filter, filters, value);
       if (args.output_kind == ConvOutput::bits_by_float) {
-        store_bits(args, &values, pixels + i, 1, filter, filters);
+        store_bits(args, bits, value, pixels[i], filter, filters);
         continue;
       }
       uint16_t* out = static_cast<uint16_t*>(args.output) + first;
@@ -111,7 +87,37 @@ struct ScalarEpilogue {
       }
     }
   }
+
+  // Bit i = value[i] >= threshold[i], or <= where flip; count <= 64. A NaN gives 0.
+  template <class Number>
+  static inline void store_bits(const BinaryConv2dArgs& args, const BitOutput& output, const Number* value,
+                                int64_t pixel, int64_t filter, int64_t count) {
+    for (int64_t t = 0; t < args.thresholds; ++t) {
+      const int64_t channel = t * args.shape.filters + filter;
+      const Number* threshold = static_cast<const Number*>(args.threshold) + channel;
+      uint64_t bits = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const bool flipped = args.flip != nullptr && args.flip[channel + i] != 0;
+        const bool bit = flipped ? value[i] <= threshold[i] : value[i] >= threshold[i];
+        bits |= uint64_t{bit} << i;
+      }
+      output.put(pixel, channel, count, bits);
+    }
+  }
 };
+
+// The most pixels of a tile, those of the avx2 level.
+constexpr int64_t kMostTilePixels = 32;
+
+// The steps of args.program on the accumulators of a tile.
+inline void store_program(const BinaryConv2dArgs& args, const int32_t* const* acc, const int64_t* pixels,
+                          int64_t count, int64_t filter, int64_t filters) {
+  const void* rows[kMostTilePixels];
+  for (int64_t i = 0; i < count; ++i) rows[i] = acc[i];
+  const int64_t pixels_per_image = args.shape.out_height * args.shape.out_width;
+  run_program(args.program, {rows, Source::int32, pixels, count, filter, filters, args.shape.filters, pixels_per_image,
+                             conv_blocks_share_words(args), nullptr});
+}
 
 // Stores filters [filter, filter + filters) of the output pixels pixels[0, count). acc[i] points at the accumulators of
 // pixels[i]; with int32 output it may point at their destination, and then nothing is left to do.

@@ -38,21 +38,9 @@ struct Avx2Epilogue {
         });
       }
       case ConvOutput::bits_by_integer:
-        return store_bits(args, acc, pixels, count, filter, filters);
-      case ConvOutput::bits_by_float: {
-        alignas(64) float value[kTilePixels][kTileChannels];
-        const float* rows[kTilePixels];
-        const Terms terms(args, tile);
-        for (int64_t pixel = 0; pixel < count; ++pixel) {
-          float* next = value[pixel];
-          rows[pixel] = next;
-          put_pixel(args, tile, terms, pixel, [&](int64_t, int64_t, __m256 value_f32x8) {
-            _mm256_store_ps(next, value_f32x8);
-            next += 8;
-          });
-        }
-        return store_bits<float>(args, rows, pixels, count, filter, filters);
-      }
+        return store_bits<false>(args, tile);
+      case ConvOutput::bits_by_float:
+        return store_bits<true>(args, tile);
     }
   }
 
@@ -104,6 +92,58 @@ struct Avx2Epilogue {
   static inline void store_floats(const BinaryConv2dArgs& args, const Tile& tile, const Put& put) {
     const Terms terms(args, tile);
     for (int64_t pixel = 0; pixel < tile.count; ++pixel) put_pixel(args, tile, terms, pixel, put);
+  }
+
+  // Bits value >= threshold, or <= where flip: (value ^ f) >= (threshold ^ f), where f reverses the order: all bits of
+  // an integer, the sign of a float.
+  template <bool kFloat>
+  static inline void store_bits(const BinaryConv2dArgs& args, const Tile& tile) {
+    alignas(32) int32_t flip[2][kMaxFilters] = {};
+    alignas(32) int32_t limit[2][kMaxFilters] = {};
+    for (int64_t t = 0; t < args.thresholds; ++t) {
+      const int64_t first = t * args.shape.filters + tile.filter;
+      memcpy(limit[t], static_cast<const int32_t*>(args.threshold) + first, static_cast<size_t>(tile.filters) * 4);
+      if (args.flip == nullptr) continue;
+      for (int64_t i = 0; i < tile.filters; ++i) {
+        flip[t][i] = args.flip[first + i] == 0 ? 0 : kFloat ? INT32_MIN : -1;
+        limit[t][i] ^= flip[t][i];
+      }
+    }
+    const BitOutput output = bit_output(args);
+    const Terms terms(args, tile);
+    alignas(32) int32_t floats[kMaxFilters];
+    for (int64_t pixel = 0; pixel < tile.count; ++pixel) {
+      const int32_t* value = tile.acc[pixel];
+      if (kFloat) {
+        int32_t* next = floats;
+        put_pixel(args, tile, terms, pixel, [&](int64_t, int64_t, __m256 value_f32x8) {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(next), _mm256_castps_si256(value_f32x8));
+          next += 8;
+        });
+        value = floats;
+      }
+      for (int64_t t = 0; t < args.thresholds; ++t) {
+        uint64_t bits = 0;
+        for (int64_t i = 0; i < tile.filters; i += 8) {
+          const __m256i flipped_i32x8 = _mm256_xor_si256(load(value + i), load(flip[t] + i));
+          bits |= at_least<kFloat>(flipped_i32x8, load(limit[t] + i)) << i;
+        }
+        const int64_t channel = t * args.shape.filters + tile.filter;
+        output.put(tile.pixels[pixel], channel, tile.filters, bits & low_mask(tile.filters));
+      }
+    }
+  }
+
+  // Bit i = value[i] >= limit[i], of 8.
+  template <bool kFloat>
+  static inline uint64_t at_least(__m256i value_i32x8, __m256i limit_i32x8) {
+    if (kFloat) {
+      const __m256 reached_f32x8 =
+          _mm256_cmp_ps(_mm256_castsi256_ps(value_i32x8), _mm256_castsi256_ps(limit_i32x8), _CMP_GE_OQ);
+      return static_cast<uint64_t>(_mm256_movemask_ps(reached_f32x8));
+    }
+    const __m256i below_i32x8 = _mm256_cmpgt_epi32(limit_i32x8, value_i32x8);
+    return static_cast<uint64_t>(_mm256_movemask_ps(_mm256_castsi256_ps(below_i32x8)) ^ 0xff);
   }
 
   static inline __m256i load(const int32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }

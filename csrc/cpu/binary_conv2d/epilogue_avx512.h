@@ -40,7 +40,7 @@ struct Avx512Epilogue {
         });
       }
       case ConvOutput::bits_by_integer:
-        return store_bits(args, acc, pixels, count, filter, filters);
+        return store_bits(args, tile, acc);
       case ConvOutput::bits_by_float: {
         alignas(64) float value[kMaxPixels][64];
         const float* rows[kMaxPixels];
@@ -48,7 +48,7 @@ struct Avx512Epilogue {
         store_floats(args, tile, [&](int64_t i, int64_t offset, __mmask16, __m512 value_f32x16) {
           _mm512_store_ps(value[i] + (offset - (pixels[i] * args.shape.filters + filter)), value_f32x16);
         });
-        return store_bits<float>(args, rows, pixels, count, filter, filters);
+        return store_bits(args, tile, rows);
       }
     }
   }
@@ -82,6 +82,44 @@ struct Avx512Epilogue {
         put(i, offset, mask, value_f32x16);
       }
     }
+  }
+
+  // Bits value >= threshold, or <= where flip: (value ^ f) >= (threshold ^ f), where f reverses the order.
+  template <class Number>
+  static inline void store_bits(const BinaryConv2dArgs& args, const Tile& tile, const Number* const* value) {
+    const BitOutput output = bit_output(args);
+    for (int64_t t = 0; t < args.thresholds; ++t) {
+      const int64_t channel = t * args.shape.filters + tile.filter;
+      const Number* threshold = static_cast<const Number*>(args.threshold) + channel;
+      uint64_t bits[kMaxPixels] = {};
+      for (int64_t v = 0; v < tile.filters; v += kVectorFilters) {
+        const __mmask16 mask = lanes(tile.filters - v);
+        const __m512i flip_i32x16 =
+            args.flip == nullptr ? _mm512_setzero_si512() : order(mask, args.flip + channel + v, Number());
+        const __m512i limit_i32x16 = _mm512_xor_si512(_mm512_maskz_loadu_epi32(mask, threshold + v), flip_i32x16);
+        for (int64_t i = 0; i < tile.count; ++i) {
+          const __m512i flipped_i32x16 = _mm512_xor_si512(_mm512_maskz_loadu_epi32(mask, value[i] + v), flip_i32x16);
+          bits[i] |= uint64_t{reached(mask, flipped_i32x16, limit_i32x16, Number())} << v;
+        }
+      }
+      for (int64_t i = 0; i < tile.count; ++i) output.put(tile.pixels[i], channel, tile.filters, bits[i]);
+    }
+  }
+
+  // All bits of an integer, the sign of a float, where flip.
+  static inline __m512i order(__mmask16 mask, const uint8_t* flip, int32_t) {
+    const __m128i bytes_u8x16 = _mm_maskz_loadu_epi8(mask, flip);
+    return _mm512_maskz_set1_epi32(_mm_test_epi8_mask(bytes_u8x16, bytes_u8x16), -1);
+  }
+  static inline __m512i order(__mmask16 mask, const uint8_t* flip, float) {
+    return _mm512_slli_epi32(order(mask, flip, int32_t{}), 31);
+  }
+  static inline __mmask16 reached(__mmask16 mask, __m512i value_i32x16, __m512i limit_i32x16, int32_t) {
+    return _mm512_mask_cmpge_epi32_mask(mask, value_i32x16, limit_i32x16);
+  }
+  static inline __mmask16 reached(__mmask16 mask, __m512i value_i32x16, __m512i limit_i32x16, float) {
+    return _mm512_mask_cmp_ps_mask(mask, _mm512_castsi512_ps(value_i32x16), _mm512_castsi512_ps(limit_i32x16),
+                                   _CMP_GE_OQ);
   }
 
   static inline __m512 load_residual(const BinaryConv2dArgs& args, __mmask16 mask, int64_t offset) {

@@ -1,101 +1,39 @@
-// The steps of core/epilogue.h on a tile of values in L1: a step at a time over the whole tile, so that choosing it
-// costs nothing, in loops that the compiler vectorises for each level. Internal linkage: each level compiles its own.
+// The steps of core/epilogue.h on a tile of pixels by at most 64 channels. The values of a few pixels stay in registers
+// through all steps; a step is chosen once for all of them. Internal linkage: each level compiles its own.
 #pragma once
 
 #include "core/epilogue.h"
-#include "cpu/shared/floats.h"
-#include "cpu/shared/threshold_bits.h"
+#include "cpu/shared/lanes_f32.h"
 
 namespace lowbit {
 namespace {
 
-// Values of channels [channel, channel + count), count <= 64, of some output pixels. Rows are aligned to 64 bytes and
-// defined up to lanes_for(count).
-struct ValueTile {
-  float (*value)[kTileChannels];
-  const int64_t* pixels;  // their indices
-  int64_t pixel_count;    // at most kTilePixels where there is a bits step
-  int64_t channel, count;
-  int64_t channels;  // C
-  int64_t pixels_per_image;
+constexpr int64_t kTileChannels = 64;
+
+// The packed output of pixels. Where blocks of 64 channels share words, whoever works a pixel works all its blocks:
+// `clear` comes before the first, and each block ORs its bits in.
+struct BitOutput {
+  uint64_t* words;
+  int64_t stride;           // words from a pixel to the next
+  int64_t words_per_pixel;  // at most stride
+  bool shared;
+
+  inline void clear(int64_t pixel) const {
+    for (int64_t i = 0; i < words_per_pixel; ++i) words[pixel * stride + i] = 0;
+  }
+
+  // `bits` become channels [channel, channel + count) of `pixel`; bits past `count` are 0.
+  inline void put(int64_t pixel, int64_t channel, int64_t count, uint64_t bits) const {
+    uint64_t* word = words + pixel * stride + channel / kWordBits;
+    if (!shared) {
+      *word = bits;
+      return;
+    }
+    const int64_t shift = channel % kWordBits;
+    word[0] |= bits << shift;
+    if (shift + count > kWordBits) word[1] |= bits >> (kWordBits - shift);
+  }
 };
-
-// Loops run over whole vectors of the widest level: less than one is completed with zeros.
-constexpr int64_t kLanes = 16;
-
-inline int64_t lanes_for(int64_t count) { return round_up(count, kLanes); }
-
-inline void complete(float* values, int64_t count) {
-  for (int64_t i = count; i < lanes_for(count); ++i) values[i] = 0;
-}
-
-// `count` channels of an operand as the loops read them: in place, or completed in `buffer`.
-inline const float* complete_operand(const float* from, int64_t count, float* buffer) {
-  if (count % kLanes == 0) return from;
-  memcpy(buffer, from, static_cast<size_t>(count) * sizeof *from);
-  complete(buffer, count);
-  return buffer;
-}
-
-// body(Known<64> or count): most blocks of channels are whole ones.
-template <class Body>
-inline void for_count(int64_t count, const Body& body) {
-  if (count == kTileChannels) return body(Known<kTileChannels>{});
-  body(count);
-}
-
-template <class Body>
-inline void apply(float* __restrict value, const float* __restrict first, const float* __restrict second, int64_t lanes,
-                  const Body& body) {
-  for (int64_t i = 0; i < lanes; i += kLanes) {
-    for (int64_t j = i; j < i + kLanes; ++j) value[j] = body(value[j], first[j], second[j]);
-  }
-}
-
-// value = body(value, first[c], second[c]).
-template <class Body>
-inline void apply_channels(const ValueTile& tile, const float* first, const float* second, const Body& body) {
-  alignas(64) float buffer[2][kTileChannels];
-  first = complete_operand(first + tile.channel, tile.count, buffer[0]);
-  second = complete_operand(second + tile.channel, tile.count, buffer[1]);
-  const int64_t lanes = lanes_for(tile.count);
-  for (int64_t i = 0; i < tile.pixel_count; ++i) apply(tile.value[i], first, second, lanes, body);
-}
-
-template <class Body>
-inline void apply_channels(const ValueTile& tile, const float* first, const Body& body) {
-  apply_channels(tile, first, first, [&](float value, float operand, float) { return body(value, operand); });
-}
-
-inline void multiply_image(const ValueTile& tile, const float* factor) {
-  alignas(64) float buffer[kTileChannels];
-  for (int64_t i = 0; i < tile.pixel_count; ++i) {
-    const float* from = factor + tile.pixels[i] / tile.pixels_per_image * tile.channels + tile.channel;
-    const float* row = complete_operand(from, tile.count, buffer);
-    apply(tile.value[i], row, row, lanes_for(tile.count),
-          [](float value, float of_image, float) { return value * of_image; });
-  }
-}
-
-template <class Type>
-inline void add_tensor(const ValueTile& tile, const typename Type::type* tensor, int64_t stride, Type type) {
-  alignas(64) float buffer[kTileChannels];
-  for (int64_t i = 0; i < tile.pixel_count; ++i) {
-    const typename Type::type* from = tensor + tile.pixels[i] * stride + tile.channel;
-    for_count(tile.count, [&](auto count) { load(from, count, buffer, type); });
-    complete(buffer, tile.count);
-    apply(tile.value[i], buffer, buffer, lanes_for(tile.count),
-          [](float value, float summand, float) { return value + summand; });
-  }
-}
-
-template <class Type>
-inline void store_tensor(const ValueTile& tile, typename Type::type* tensor, int64_t stride, Type type) {
-  for (int64_t i = 0; i < tile.pixel_count; ++i) {
-    typename Type::type* to = tensor + tile.pixels[i] * stride + tile.channel;
-    for_count(tile.count, [&](auto count) { store(tile.value[i], count, to, type); });
-  }
-}
 
 inline BitOutput bit_output(const EpilogueStep& step, int64_t channels, bool shared) {
   return {operand<uint64_t>(step.target), step.stride, words_for(step.option * channels), shared};
@@ -110,42 +48,178 @@ inline void clear_bits(const EpilogueProgram& program, int64_t channels, const i
   }
 }
 
-inline void run_step(const EpilogueStep& step, const ValueTile& tile, bool shared_words) {
-  const float* first = operand<const float>(step.first);
-  const float* second = operand<const float>(step.second);
-  switch (kind_of(step)) {
-    case StepKind::multiply:
-      return apply_channels(tile, first, [](float value, float factor) { return value * factor; });
-    case StepKind::add:
-      return apply_channels(tile, first, [](float value, float summand) { return value + summand; });
-    case StepKind::multiply_add:
-      return apply_channels(tile, first, second, multiply_add);
-    case StepKind::multiply_image:
-      return multiply_image(tile, first);
-    case StepKind::add_tensor:
-      return for_type(static_cast<FloatType>(step.option), [&](auto type) {
-        add_tensor(tile, operand<const typename decltype(type)::type>(step.first), step.stride, type);
-      });
-    case StepKind::prelu:
-      return apply_channels(tile, first, prelu);
-    case StepKind::clamp:
-      return apply_channels(tile, first, second, clamp);
-    case StepKind::store:
-      return for_type(static_cast<FloatType>(step.option), [&](auto type) {
-        store_tensor(tile, operand<typename decltype(type)::type>(step.target), step.stride, type);
-      });
-    case StepKind::bits: {
-      const float* rows[kTilePixels];
-      for (int64_t i = 0; i < tile.pixel_count; ++i) rows[i] = tile.value[i];
-      const Thresholds<float> thresholds = {first, operand<const uint8_t>(step.second), step.option, tile.channels};
-      return store_bits(bit_output(step, tile.channels, shared_words), thresholds, rows, tile.pixels, tile.pixel_count,
-                        tile.channel, tile.count);
-    }
-  }
+// What a tile's values are made of.
+enum class Source { float32, bfloat16, float16, int32 };
+
+inline Source source_of(FloatType type) {
+  return type == FloatType::float32    ? Source::float32
+         : type == FloatType::bfloat16 ? Source::bfloat16
+                                       : Source::float16;
 }
 
-inline void run_program(const EpilogueProgram& program, const ValueTile& tile, bool shared_words) {
-  for (int64_t i = 0; i < program.count; ++i) run_step(program.steps[i], tile, shared_words);
+// Channels [channel, channel + count), count <= 64, of some output pixels.
+struct EpilogueTile {
+  const void* const* rows;  // of each pixel, from `channel` on
+  Source source;
+  const int64_t* pixels;  // indices
+  int64_t pixel_count;
+  int64_t channel, count;
+  int64_t channels;  // C
+  int64_t pixels_per_image;
+  bool shared_words;              // BitOutput
+  float (*result)[kTileChannels];  // where the values go behind the last step, lanes past `count` undefined; or null
+};
+
+constexpr int kVectors = static_cast<int>(kTileChannels) / LanesF32::kLanes;  // of a pixel
+
+// Pixels whose values fill half of the registers: 16 of 32 in AVX-512, 8 of 16 in AVX2.
+constexpr int kStripPixels = kVectors == 4 ? 4 : 1;
+
+// `kPixels` pixels from tile.pixels[first] on; kWhole: of 64 channels.
+template <int kPixels, bool kWhole>
+[[gnu::noinline]] void run_strip(const EpilogueProgram& program, const EpilogueTile& tile, int64_t first) {
+  constexpr int kLanes = LanesF32::kLanes;
+  LanesF32 value[kPixels][kVectors];
+  const int64_t* const pixels = tile.pixels + first;
+  const auto lanes = [&](int j) { return min(max(tile.count - j * kLanes, 0), kLanes); };
+  const auto load = [&](const auto* from, int j, auto type) {
+    if constexpr (kWhole) return LanesF32::load(from + j * kLanes, type);
+    return lanes(j) > 0 ? LanesF32::load(from + j * kLanes, lanes(j), type) : LanesF32::broadcast(0);
+  };
+  const auto load_floats = [&](const float* from, int j) { return load(from, j, Stored<FloatType::float32>{}); };
+  // body(value, pixel, vector)
+  const auto for_each = [&](const auto& body) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; ++j) {
+#pragma GCC unroll 16
+      for (int pixel = 0; pixel < kPixels; ++pixel) body(value[pixel][j], pixel, j);
+    }
+  };
+  // value = body(value, operand of its channels)
+  const auto apply = [&](int64_t address, const auto& body) {
+    const float* from = operand<const float>(address) + tile.channel;
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; ++j) {
+      const LanesF32 of_channels = load_floats(from, j);
+#pragma GCC unroll 16
+      for (int pixel = 0; pixel < kPixels; ++pixel) value[pixel][j] = body(value[pixel][j], of_channels);
+    }
+  };
+  const auto load_rows = [&](auto type) {
+    for_each([&](LanesF32& v, int pixel, int j) {
+      v = load(static_cast<const typename decltype(type)::type*>(tile.rows[first + pixel]), j, type);
+    });
+  };
+
+  switch (tile.source) {
+    case Source::float32:
+      load_rows(Stored<FloatType::float32>{});
+      break;
+    case Source::bfloat16:
+      load_rows(Stored<FloatType::bfloat16>{});
+      break;
+    case Source::float16:
+      load_rows(Stored<FloatType::float16>{});
+      break;
+    case Source::int32:
+      load_rows(Integers{});
+      break;
+  }
+  for (int64_t i = 0; i < program.count; ++i) {
+    const EpilogueStep& step = program.steps[i];
+    switch (kind_of(step)) {
+      case StepKind::multiply:
+        apply(step.first, [](LanesF32 v, LanesF32 factor) { return v * factor; });
+        break;
+      case StepKind::add:
+        apply(step.first, [](LanesF32 v, LanesF32 summand) { return v + summand; });
+        break;
+      case StepKind::multiply_add: {
+        const float* factor = operand<const float>(step.first) + tile.channel;
+        const float* summand = operand<const float>(step.second) + tile.channel;
+#pragma GCC unroll 16
+        for (int j = 0; j < kVectors; ++j) {
+          const LanesF32 a = load_floats(factor, j), b = load_floats(summand, j);
+#pragma GCC unroll 16
+          for (int pixel = 0; pixel < kPixels; ++pixel) {
+            value[pixel][j] = LanesF32::multiply_add(value[pixel][j], a, b);
+          }
+        }
+        break;
+      }
+      case StepKind::multiply_image: {
+        const float* factor[kPixels];
+        for (int pixel = 0; pixel < kPixels; ++pixel) {
+          factor[pixel] = operand<const float>(step.first) +
+                          pixels[pixel] / tile.pixels_per_image * tile.channels + tile.channel;
+        }
+        for_each([&](LanesF32& v, int pixel, int j) { v = v * load_floats(factor[pixel], j); });
+        break;
+      }
+      case StepKind::add_tensor:
+        for_type(static_cast<FloatType>(step.option), [&](auto type) {
+          const auto* tensor = operand<const typename decltype(type)::type>(step.first) + tile.channel;
+          for_each([&](LanesF32& v, int pixel, int j) { v = v + load(tensor + pixels[pixel] * step.stride, j, type); });
+        });
+        break;
+      case StepKind::prelu:
+        apply(step.first, [](LanesF32 v, LanesF32 slope) { return LanesF32::prelu(v, slope); });
+        break;
+      case StepKind::clamp:
+        apply(step.first, [](LanesF32 v, LanesF32 lowest) { return LanesF32::at_least(v, lowest); });
+        apply(step.second, [](LanesF32 v, LanesF32 highest) { return LanesF32::at_most(v, highest); });
+        break;
+      case StepKind::store:
+        for_type(static_cast<FloatType>(step.option), [&](auto type) {
+          auto* tensor = operand<typename decltype(type)::type>(step.target) + tile.channel;
+          for_each([&](const LanesF32& v, int pixel, int j) {
+            auto* to = tensor + pixels[pixel] * step.stride + j * kLanes;
+            if constexpr (kWhole) {
+              v.store(to, type);
+            } else if (lanes(j) > 0) {
+              v.store(to, lanes(j), type);
+            }
+          });
+        });
+        break;
+      case StepKind::bits: {
+        const BitOutput output = bit_output(step, tile.channels, tile.shared_words);
+        for (int64_t t = 0; t < step.option; ++t) {
+          const int64_t channel = t * tile.channels + tile.channel;
+          const float* threshold = operand<const float>(step.first) + channel;
+          const uint8_t* flip = step.second == 0 ? nullptr : operand<const uint8_t>(step.second) + channel;
+          uint64_t bits[kPixels] = {};
+#pragma GCC unroll 16
+          for (int j = 0; j < kVectors; ++j) {
+            const LanesF32 limit = load_floats(threshold, j);
+            const LanesF32 flips = flip == nullptr || lanes(j) == 0 ? LanesF32::broadcast(0)
+                                                                    : LanesF32::flips(flip + j * kLanes, lanes(j));
+#pragma GCC unroll 16
+            for (int pixel = 0; pixel < kPixels; ++pixel) {
+              bits[pixel] |= LanesF32::reached(value[pixel][j], limit, flips) << (j * kLanes);
+            }
+          }
+          for (int pixel = 0; pixel < kPixels; ++pixel) {
+            output.put(pixels[pixel], channel, tile.count, bits[pixel] & low_mask(tile.count));
+          }
+        }
+        break;
+      }
+    }
+  }
+  if (tile.result == nullptr) return;
+  for_each([&](const LanesF32& v, int pixel, int j) {
+    v.store(tile.result[first + pixel] + j * kLanes, Stored<FloatType::float32>{});
+  });
+}
+
+inline void run_program(const EpilogueProgram& program, const EpilogueTile& tile) {
+  int64_t i = 0;
+  if (tile.count == kTileChannels) {
+    for (; i + kStripPixels <= tile.pixel_count; i += kStripPixels) run_strip<kStripPixels, true>(program, tile, i);
+    for (; i < tile.pixel_count; ++i) run_strip<1, true>(program, tile, i);
+  }
+  for (; i < tile.pixel_count; ++i) run_strip<1, false>(program, tile, i);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 """Steps of an epilogue: what a value runs through between a kernel and memory (csrc/core/epilogue.h).
 
-Operators take a program as `int[] steps`, kind and option of each step in turn, and `Tensor?[] operands`, what the steps
+Operators take a program as `int[] steps`, kind and option of each step in turn, and `Tensor?[] operands`, what they
 read in the same order. Kernels take the int64 table that `step_table` makes, which may be kept and called many times.
 
 | kind           | option               | operands                                              | written            |
