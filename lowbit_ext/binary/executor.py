@@ -61,8 +61,8 @@ class Executor:
         if not cut:
             return self._run_plan(inputs)
         size, head = self._image(inputs)
-        count = max(threads, -(-batch // size)) if threads > 1 else -(-batch // size)
-        if count == 1:
+        count = max(threads, -(-batch // size))
+        if count == 1 or size >= batch:
             return self._run_plan(inputs)
         bounds = [batch * index // count for index in range(count + 1)]
         slices = [[value[a:b] for value in inputs] for a, b in zip(bounds, bounds[1:], strict=False)]
@@ -100,12 +100,32 @@ class Executor:
         return result
 
     def _image(self, inputs: Sequence[Tensor]) -> tuple[int, fx.Node | None]:
-        """How many images' buffers fit the cache, and where the head begins, which runs on the whole batch."""
-        key = (_native.cpu.level, *((value.shape[1:], value.dtype) for value in inputs))
+        """Images of a slice, whose buffers fit the cache, and where the head begins, which runs on the whole batch."""
+        key = (_native.cpu.level, torch.get_num_threads(), *((value.shape, value.dtype) for value in inputs))
         if key not in self._images:
-            plan = Plan(self._body, [value[:1] for value in inputs])
-            self._images[key] = max(1, CACHES * cache_bytes() // plan.bytes), plan.head
+            one = [value[:1] for value in inputs]
+            plan = Plan(self._body, one)
+            size = max(1, CACHES * cache_bytes() // plan.bytes)
+            exact = any(value.dtype == torch.float32 for value in inputs)
+            if exact and not self._rounds_alike(inputs, one, plan.head):
+                size = len(inputs[0])
+            self._images[key] = size, plan.head
         return self._images[key]
+
+    def _rounds_alike(self, batch: Sequence[Tensor], one: Sequence[Tensor], head: fx.Node | None) -> bool:
+        """Whether torch's own layers give an image the same bits alone as in its batch, as packed models promise."""
+        modules = dict(self._body.named_modules())
+        runs = [fx.Interpreter(self._body, garbage_collect_values=False) for _ in range(2)]
+        for run, inputs in zip(runs, (batch, one), strict=True):
+            run.run(*inputs)
+        for node in self._body.graph.nodes:
+            if node is head or node.op == "output":
+                break
+            whole, alone = (run.env[node] for run in runs)
+            ours = node.op == "call_module" and isinstance(modules[str(node.target)], PackedLayer)
+            if not ours and isinstance(whole, Tensor) and not torch.equal(whole[: len(alone)], alone):
+                return False
+        return True
 
 
 @functools.cache

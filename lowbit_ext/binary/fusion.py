@@ -246,6 +246,15 @@ def window_of(model: Model, node: fx.Node) -> Pool | None:
     if pool is None or len(pool.padding) != 2 or len(model.shape(node)) != 4:
         return None
     whole = pool.kind == "average" and pool.output == (1, 1)
-    if not whole and (pool.output or not pool.is_known):
+    if not (_is_sum_in_order(model, node) if whole else pool.is_known and not pool.output):
         return None
     return pool if model.dtype(node) == torch.float32 else None
+
+
+def _is_sum_in_order(model: Model, node: fx.Node) -> bool:
+    """Whether an average of the whole image rounds as a sum of the pixels one by one: of many, torch's does not."""
+    pixels = model.values[node.args[0]].flatten(2)  # type: ignore[index]
+    total = torch.zeros_like(pixels[..., 0])
+    for index in range(pixels.shape[2]):
+        total = total + pixels[..., index]
+    return torch.equal(total / pixels.shape[2], model.values[node].flatten(1))

@@ -229,16 +229,20 @@ class PackedBinarize(PackedLayer):
         self._arguments = (self.threshold, _unless_zero(self.flip), common, self.encoding)
 
     def forward(self, x: Tensor) -> Tensor:
-        _arguments.tensor("packed model", "input", x, _arguments.FLOATS)
-        if x.dim() < 2 or x.shape[self.axis] != self.channels:
-            raise ValueError(f"packed model: input must have {self.channels} channels, got {tuple(x.shape)}")
-        words = ops.binarize(x if self.axis == 1 else x.movedim(-1, 1), *self._arguments)
+        words = ops.binarize(self._read(x), *self._arguments)
         shape = words.shape
         return words if len(shape) == 4 else words.reshape(shape[0], *(1,) * (4 - len(shape)), *shape[1:])
 
+    def _read(self, x: Tensor) -> Tensor:
+        """The input, checked, with channels at axis 1."""
+        _arguments.tensor("packed model", "input", x, _arguments.FLOATS)
+        if x.dim() < 2 or x.shape[self.axis] != self.channels:
+            raise ValueError(f"packed model: input must have {self.channels} channels, got {tuple(x.shape)}")
+        return x if self.axis == 1 else x.movedim(-1, 1)
+
     def plan(self, plan: Plan, x: Value) -> Value:
         """The layer's call in a plan."""
-        value = x.tensor if self.axis == 1 else x.tensor.movedim(-1, 1)
+        value = self._read(x.tensor)
         channels_last = not value.is_contiguous()
         if channels_last and not value.movedim(1, -1).is_contiguous():
             return plan.dynamic(self, (x,), {})  # type: ignore[no-any-return]

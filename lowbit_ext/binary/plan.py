@@ -209,7 +209,7 @@ class Plan:
             return self.dynamic(module, args, kwargs)
         if node.op == "call_method":
             return self.dynamic(functools.partial(_call_method, str(node.target)), args, kwargs)
-        if isinstance(args[0], tuple):  # an item of a packed layer's results
+        if args and type(args[0]) is tuple:  # an item of a packed layer's results
             return node.target(*args)  # type: ignore[operator]
         return self.dynamic(node.target, args, kwargs)  # type: ignore[arg-type]
 
