@@ -68,7 +68,8 @@ def choose_widths(
 def check_multiple(model: str, name: str, value: int, factor: int) -> None:
     """Raises ValueError unless the value is a positive multiple of the factor."""
     if not isinstance(value, int) or value < 1 or value % factor:
-        raise ValueError(f"{model}: {name} must be a positive multiple of {factor}, got {value!r}")
+        kind = "integer" if factor == 1 else f"multiple of {factor}"
+        raise ValueError(f"{model}: {name} must be a positive {kind}, got {value!r}")
 
 
 # --- hidden layers of BinaryDuo's networks ----------------------------------------------------------------------------
