@@ -282,20 +282,23 @@ def test_packed_network_agrees(name, stem):
           for name in SMALL),
         *((name, {"stem": "big"}, f"{name}: stem must be one of 'imagenet', 'cifar', got 'big'")
           for name in WITH_STEMS),
-        *((name, {"surrogate": "none"}, "surrogate must be") for name in SMALL),
+        *((name, {"surrogate": "none"}, f"{name}: surrogate must be one of") for name in SMALL),
+        *((name, {"num_classes": 0}, f"{name}: num_classes must be at least 1, got 0") for name in SMALL),
+        *((name, {"in_channels": "3"}, f"{name}: in_channels must be an int, got '3'") for name in SMALL),
+        ("birealnet18", {"widths": 4}, "birealnet18: widths must be 4 positive integers, got 4"),
         ("birealnet18", {"widths": (4, 4)}, r"birealnet18: widths must be 4 positive integers, got \(4, 4\)"),
         ("reactnet18", {"widths": (4, 4, 4, 0)}, "reactnet18: widths must be 4 positive integers"),
-        ("quicknet", {"widths": (6, 8, 8, 8)}, "quicknet: the first of widths must be a positive multiple of 4, got 6"),
-        ("reactnet_a", {"width": 0}, "reactnet_a: width must be a positive integer, got 0"),
-        ("binary_densenet28", {"width": 7}, "binary_densenet28: width must be a positive multiple of 2, got 7"),
-        ("meliusnet22", {"width": 24}, "meliusnet22: width must be a positive multiple of 16, got 24"),
+        ("quicknet", {"widths": (6, 8, 8, 8)}, "quicknet: the first of widths must be a multiple of 4, got 6"),
+        ("reactnet_a", {"width": 0}, "reactnet_a: width must be at least 1, got 0"),
+        ("binary_densenet28", {"width": 7}, "binary_densenet28: width must be a multiple of 2, got 7"),
+        ("meliusnet22", {"width": 24}, "meliusnet22: width must be a multiple of 16, got 24"),
         ("resnet20", {"widths": (8, 4, 4)}, r"resnet20: widths must not fall, got \(8, 4, 4\)"),
-        ("binary_vit", {"image_size": 18}, "binary_vit: image_size must be a positive multiple of 4, got 18"),
-        ("binary_vit", {"width": 14}, "binary_vit: width must be a positive multiple of 3, got 14"),
-        ("binary_vit", {"heads": 0}, "binary_vit: heads must be a positive integer, got 0"),
-        ("binary_vit", {"depth": 1.5}, "binary_vit: depth must be a positive integer, got 1.5"),
+        ("binary_vit", {"image_size": 18}, "binary_vit: image_size must be a multiple of 4, got 18"),
+        ("binary_vit", {"width": 14}, "binary_vit: width must be a multiple of 3, got 14"),
+        ("binary_vit", {"heads": 0}, "binary_vit: heads must be at least 1, got 0"),
+        ("binary_vit", {"depth": 1.5}, "binary_vit: depth must be an int, got 1.5"),
     ],
 )
 def test_refused_arguments(name, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         build(name, **options)

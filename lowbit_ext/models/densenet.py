@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_ext.models.layers import (
-    STEMS,
     before_sign,
-    check_choice,
     check_multiple,
-    choose_widths,
+    check_network,
     classifier,
     sign_conv,
 )
@@ -80,13 +78,13 @@ def binary_densenet28(
         (N, in_channels, H, W) -> (N, num_classes).
 
     Raises:
-        ValueError: unknown stage, stem or surrogate, or another width.
+        TypeError, ValueError: unknown stage, stem or surrogate, or another width.
 
     Source:
         Bethge et al., "Back to Simplicity: How to Train Accurate BNNs from Scratch?", 2019.
     """
-    choose_widths("binary_densenet28", stage, None, ())
-    check_choice("binary_densenet28", "stem", stem, STEMS)
+    sizes = {"in_channels": in_channels, "num_classes": num_classes, "width": width}
+    check_network("binary_densenet28", stage, surrogate, stem, **sizes)
     check_multiple("binary_densenet28", "width", width, 2)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if stem == "imagenet":
@@ -129,13 +127,12 @@ def meliusnet22(
         (N, in_channels, H, W) -> (N, num_classes).
 
     Raises:
-        ValueError: unknown stage, stem or surrogate, or another width.
+        TypeError, ValueError: unknown stage, stem or surrogate, or another width.
 
     Source:
         Bethge et al., "MeliusNet: Can Binary Neural Networks Achieve MobileNet-level Accuracy?", 2020.
     """
-    choose_widths("meliusnet22", stage, None, ())
-    check_choice("meliusnet22", "stem", stem, STEMS)
+    check_network("meliusnet22", stage, surrogate, stem, in_channels=in_channels, num_classes=num_classes, width=width)
     check_multiple("meliusnet22", "width", width, 16)
     layers: list[nn.Module] = []
     if stem == "imagenet":

@@ -33,7 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit_ext import _arguments
 from lowbit_ext.binary import BinaryConv2d, BinaryLinear
+from lowbit_ext.binary.surrogates import SURROGATES
 from lowbit_ext.duo import CoupledConv2d, CoupledLinear, StepActivation, TernaryActivation
 
 STAGES = ("float", "binary", "coupled")
@@ -47,29 +49,29 @@ BITS: dict[str, Any] = {"encoding": "step", "surrogate": "identity", "weight_sca
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-def check_choice(model: str, name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ValueError for a value that is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"{model}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def choose_widths(
-    model: str, stage: str, widths: Sequence[int] | None, full: Sequence[int], coupled: Sequence[int] | None = None
-) -> tuple[int, ...]:
-    """The user's widths, checked, or the paper's for the stage; without `coupled` there is no such stage."""
-    check_choice(model, "stage", stage, SIGN_STAGES if coupled is None else STAGES)
+def choose_widths(model: str, widths: Sequence[int] | None, paper: Sequence[int]) -> tuple[int, ...]:
+    """The user's widths, checked, or the paper's."""
     if widths is None:
-        return tuple(coupled if coupled is not None and stage == "coupled" else full)
-    if len(widths) != len(full) or not all(isinstance(width, int) and width > 0 for width in widths):
-        raise ValueError(f"{model}: widths must be {len(full)} positive integers, got {widths!r}")
+        return tuple(paper)
+    fits = isinstance(widths, Sequence) and len(widths) == len(paper)
+    if not fits or not all(isinstance(width, int) and width > 0 for width in widths):
+        raise ValueError(f"{model}: widths must be {len(paper)} positive integers, got {widths!r}")
     return tuple(widths)
 
 
+def check_network(model: str, stage: str, surrogate: str, stem: str = STEMS[0], **sizes: int) -> None:
+    """Raises ValueError or TypeError for arguments that networks on signs share; every size is an int of at least 1."""
+    _arguments.choice(model, "stage", stage, SIGN_STAGES)
+    _arguments.choice(model, "surrogate", surrogate, SURROGATES)
+    _arguments.choice(model, "stem", stem, STEMS)
+    for name, size in sizes.items():
+        _arguments.integer(model, name, size, 1)
+
+
 def check_multiple(model: str, name: str, value: int, factor: int) -> None:
-    """Raises ValueError unless the value is a positive multiple of the factor."""
-    if not isinstance(value, int) or value < 1 or value % factor:
-        kind = "integer" if factor == 1 else f"multiple of {factor}"
-        raise ValueError(f"{model}: {name} must be a positive {kind}, got {value!r}")
+    """Raises ValueError unless the value is a multiple of the factor."""
+    if value % factor:
+        raise ValueError(f"{model}: {name} must be a multiple of {factor}, got {value}")
 
 
 # --- hidden layers of BinaryDuo's networks ----------------------------------------------------------------------------

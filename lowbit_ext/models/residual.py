@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit_ext.models.layers import (
-    STEMS,
     LearnableBias,
     RPReLU,
     before_sign,
-    check_choice,
     check_multiple,
+    check_network,
     choose_widths,
     classifier,
     halve,
@@ -99,13 +98,13 @@ def birealnet18(
         (N, in_channels, H, W) -> (N, num_classes).
 
     Raises:
-        ValueError: unknown stage, stem or surrogate, or widths of another number.
+        TypeError, ValueError: unknown stage, stem or surrogate, or widths of another number.
 
     Source:
         Liu et al., "Bi-Real Net", ECCV 2018.
     """
-    chosen = choose_widths("birealnet18", stage, widths, RESNET18_WIDTHS)
-    check_choice("birealnet18", "stem", stem, STEMS)
+    check_network("birealnet18", stage, surrogate, stem, in_channels=in_channels, num_classes=num_classes)
+    chosen = choose_widths("birealnet18", widths, RESNET18_WIDTHS)
     options = {"surrogate": surrogate, "weight_scale": "channel"}
     blocks = [
         ResidualConv(
@@ -151,8 +150,8 @@ def reactnet18(
     Source:
         Liu et al., "ReActNet", ECCV 2020.
     """
-    chosen = choose_widths("reactnet18", stage, widths, RESNET18_WIDTHS)
-    check_choice("reactnet18", "stem", stem, STEMS)
+    check_network("reactnet18", stage, surrogate, stem, in_channels=in_channels, num_classes=num_classes)
+    chosen = choose_widths("reactnet18", widths, RESNET18_WIDTHS)
     blocks = [
         _react_conv(stage, into, out, 3, stride, shortcut(into, out, stride), surrogate)
         for into, out, stride in _strides(chosen, (4, 4, 4, 4), chosen[0])
@@ -200,14 +199,12 @@ def reactnet_a(
         (N, in_channels, H, W) -> (N, num_classes).
 
     Raises:
-        ValueError: unknown stage, stem or surrogate, or a width below 1.
+        TypeError, ValueError: unknown stage, stem or surrogate, or a width below 1.
 
     Source:
         Liu et al., "ReActNet", ECCV 2020. There sign(0) = 0, here +1: of weights that are exactly 0 the results differ.
     """
-    choose_widths("reactnet_a", stage, None, ())
-    check_choice("reactnet_a", "stem", stem, STEMS)
-    check_multiple("reactnet_a", "width", width, 1)
+    check_network("reactnet_a", stage, surrogate, stem, in_channels=in_channels, num_classes=num_classes, width=width)
     layers = {"conv": nn.Conv2d(in_channels, width, 3, 2 if stem == "imagenet" else 1, 1, bias=False)}
     blocks: list[nn.Module] = []
     before = width
@@ -297,13 +294,13 @@ def quicknet(
         (N, in_channels, H, W) -> (N, num_classes).
 
     Raises:
-        ValueError: unknown stage, stem or surrogate, or other widths.
+        TypeError, ValueError: unknown stage, stem or surrogate, or other widths.
 
     Source:
         Bannink et al., "Larq Compute Engine", MLSys 2021.
     """
-    chosen = choose_widths("quicknet", stage, widths, RESNET18_WIDTHS)
-    check_choice("quicknet", "stem", stem, STEMS)
+    check_network("quicknet", stage, surrogate, stem, in_channels=in_channels, num_classes=num_classes)
+    chosen = choose_widths("quicknet", widths, RESNET18_WIDTHS)
     check_multiple("quicknet", "the first of widths", chosen[0], 4)
     blocks: list[nn.Module] = []
     for index, width in enumerate(chosen):
@@ -356,12 +353,13 @@ def resnet20(
         (N, in_channels, H, W) -> (N, num_classes).
 
     Raises:
-        ValueError: unknown stage or surrogate, widths of another number or falling.
+        TypeError, ValueError: unknown stage or surrogate, widths of another number or falling.
 
     Source:
         Qin et al., "Forward and Backward Information Retention for Accurate Binary Neural Networks", CVPR 2020.
     """
-    chosen = choose_widths("resnet20", stage, widths, (16, 32, 64))
+    check_network("resnet20", stage, surrogate, in_channels=in_channels, num_classes=num_classes)
+    chosen = choose_widths("resnet20", widths, (16, 32, 64))
     if list(chosen) != sorted(chosen):
         raise ValueError(f"resnet20: widths must not fall, got {widths!r}")
     options = {"surrogate": surrogate, "weight_scale": "channel"}

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowbit_ext import _arguments
 from lowbit_ext.models.layers import (
     STAGES,
     STEMS,
     activation,
-    check_choice,
     choose_widths,
     conv,
     initialise,
@@ -54,9 +54,9 @@ class ResNet(nn.Module):
         stem: str, shortcuts: str, surrogate: str,
     ) -> None:
         super().__init__()
-        check_choice("resnet18", "stage", stage, STAGES)
-        check_choice("resnet18", "stem", stem, STEMS)
-        check_choice("resnet18", "shortcuts", shortcuts, SHORTCUTS)
+        _arguments.choice("resnet18", "stage", stage, STAGES)
+        _arguments.choice("resnet18", "stem", stem, STEMS)
+        _arguments.choice("resnet18", "shortcuts", shortcuts, SHORTCUTS)
         first, *_, last = widths
         layers: dict[str, nn.Module] = {}
         if stem == "imagenet":
@@ -124,7 +124,8 @@ def resnet18(
         He et al., "Deep Residual Learning", CVPR 2016; Liu et al., "Bi-Real Net", ECCV 2018; Kim et al., "BinaryDuo",
         ICLR 2020, section 5.
     """
-    chosen = choose_widths("resnet18", stage, widths, (64, 128, 256, 512, 512), (64, 90, 180, 360, 512))
+    full, coupled = (64, 128, 256, 512, 512), (64, 90, 180, 360, 512)
+    chosen = choose_widths("resnet18", widths, coupled if stage == "coupled" else full)
     return ResNet(
         stage, (2, 2, 2, 2), chosen, in_channels=in_channels, num_classes=num_classes, stem=stem, shortcuts=shortcuts,
         surrogate=surrogate,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_ext.binary import BinaryActivation, BinaryLinear
-from lowbit_ext.models.layers import before_sign, check_multiple, choose_widths
+from lowbit_ext.models.layers import before_sign, check_multiple, check_network
 
 
 def _linear(stage: str, in_features: int, out_features: int, surrogate: str) -> nn.Linear:
@@ -108,19 +108,17 @@ def binary_vit(
         (N, in_channels, image_size, image_size) -> (N, num_classes).
 
     Raises:
-        ValueError: unknown stage or surrogate, sizes that do not divide or are not positive.
+        TypeError, ValueError: unknown stage or surrogate, sizes that do not divide or are not positive.
 
     Source:
         Touvron et al., "Training data-efficient image transformers", ICML 2021; binary linear layers as Qin et al.,
         "BiBERT", ICLR 2022, and Le and Li, "BinaryViT", CVPR workshops 2023, without their distillation.
     """
-    choose_widths("binary_vit", stage, None, ())
-    sizes: dict[str, Any] = {"patch_size": patch_size, "heads": heads, "depth": depth}
-    for name, value in sizes.items():
-        check_multiple("binary_vit", name, value, 1)
+    sizes: dict[str, Any] = {
+        "in_channels": in_channels, "num_classes": num_classes, "image_size": image_size, "patch_size": patch_size,
+        "width": width, "depth": depth, "heads": heads,
+    }
+    check_network("binary_vit", stage, surrogate, **sizes)
     check_multiple("binary_vit", "image_size", image_size, patch_size)
     check_multiple("binary_vit", "width", width, heads)
-    return VisionTransformer(
-        stage, in_channels=in_channels, num_classes=num_classes, image_size=image_size, width=width, **sizes,
-        surrogate=surrogate,
-    )
+    return VisionTransformer(stage, surrogate=surrogate, **sizes)
