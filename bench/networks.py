@@ -36,10 +36,11 @@ from harness import Row, Timings, column, measure, require_close
 from lowbit_ext import binary, models
 
 CAPTION = (
-    "Times of a batch in ms, medians over blocks in turns. twin: the network with float weights, by torch.compile with "
-    "frozen channels-last weights, or by OpenVINO (bf16 by itself where the machine has it). binary conv: part of a "
-    "packed call spent in packed convolutions and linear layers, by hooks round them. peak: memory that a call "
-    "takes beyond what the process has, the packed network's first one and the compiled float32 twin's."
+    "Times of a batch in ms, medians over blocks in turns; channels-last images. twin: the network with float weights, "
+    "by torch.compile with frozen weights, or by OpenVINO (bf16 by itself where the machine has it). in conv, other "
+    "packed: parts of a call of the packed network spent in packed convolutions (linear layers are some) and in its "
+    "other packed layers, by hooks round them; the rest is in float layers and between. peak: memory that a call takes "
+    "beyond what the process has, the packed network's first one and the compiled float32 twin's."
 )
 TWINS = ("fp32", "bf16", "openvino", "openvino_int8")
 SETTLING_BATCHES, CALIBRATION_IMAGES, PROFILED_CALLS = 4, 8, 7
@@ -86,7 +87,8 @@ class NetworkRow(Row):
     openvino_int8_ms: float | None = column("Open- VINO int8")
     speedup_over_fp32: float | None = column("over fp32")
     speedup_over_fastest_twin: float | None = column("over fastest")
-    percent_of_time_in_binary_conv: float | None = column("binary conv")
+    percent_of_time_in_convolutions: float | None = column("in conv")
+    percent_of_time_in_other_packed_layers: float | None = column("other packed")
     stored_bytes: int | None = column("stored", optional=True)
     float32_bytes: int | None = column("stored fp32", optional=True)
     peak_bytes: int | None = column("peak", optional=True)
@@ -144,15 +146,18 @@ class Network:
     def calls(self, x: Tensor, threads: int) -> dict[str, Callable[[], Any]]:
         """All contestants on a batch."""
 
-        def without_gradients(model: nn.Module) -> Callable[[], Any]:
+        def without_gradients(model: nn.Module, x: Tensor) -> Callable[[], Any]:
             @torch.inference_mode()
             def call() -> Tensor:
                 return model(x)
 
             return call
 
-        calls = {name: without_gradients(model) for name, model in self.packed.items()}
-        calls["unpacked"] = without_gradients(self.model)
+        calls = {
+            name: without_gradients(model, x.bfloat16() if name == "packed_bf16" else x)
+            for name, model in self.packed.items()
+        }
+        calls["unpacked"] = without_gradients(self.model, x)
         calls["fp32"] = peers.compiled_network(self.twin, x, torch.float32)
         calls["bf16"] = peers.compiled_network(self.twin, x, torch.bfloat16)
         return calls | {name: network.compile(x, threads) for name, network in self.openvino.items()}
@@ -196,31 +201,32 @@ def peak_bytes(call: Callable[[], Any], before: Callable[[], Any]) -> int | None
 
 
 @torch.inference_mode()
-def percent_in_binary_layers(packed: binary.PackedModel, x: Tensor) -> float:
-    """Part of a call's time spent in packed convolutions and linear layers, median over a few calls."""
-    inside = start = 0.0
+def percent_of_time(packed: binary.PackedModel, x: Tensor) -> dict[str, float]:
+    """Parts of a call's time: in packed "convolutions" (linear layers are some), in "other" packed layers. Medians."""
+    inside, start = {"convolutions": 0.0, "other": 0.0}, 0.0
 
     def enter(*_: Any) -> None:
         nonlocal start
         start = time.perf_counter()
 
-    def leave(*_: Any) -> None:
-        nonlocal inside
-        inside += time.perf_counter() - start
+    def leave(layer: nn.Module, *_: Any) -> None:
+        inside["convolutions" if "Conv" in type(layer).__name__ else "other"] += time.perf_counter() - start
 
-    layers = [layer for layer in packed.packed_layers().values() if "Conv" in type(layer).__name__]
     hooks = [
-        hook for layer in layers
+        hook for layer in packed.packed_layers().values()
         for hook in (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave))
     ]
-    parts = []
+    parts: dict[str, list[float]] = {name: [] for name in inside}
     for _ in range(PROFILED_CALLS):
-        inside, begin = 0.0, time.perf_counter()
+        inside.update(dict.fromkeys(inside, 0.0))
+        begin = time.perf_counter()
         packed(x)
-        parts.append(100 * inside / (time.perf_counter() - begin))
+        whole = time.perf_counter() - begin
+        for name, seconds in inside.items():
+            parts[name].append(100 * seconds / whole)
     for hook in hooks:
         hook.remove()
-    return statistics.median(parts)
+    return {name: statistics.median(values) for name, values in parts.items()}
 
 
 def check(name: str, network: Network, x: Tensor) -> None:
@@ -231,7 +237,7 @@ def check(name: str, network: Network, x: Tensor) -> None:
 
 def row(name: str, network: Network, batch: int, threads: int, seconds: float) -> NetworkRow:
     """Measures one family at one batch size and number of threads."""
-    x = images(batch, network.size)
+    x = images(batch, network.size).contiguous(memory_format=torch.channels_last)
     packed = copy.deepcopy(network.packed["packed"])  # keeps nothing yet from a call before
     with torch.inference_mode():
         peak = peak_bytes(lambda: packed(x), before=lambda: network.packed["packed"](x))
@@ -241,12 +247,13 @@ def row(name: str, network: Network, batch: int, threads: int, seconds: float) -
     timings = measure(calls, seconds)
     fastest_twin = _fastest(timings, TWINS)
     fastest_packed = _fastest(timings, network.packed)
+    parts = percent_of_time(network.packed["packed"], x)
     times = {f"{each}_ms": timings.blocks_us[each][2] * 1e-3 for each in calls}
     return NetworkRow(
         case=f"{name} N{batch}", threads=threads, blocks_us=timings.blocks_us,
         speedup_over_fp32=timings.speedup("fp32", fastest_packed),
         speedup_over_fastest_twin=timings.speedup(fastest_twin, fastest_packed),
-        percent_of_time_in_binary_conv=percent_in_binary_layers(network.packed["packed"], x),
+        percent_of_time_in_convolutions=parts["convolutions"], percent_of_time_in_other_packed_layers=parts["other"],
         stored_bytes=stored_bytes(network.packed["packed"]), float32_bytes=stored_bytes(network.twin),
         peak_bytes=peak, float32_peak_bytes=float32_peak, fastest_twin=fastest_twin, fastest_packed=fastest_packed,
         **times,

@@ -1,6 +1,7 @@
 """Trains the published binary networks at small widths, packs them, and compares every prediction on the test set.
 
-`python experiments/networks.py` takes about ten minutes on two cores. A record of the runs and a plot go to --out.
+`python experiments/packed_networks.py` takes about ten minutes on two cores. A record of the runs and a plot go to
+--out.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def main() -> None:
     options = parse_arguments()
     asked = options.data is not None
     ((source, sets),) = common.load([options.data or "fashion"], options.root, asked=asked).items()
-    record = common.Record(options.out / "networks.json")
+    record = common.Record(options.out / "packed_networks.json")
     shapes = {name: getattr(options, name) for name in ("steps", "batch", "width", "lr", "seed")}
     results = {}
     with common.progress(options.steps * len(options.families)) as bar:
@@ -182,7 +183,7 @@ def main() -> None:
                 on_found=lambda: bar.advance(options.steps),
             )
     title = f"{options.steps} steps of {options.batch} on {source}"
-    path = options.out / f"networks_{source}.png"
+    path = options.out / f"packed_networks_{source}.png"
     plot(path, results, title)
     common.console.print(result_table(results, title))
     common.console.print(f"written: {record.path}, {path}")
