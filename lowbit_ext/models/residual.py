@@ -122,14 +122,14 @@ def birealnet18(
 
 
 def _react_conv(
-    stage: str, in_channels: int, out_channels: int, kernel: int, stride: int, around: nn.Module, surrogate: str
+    stage: str, in_channels: int, out_channels: int, kernel: int, stride: int, skip: nn.Module, surrogate: str
 ) -> ResidualConv:
     """Shift, sign, convolution, batch norm, shortcut and RPReLU; the float twin has no sign and so no shift."""
     options = {"surrogate": surrogate, "weight_scale": "channel"}
     return ResidualConv(
         before_sign(stage, LearnableBias(in_channels)),
         sign_conv(stage, in_channels, out_channels, kernel, stride, options),
-        around,
+        skip,
         RPReLU(out_channels),
     )
 
@@ -210,8 +210,8 @@ def reactnet_a(
     before = width
     for after in [width * factor for factor in (2, 4, 4, 8, 8, *(16,) * 6, 32, 32)]:
         stride = 2 if after > before and before > width else 1
-        around = halve() if stride == 2 else nn.Identity()
-        blocks.append(_react_conv(stage, before, before, 3, stride, around, surrogate))
+        skip = halve() if stride == 2 else nn.Identity()
+        blocks.append(_react_conv(stage, before, before, 3, stride, skip, surrogate))
         if after > before:
             blocks.append(DoublingConv(stage, before, surrogate))
         else:
