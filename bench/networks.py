@@ -240,7 +240,7 @@ def row(name: str, network: Network, batch: int, threads: int, seconds: float) -
     x = images(batch, network.size).contiguous(memory_format=torch.channels_last)
     packed = copy.deepcopy(network.packed["packed"])  # keeps nothing yet from a call before
     with torch.inference_mode():
-        peak = peak_bytes(lambda: packed(x), before=lambda: network.packed["packed"](x))
+        peak = peak_bytes(lambda: packed(x), before=lambda: network.model(x))
     check(name, network, x)
     calls = network.calls(x, threads)
     float32_peak = peak_bytes(calls["fp32"], before=calls["fp32"])
