@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import importlib
+import io
 import logging
 import types
 import warnings
@@ -13,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness import fastest
 
@@ -82,6 +85,75 @@ class OpenVinoBinaryConv2d:
     def output(self) -> Tensor:
         """Result (N, O, H, W) of the last call()."""
         return torch.from_numpy(self._plain.get_output_tensor().data.copy())
+
+
+# --- whole networks ---------------------------------------------------------------------------------------------------
+
+
+def compiled_network(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
+    """A float network for inference: torch.compile with frozen, channels-last weights of dtype. Compiles at once."""
+    import torch._inductor.config
+
+    torch._inductor.config.freezing = True
+    torch._dynamo.reset()
+    model = copy.deepcopy(model).to(dtype=dtype, memory_format=torch.channels_last)
+    x = x.to(dtype=dtype, memory_format=torch.channels_last)
+    compiled = torch.compile(model, dynamic=False)
+
+    def call() -> Tensor:
+        with torch.inference_mode():
+            return compiled(x)
+
+    call()
+    return call
+
+
+class OpenVinoNetwork:
+    """A float network converted for OpenVINO's CPU plugin, which chooses bfloat16 by itself where the machine has it.
+
+    Args:
+        model: in evaluation mode.
+        x: an input; compile() takes other batch sizes.
+        calibration: images (1, ...) by which nncf quantises the network to int8; None leaves it as it is.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, calibration: list[Tensor] | None = None) -> None:
+        ov = openvino()
+        assert ov is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.model = ov.convert_model(model, example_input=x[:1])
+        self.model.reshape([1, *x.shape[1:]])
+        if calibration is not None:
+            nncf = _optional("nncf")
+            assert nncf is not None
+            options = {"subset_size": len(calibration)}
+            if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
+                options["model_type"] = nncf.ModelType.TRANSFORMER
+            with contextlib.redirect_stdout(io.StringIO()):
+                data = nncf.Dataset([image.numpy() for image in calibration])
+                self.model = nncf.quantize(self.model, data, **options)
+
+    def compile(self, x: Tensor, threads: int) -> Call:
+        """An inference of x, of any batch size, without copies of input or output."""
+        ov = openvino()
+        assert ov is not None
+        model = self.model.clone()
+        model.reshape(list(x.shape))
+        options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+        request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
+        images = x.contiguous().numpy()
+        request.set_input_tensor(ov.Tensor(images, shared_memory=True))
+
+        def call(images: np.ndarray = images) -> None:  # keeps what the tensor points at
+            request.infer(share_outputs=True)
+
+        return call
+
+
+def has_nncf() -> bool:
+    """Whether OpenVINO's quantiser is installed; said once where it is not."""
+    return _optional("nncf") is not None
 
 
 # --- torch: convolution and linear ------------------------------------------------------------------------------------

@@ -191,6 +191,17 @@ CALLS = {
         lambda model, x: (model(x), models.describe(model, x)),
         lambda: {"model": models.preact_resnet(8, in_channels=1, widths=(8, 16, 16)), "x": images()},
     ),
+    **{
+        f"models.{build.__name__}": (
+            lambda model, x: (model(x), models.describe(model, x)),
+            lambda build=build, options=options: {"model": build(in_channels=1, **options), "x": images()},
+        )
+        for build, options in {
+            models.reactnet_a: {"width": 2, "stem": "cifar"}, models.quicknet: {"widths": (4,) * 4, "stem": "cifar"},
+            models.binary_densenet28: {"width": 2, "stem": "cifar"}, models.resnet20: {"widths": (4, 4, 4)},
+            models.binary_vit: {"image_size": 8, "patch_size": 4, "width": 12, "heads": 3, "depth": 1},
+        }.items()
+    },
 }
 
 
@@ -209,6 +220,10 @@ LAYERS = {
     "BernoulliVAE": lambda: models.BernoulliVAE(6, 4, mean=torch.full((6,), 0.5, dtype=torch.float32, device="cpu")),
     "resnet18": lambda: models.resnet18("coupled", widths=(8,) * 5),
     "preact_resnet": lambda: models.preact_resnet(8, widths=(8, 8, 8)),
+    "reactnet_a": lambda: models.reactnet_a(width=2),
+    "quicknet": lambda: models.quicknet(widths=(4, 4, 4, 4)),
+    "meliusnet22": lambda: models.meliusnet22(width=16),
+    "binary_vit": lambda: models.binary_vit(width=12, heads=3, depth=1),
 }
 
 

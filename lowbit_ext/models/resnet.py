@@ -8,23 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowbit_ext.models.layers import activation, check_stage, choose_widths, conv, initialise
+from lowbit_ext import _arguments
+from lowbit_ext.models.layers import (
+    STAGES,
+    STEMS,
+    activation,
+    choose_widths,
+    conv,
+    initialise,
+    shortcut,
+)
 
 SHORTCUTS = ("standard", "every_conv")
-STEMS = ("imagenet", "cifar")
-
-
-def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """The value itself, or its average over 2x2 pixels through a float 1x1 convolution and batch norm."""
-    if stride == 1 and in_channels == out_channels:
-        return nn.Identity()
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    if stride > 1:
-        # Of an odd image the last row and column stand alone, so that the size is the strided convolution's.
-        layers["pool"] = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
-    layers["conv"] = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-    layers["bn"] = nn.BatchNorm2d(out_channels)
-    return nn.Sequential(layers)
 
 
 class BasicBlock(nn.Module):
@@ -38,9 +33,9 @@ class BasicBlock(nn.Module):
         self.conv2, self.bn2 = conv(stage, middle, out, 3), nn.BatchNorm2d(out)
         self.every_conv = every_conv
         if every_conv:
-            self.shortcut1, self.shortcut2 = _shortcut(into, middle, stride), _shortcut(middle, out, 1)
+            self.shortcut1, self.shortcut2 = shortcut(into, middle, stride), shortcut(middle, out, 1)
         else:
-            self.shortcut = _shortcut(into, out, stride)
+            self.shortcut = shortcut(into, out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """The stream behind the block."""
@@ -59,10 +54,9 @@ class ResNet(nn.Module):
         stem: str, shortcuts: str, surrogate: str,
     ) -> None:
         super().__init__()
-        check_stage("resnet18", stage)
-        for name, value, choices in (("stem", stem, STEMS), ("shortcuts", shortcuts, SHORTCUTS)):
-            if value not in choices:
-                raise ValueError(f"resnet18: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        _arguments.choice("resnet18", "stage", stage, STAGES)
+        _arguments.choice("resnet18", "stem", stem, STEMS)
+        _arguments.choice("resnet18", "shortcuts", shortcuts, SHORTCUTS)
         first, *_, last = widths
         layers: dict[str, nn.Module] = {}
         if stem == "imagenet":
@@ -130,7 +124,8 @@ def resnet18(
         He et al., "Deep Residual Learning", CVPR 2016; Liu et al., "Bi-Real Net", ECCV 2018; Kim et al., "BinaryDuo",
         ICLR 2020, section 5.
     """
-    chosen = choose_widths("resnet18", stage, widths, (64, 128, 256, 512, 512), (64, 90, 180, 360, 512))
+    full, coupled = (64, 128, 256, 512, 512), (64, 90, 180, 360, 512)
+    chosen = choose_widths("resnet18", widths, coupled if stage == "coupled" else full)
     return ResNet(
         stage, (2, 2, 2, 2), chosen, in_channels=in_channels, num_classes=num_classes, stem=stem, shortcuts=shortcuts,
         surrogate=surrogate,

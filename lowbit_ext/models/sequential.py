@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lowbit_ext.models.layers import activation, choose_widths, conv, initialise, linear
+from lowbit_ext import _arguments
+from lowbit_ext.models.layers import STAGES, activation, choose_widths, conv, initialise, linear
 
 
 class _Builder:
@@ -100,7 +101,9 @@ def vgg7(
     Source:
         Kim et al., "BinaryDuo", ICLR 2020, section 5.
     """
-    chosen = choose_widths("vgg7", stage, widths, (64, 64, 128, 128, 512, 512), (45, 45, 90, 90, 336, 512))
+    _arguments.choice("vgg7", "stage", stage, STAGES)
+    full, coupled = (64, 64, 128, 128, 512, 512), (45, 45, 90, 90, 336, 512)
+    chosen = choose_widths("vgg7", widths, coupled if stage == "coupled" else full)
     _check_image_size("vgg7", image_size, 8)
     builder = _Builder(stage, surrogate, in_channels, image_size)
     builder.conv(chosen[0])
@@ -141,8 +144,9 @@ def alexnet(
         Krizhevsky et al., NeurIPS 2012; in this form Rastegari et al., "XNOR-Net", ECCV 2016, and Kim et al.,
         "BinaryDuo", ICLR 2020, section 5.
     """
+    _arguments.choice("alexnet", "stage", stage, STAGES)
     full, coupled = (96, 256, 384, 384, 256, 4096, 4096), (88, 192, 256, 256, 192, 2400, 4096)
-    chosen = choose_widths("alexnet", stage, widths, full, coupled)
+    chosen = choose_widths("alexnet", widths, coupled if stage == "coupled" else full)
     _check_image_size("alexnet", image_size, 15)
     builder = _Builder(stage, surrogate, in_channels, image_size)
     pool = (3, 2)
