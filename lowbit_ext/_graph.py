@@ -178,8 +178,9 @@ class _Tracer(fx.Tracer):
 
 
 def is_own_layer(module: nn.Module) -> bool:
-    """A layer of this library or one derived from it, without modules in it."""
-    ours = any(kind.__module__.startswith(f"{__package__}.") for kind in type(module).__mro__)
+    """A layer of this library or one derived from it, without modules in it; no part of the ready-made networks."""
+    homes = [kind.__module__ for kind in type(module).__mro__ if kind.__module__.startswith(f"{__package__}.")]
+    ours = any(not home.startswith(f"{__package__}.models.") for home in homes)
     return ours and not any(True for _ in module.children())
 
 
