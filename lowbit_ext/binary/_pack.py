@@ -130,9 +130,9 @@ def _check_bits(traced: Model, packer: Packer, body: fx.GraphModule, call: Call)
     """Runs the packed network; compares every packed value with the model's."""
     interpreter = fx.Interpreter(body, garbage_collect_values=False)
     result = interpreter.run(*call.example())
-    for words, (node, encoding, axis) in packer.points:
+    for words, (node, encoding, axis, _, part) in packer.points:
         bits = unpack_op(interpreter.env[words.node], words.channels, 0.0, 1.0, torch.float32).movedim(-1, 1)
-        wanted = (traced.values[node] >= DEFAULT_THRESHOLDS[encoding]).movedim(axis, 1)
+        wanted = (traced.values[node] >= DEFAULT_THRESHOLDS[encoding]).movedim(axis, 1)[:, slice(*(part or (None,)))]
         wrong = int((bits.flatten(1).bool() != wanted.flatten(1)).sum())
         if wrong:
             raise ValueError(

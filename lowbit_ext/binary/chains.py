@@ -27,6 +27,7 @@ _MONOTONE = (
 ADDITIONS = (operator.add, torch.add, "add")
 SUBTRACTIONS = (operator.sub, torch.sub, "sub")
 PRODUCTS = (operator.mul, torch.mul, "mul")
+_SPLITS = (torch.split, torch.chunk, "split", "chunk")
 PARAMETRIC_RELUS = (nn.PReLU, F.prelu, torch.prelu, "prelu")
 _READ_LAST_AXIS = (nn.Linear, nn.LayerNorm, nn.Embedding)
 _FUNCTIONS_OF_LAST_AXIS = (F.linear, F.layer_norm, F.embedding)
@@ -69,7 +70,8 @@ class Model(Traced):
         self._constants: dict[fx.Node, Any] = {}
         self._axes: dict[fx.Node, int] = {}
         self._run(call)
-        if self._take_bits_as_bits():
+        changed = self._take_bits_as_bits()
+        if self._simplify_concatenations() or changed:
             self._run(call)
         self._read_batch_size_from_input()
 
@@ -225,6 +227,67 @@ class Model(Traced):
             return False
         tensors, axis, *_ = (*node.args, *node.kwargs.values(), 0)
         return bool(len(tensors) == 2 and axis == 1)  # type: ignore[arg-type]
+
+    def parts(self, node: fx.Node) -> list[tuple[fx.Node, int, int]]:
+        """The values that a concatenation along the channels joins, with their ranges of channels; [] of others."""
+        if node.target not in (torch.cat, torch.concat) or self.axis(node) != 1:
+            return []
+        tensors, axis, *_ = (*node.args, *node.kwargs.values(), 0)
+        if not isinstance(tensors, tuple | list) or axis not in (1, 1 - len(self.shape(node))):
+            return []
+        found, begin = [], 0
+        for part in tensors:
+            end = begin + self.shape(part)[1]  # type: ignore[arg-type]
+            found.append((part, begin, end))
+            begin = end
+        return found if len({part for part, _, _ in found}) == len(found) else []  # type: ignore[return-value]
+
+    def _channel_range(self, node: fx.Node) -> tuple[fx.Node, int, int] | None:
+        """Of a slice along the channels, the value it is taken of and its range; None of others."""
+        if self.kind(node) is operator.getitem and isinstance(node.args[1], tuple) and len(node.args[1]) > 1:
+            source, (batch, channels, *others) = node.args
+            whole = all(index in (slice(None), ...) for index in (batch, *others))
+            if whole and isinstance(channels, slice) and self.shape(source):
+                begin, end, step = channels.indices(self.shape(source)[1])
+                return (source, begin, end) if step == 1 else None
+        if self.kind(node) is operator.getitem and isinstance(node.args[1], int):
+            pieces = node.args[0]
+            if isinstance(pieces, fx.Node) and self.kind(pieces) in _SPLITS and self._axis_of(pieces, 2) == 1:
+                sizes = [piece.shape[1] for piece in self.values[pieces]]
+                index = node.args[1] % len(sizes)
+                return pieces.args[0], sum(sizes[:index]), sum(sizes[: index + 1])  # type: ignore[return-value]
+        return None
+
+    def _axis_of(self, node: fx.Node, position: int) -> Any:
+        return node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+
+    def _simplify_concatenations(self) -> bool:
+        """Concatenations of concatenations become one, slices of them their parts: whether there were any.
+
+        The value of a dense block grows by parts that then need no copy.
+        """
+        found = False
+        for node in self.graph.nodes:
+            taken = self._channel_range(node)
+            if taken is not None:
+                source, begin, end = taken
+                inside = [part for part in self.parts(source) if begin <= part[1] and part[2] <= end]
+                if not inside or inside[0][1] != begin or inside[-1][2] != end:
+                    continue
+                if len(inside) == 1:
+                    node.replace_all_uses_with(inside[0][0])
+                else:
+                    node.op, node.target, node.kwargs = "call_function", torch.cat, {}
+                    node.args = ([part for part, _, _ in inside], 1)
+                found = True
+            parts = self.parts(node)
+            if parts and any(self.parts(part) for part, _, _ in parts):
+                flat = [inner for part, _, _ in parts for inner, _, _ in self.parts(part) or [(part, 0, 0)]]
+                node.args, node.kwargs = (flat, 1), {}
+                found = True
+        if found:
+            self.graph.eliminate_dead_code()
+        return found
 
     def is_batch_norm(self, node: fx.Node) -> bool:
         """A batch norm that uses its running statistics."""

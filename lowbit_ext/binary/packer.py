@@ -40,22 +40,37 @@ from lowbit_ext.binary.packed_layers import (
 from lowbit_ext.binary.packed_model import Row
 from lowbit_ext.binary.thresholds import Chain, Fold, fold_floats, fold_integers
 from lowbit_ext.binary.weights import pack_weight
+from lowbit_ext.packed import WORD_BITS
 
 
 class Bits(NamedTuple):
-    """A demand: the bits of a value, channels along `axis`."""
+    """A demand: the bits of a value.
+
+    Attributes:
+        node, encoding: the value, and where its bits switch.
+        axis: of its channels.
+        in_order: whether the reader needs the channels in the value's own order.
+        part: range of channels, where only one of the values is meant that a concatenation on the way joins.
+    """
 
     node: fx.Node
     encoding: str
     axis: int
+    in_order: bool = False
+    part: tuple[int, int] | None = None
 
 
 class Words(NamedTuple):
-    """A node of the packed graph that gives words, and what they hold."""
+    """A node of the packed graph that gives words, and what they hold.
+
+    Attributes:
+        order: which of the value's channels each is; None where it is their own order.
+    """
 
     node: fx.Node
     channels: int
     pixels: tuple[int, ...]
+    order: Tensor | None = None
 
     @property
     def image(self) -> tuple[int, int]:
@@ -111,22 +126,40 @@ class Packer:
         model = self.model
         layer, encoding = model.binary_layer(node), model.binary_values(node)
         if layer is not None:
-            return Bits(node.args[0], layer.encoding, model.axis(node))  # type: ignore[arg-type]
+            grouped = getattr(layer, "groups", 1) > 1
+            return Bits(node.args[0], layer.encoding, model.axis(node), grouped)  # type: ignore[arg-type]
         if encoding is not None:
-            return Bits(node, encoding, model.axis(node))
+            return Bits(node, encoding, model.axis(node), True)
         pooled = model.binary_values(node.args[0]) if model.avg_pool(node) is not None else None  # type: ignore[arg-type]
-        return None if pooled is None else Bits(node.args[0], pooled, 1)  # type: ignore[arg-type]
+        return None if pooled is None else Bits(node.args[0], pooled, 1, True)  # type: ignore[arg-type]
 
     def _chain(self, bits: Bits) -> Chain:
-        return chain_of(self.model, bits.node, bits.axis, self._made_floats)
+        model = self.model
+        chain = chain_of(model, bits.node, bits.axis, self._made_floats)
+        if bits.part is None:
+            return chain
+        (part,) = (part for part, begin, _ in model.parts(chain.source) if begin == bits.part[0])
+        inner = chain_of(model, part, bits.axis, self._made_floats)
+        return inner.behind(chain, slice(*bits.part), model.channels(chain.source))
 
-    def _source_of(self, bits: Bits) -> tuple[Bits, fx.Node]:
-        """The bits behind which no others stand, and the node whose floats or accumulator they are made of."""
+    def _parts(self, bits: Bits) -> list[Bits]:
+        """The bits of each value that a concatenation joins, where they can be made one by one; else []."""
+        chain = self._chain(bits)
+        ranges = [(begin, end) for _, begin, end in self.model.parts(chain.source)]
+        if not bits.in_order:  # the one that does not fill its words goes to the end
+            ranges.sort(key=lambda part: (part[1] - part[0]) % WORD_BITS != 0)
+        whole_words = all((end - begin) % WORD_BITS == 0 for begin, end in ranges[:-1])
+        if bits.part is not None or chain.source in self._made_floats or not chain.is_pointwise or not whole_words:
+            return []
+        return [bits._replace(part=part) for part in ranges]
+
+    def _sources_of(self, bits: Bits) -> list[tuple[Bits, fx.Node]]:
+        """The bits behind which no others stand, and the nodes whose floats or accumulators they are made of."""
         node, window = self._bits_source(bits.node, bits.encoding)
         bits = bits._replace(node=node)
         if window is not None and node not in self._made_floats:
-            return self._source_of(bits._replace(node=node.args[0]))  # type: ignore[arg-type]
-        return bits, self._chain(bits).source
+            return self._sources_of(bits._replace(node=node.args[0]))  # type: ignore[arg-type]
+        return [(part, self._chain(part).source) for part in self._parts(bits) or [bits]]
 
     def _collect_demands(self, made: Set[fx.Node]) -> dict[fx.Node, set[Any]]:
         """What each node must give: floats, or bits of a later value. `made`: see chain_of."""
@@ -137,8 +170,8 @@ class Packer:
                 continue
             bits = self._reads(node)
             if bits is not None:
-                key, source = self._source_of(bits)
-                wanted[source].add(key)
+                for key, source in self._sources_of(bits):
+                    wanted[source].add(key)
             else:
                 for source in self.model.variables(node):
                     wanted[source].add(FLOATS)
@@ -183,10 +216,11 @@ class Packer:
         joined = self._passes.get(node)
         if joined is None:
             bits = self._reads(node)
-            return node.all_input_nodes if bits is None else [self._source_of(bits)[1]]
+            return node.all_input_nodes if bits is None else [source for _, source in self._sources_of(bits)]
         if not joined.reads_accumulator:
             return [joined.source, *joined.operands()]
-        return [self._source_of(self._reads(joined.source))[1], *joined.operands()]  # type: ignore[arg-type]
+        sources = self._sources_of(self._reads(joined.source))  # type: ignore[arg-type]
+        return [*(source for _, source in sources), *joined.operands()]
 
     def _emit(self, node: fx.Node) -> None:
         joined = self._passes.get(node)
@@ -242,6 +276,8 @@ class Packer:
         if one_pixel:
             # The features behind a flatten are channels times pixels: a convolution whose kernel is the image.
             weight = weight.reshape(-1, words.channels, *words.image)
+        if words.order is not None:
+            weight = weight[:, words.order]
         weight = weight.reshape(*weight.shape[:2], *(1,) * (4 - weight.dim()), *weight.shape[2:])
         geometry = _geometry(layer, weight)
         arguments = (pack_weight(weight, geometry.groups), geometry, layer.encoding, getattr(layer, "padding_value", 0))
@@ -298,7 +334,7 @@ class Packer:
             if node in self._stored:
                 steps.append(("store", ()))
                 keys.append((node, None, None))
-            for key in sorted(self._demands[node] - {FLOATS}, key=lambda bits: bits.node.name):
+            for key in sorted(self._demands[node] - {FLOATS}, key=lambda bits: (bits.node.name, bits.part or ())):
                 chain = self._chain(key)
                 fold = fold_floats(chain, key.encoding, model.channels(node))
                 channels = model.channels(node)
@@ -342,7 +378,14 @@ class Packer:
         if window is not None and node not in self._made_floats:
             before = self._bits(bits._replace(node=node.args[0]))  # type: ignore[arg-type]
             pooled = self._add(node, "_bits", PackedMaxPool2d(before.channels, window), before.node)
-            self._words[bits] = Words(pooled, before.channels, pixels_of(self.model.shape(node), bits.axis))
+            pixels = pixels_of(self.model.shape(node), bits.axis)
+            self._words[bits] = before._replace(node=pooled, pixels=pixels)
+            return self._words[bits]
+        parts = [self._bits(part) for part in self._parts(bits)]
+        if parts:
+            joined = self.graph.call_function(torch.cat, ([words.node for words in parts], -1))
+            order = torch.cat([torch.arange(*key.part) for key in self._parts(bits)])  # type: ignore[misc]
+            self._words[bits] = Words(joined, len(order), parts[0].pixels, order)
             return self._words[bits]
         chain = self._chain(bits)
         channels = self.model.shape(chain.source)[bits.axis]
