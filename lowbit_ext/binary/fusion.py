@@ -17,8 +17,10 @@ from torch import Tensor, fx, nn
 
 from lowbit_ext._graph import Pool
 from lowbit_ext.binary.chains import PRODUCTS, SUBTRACTIONS, Model
+from lowbit_ext.binary.ops.steps import MOST_STEPS
 
 FLOATS = "floats"  # a demand
+SCALE_AND_BIAS = 2  # steps of a binary layer's own
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,6 +53,10 @@ class Pass:
     def last(self) -> fx.Node:
         """The node whose value the steps end with."""
         return self.nodes[-1] if self.nodes else self.source
+
+    def count(self, demands: Mapping[fx.Node, Set[Any]]) -> int:
+        """The most steps that the kernels may have to run: also those that write."""
+        return sum(len(self.steps.get(node, ())) + 1 + len(demands[node]) for node in (self.source, *self.nodes))
 
     def operands(self) -> list[fx.Node]:
         """The tensors that steps read, in order."""
@@ -200,6 +206,8 @@ class Fusion:
             if steps is None or joined is None or joined.last is not value:
                 continue
             if pool is not None and not self._takes_pool(joined):
+                continue
+            if joined.count(self.demands) + len(steps) + 1 + len(self.demands[node]) > MOST_STEPS - SCALE_AND_BIAS:
                 continue
             operands = {step.operand for step in steps if step.operand is not None}
             if not self._depends(operands, joined):

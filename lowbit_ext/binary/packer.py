@@ -25,6 +25,7 @@ from lowbit_ext.binary.activation import invert_words
 from lowbit_ext.binary.chains import Model, chain_of, pixels_of
 from lowbit_ext.binary.convolution import geometry_of
 from lowbit_ext.binary.fusion import FLOATS, Fusion, Pass, window_of
+from lowbit_ext.binary.ops.steps import MOST_STEPS
 from lowbit_ext.binary.packed_layers import (
     Epilogue,
     FloatWindow,
@@ -327,14 +328,16 @@ class Packer:
         model, keys = self.model, []
         nodes = [joined.source, *joined.nodes] if nodes is None else nodes
         steps = list(steps)
-        for node in nodes:
+        for index, node in enumerate(nodes):
             steps += [(step.kind, step.factors) for step in joined.steps.get(node, ())]
             if node is not joined.source:
                 self._note(node, "pass", f"with {model.name(joined.source)}")
-            if node in self._stored:
+            wanted = sorted(self._demands[node] - {FLOATS}, key=lambda bits: (bits.node.name, bits.part or ()))
+            room = MOST_STEPS - len(steps) - sum(len(joined.steps.get(later, ())) + 1 for later in nodes[index + 1 :]) - 1
+            if node in self._stored or len(wanted) > room:
                 steps.append(("store", ()))
                 keys.append((node, None, None))
-            for key in sorted(self._demands[node] - {FLOATS}, key=lambda bits: (bits.node.name, bits.part or ())):
+            for key in wanted[: max(room, 0)]:  # the others are made of the floats
                 chain = self._chain(key)
                 fold = fold_floats(chain, key.encoding, model.channels(node))
                 channels = model.channels(node)
