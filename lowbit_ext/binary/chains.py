@@ -171,8 +171,8 @@ class Model(Traced):
             return 1
         if isinstance(self.module(node), _READ_LAST_AXIS) or self.kind(node) in _FUNCTIONS_OF_LAST_AXIS:
             return -1
-        sources = [value for value in self.variables(node) if self.shape(value) == self.shape(node)]
-        return self._axes[sources[0]] if sources and self.is_pointwise(node) else 1
+        sources = [self._axes[value] for value in self.variables(node) if self.shape(value) == self.shape(node)]
+        return min(sources) if sources and self.is_pointwise(node) else 1
 
     def channels(self, node: fx.Node) -> int:
         """Size of the channel axis."""

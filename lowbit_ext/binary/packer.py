@@ -101,7 +101,7 @@ class Packer:
         # Values that are made as floats give their bits at once. Chains that end there change no demand for floats.
         self._made_floats = {node for node, demands in self._demands.items() if FLOATS in demands}
         self._demands = self._collect_demands(self._made_floats)
-        self._passes = Fusion(model, self._demands).passes
+        self._passes = Fusion(model, self._demands, lambda node: self._reads(node) is not None).passes
         self._stored = self._find_stored()
         for node in model.graph.nodes:
             if node.op == "placeholder":
@@ -333,11 +333,12 @@ class Packer:
             if node is not joined.source:
                 self._note(node, "pass", f"with {model.name(joined.source)}")
             wanted = sorted(self._demands[node] - {FLOATS}, key=lambda bits: (bits.node.name, bits.part or ()))
-            room = MOST_STEPS - len(steps) - sum(len(joined.steps.get(later, ())) + 1 for later in nodes[index + 1 :]) - 1
+            later = sum(len(joined.steps[other]) + (other in self._stored) for other in nodes[index + 1 :])
+            room = max(0, MOST_STEPS - len(steps) - 1 - later)
             if node in self._stored or len(wanted) > room:
                 steps.append(("store", ()))
                 keys.append((node, None, None))
-            for key in wanted[: max(room, 0)]:  # the others are made of the floats
+            for key in wanted[:room]:  # the others are made of the floats
                 chain = self._chain(key)
                 fold = fold_floats(chain, key.encoding, model.channels(node))
                 channels = model.channels(node)
