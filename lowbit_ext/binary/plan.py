@@ -16,6 +16,9 @@ from torch import Tensor, fx
 from lowbit_ext import _native
 from lowbit_ext._torch import pytree
 
+_PAGE = 4096  # bytes
+
+
 class Value(NamedTuple):
     """What a node gives: its tensor in the plan's run, and where later runs have theirs, or None of a planned buffer."""
 
@@ -87,17 +90,18 @@ class Plan:
 
     def buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory for a result of this shape, contiguous. It is the plan's until the last node that reads it."""
-        size = max(torch.Size(shape).numel() * dtype.itemsize, 1)
-        fits = [memory for memory in self._free if size <= memory.numel() <= 2 * size]
+        size = torch.Size(shape).numel() * dtype.itemsize
+        pages = max(1, -(-size // _PAGE)) * _PAGE
+        fits = [memory for memory in self._free if pages <= memory.numel() <= 2 * pages]
         if fits:
             memory = min(fits, key=Tensor.numel)
             self._free = [other for other in self._free if other is not memory]
         else:
-            memory = torch.empty(-(-size // 4096) * 4096, dtype=torch.uint8, device="cpu")
+            memory = torch.empty(pages, dtype=torch.uint8, device="cpu")
             self._memory[memory.data_ptr()] = memory.numel()
             self._kept.append(memory)
         self._buffers[memory.data_ptr()] = _Buffer(memory)
-        return memory[: torch.Size(shape).numel() * dtype.itemsize].view(dtype).reshape(tuple(shape))
+        return memory[:size].view(dtype).reshape(tuple(shape))
 
     def images(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The same for images (N, C, H, W), channels-last in memory."""
