@@ -42,7 +42,7 @@ def packed():
 def small_slices(monkeypatch):
     """Slices of few images, whatever the machine's cache."""
     monkeypatch.setattr(executor, "CACHES", 1)
-    monkeypatch.setattr(executor, "cache_bytes", lambda: 600_000)
+    monkeypatch.setattr(executor, "cache_bytes", lambda: 60_000)
 
 
 def without_plan(packed, x):
@@ -124,7 +124,8 @@ def test_grad_modes(packed):
     with torch.inference_mode():
         assert torch.equal(packed(x), expected)
     result = packed(x)
-    assert torch.equal(result, expected) and not result.is_inference()
+    assert torch.equal(result, expected)
+    assert not result.is_inference()
 
 
 def test_several_threads_may_call_one_model(packed, small_slices):
@@ -207,7 +208,8 @@ def test_hooks_on_packed_layers_are_called(packed):
     expected = model(x)
     assert called
     handle.remove()
-    assert torch.equal(model(x), expected) and len(called) == 1
+    assert torch.equal(model(x), expected)
+    assert len(called) == 1
 
 
 def test_many_shapes_keep_few_plans():

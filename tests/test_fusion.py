@@ -45,11 +45,11 @@ class Shift(nn.Module):
 class Stream(nn.Module):
     """A float convolution, blocks x -> then(norm(conv(before(x))) + x), and a classifier."""
 
-    def __init__(self, before, then, channels=24, blocks=3, conv=None):
+    def __init__(self, before, then, channels=24, blocks=3):
         super().__init__()
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
         self.before = nn.ModuleList(before(channels) for _ in range(blocks))
-        self.conv = nn.ModuleList((conv or (lambda c: BinaryConv2d(c, c, 3, padding=1)))(channels) for _ in range(blocks))
+        self.conv = nn.ModuleList(BinaryConv2d(channels, channels, 3, padding=1) for _ in range(blocks))
         self.norm = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(blocks))
         self.then = nn.ModuleList(then(channels) for _ in range(blocks))
         self.head = nn.Linear(channels, 5)
@@ -110,7 +110,7 @@ def test_residual_stream_is_one_pass_behind_each_convolution(name, isa):
     layers = [layer for layer in packed.packed_layers().values() if isinstance(layer, PackedConv2d)]
     assert len(layers) == 3
     for layer in layers[:-1]:
-        assert "bits" in layer.epilogue.kinds and "store" in layer.epilogue.kinds, "stream and next bits at once"
+        assert {"bits", "store"} <= set(layer.epilogue.kinds), "stream and next bits at once"
     assert layers[-1].epilogue.kinds.count("bits") == 0
     kinds = [type(layer) for layer in packed.packed_layers().values()]
     assert kinds.count(PackedBinarize) + kinds.count(PackedPointwise) == 1, "the stem's bits alone are made of floats"
@@ -123,7 +123,8 @@ def test_falling_prelu_stays_a_float(isa):
     for before in model.before:
         before[1].weight.data.fill_(-0.3)
     packed = assert_packed(model, torch.randn(2, *IMAGE))
-    assert any("prelu" in layer.epilogue.kinds for layer in packed.packed_layers().values() if hasattr(layer, "epilogue"))
+    epilogues = [layer.epilogue for layer in packed.packed_layers().values() if hasattr(layer, "epilogue")]
+    assert any("prelu" in epilogue.kinds for epilogue in epilogues)
 
 
 class InPlace(nn.Module):
@@ -344,7 +345,8 @@ class Doubled(nn.Module):
 def test_derived_classes_and_parametrizations_are_packed():
     first = BinaryConv2d(8, 8, 3, encoding="step")
     nn.utils.parametrize.register_parametrization(first, "weight", Doubled())
-    model = shake(nn.Sequential(nn.BatchNorm2d(8), StepActivation(), Padded(8), nn.BatchNorm2d(8), StepActivation(), first))
+    padded = (nn.BatchNorm2d(8), StepActivation(), Padded(8))
+    model = shake(nn.Sequential(*padded, nn.BatchNorm2d(8), StepActivation(), first))
     packed = assert_packed(model, torch.randn(2, 8, 7, 7))
     assert packed.packed_layers()["body.2"].padding_value == 1
     assert torch.equal(packed.packed_layers()["body.5"].words, pack(nn.Sequential(
@@ -435,8 +437,10 @@ def test_half_precision_runs_the_float_parts(dtype):
     model, x = shake(Stream(*STREAMS["reactnet"])), torch.randn(4, *IMAGE)
     packed = pack(model, x, float_dtype=dtype)
     equal, count = packed.agreement
-    assert count == 4 and 0 <= equal <= 4
-    assert packed(x).dtype == torch.float32 and packed(x.to(dtype)).dtype == dtype
+    assert count == 4
+    assert 0 <= equal <= 4
+    assert packed(x).dtype == torch.float32
+    assert packed(x.to(dtype)).dtype == dtype
     assert packed.stem.weight.dtype == dtype if hasattr(packed, "stem") else packed.body.stem.weight.dtype == dtype
     streams = []
     packed.body.head.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0].dtype))
@@ -454,7 +458,7 @@ def test_casts_choose_the_type():
     half = pack(model, x, float_dtype=torch.bfloat16)
     assert torch.equal(packed.bfloat16()(x), half(x))
     assert torch.equal(packed.to(torch.bfloat16).body(x.bfloat16()), half.body(x.bfloat16()))
-    with pytest.raises(TypeError, match="floats are float32, bfloat16 or float16, got torch.float64"):
+    with pytest.raises(TypeError, match="floats are float32, bfloat16 or float16, got"):
         packed.double()
     model.load_state_dict(model.state_dict())
     assert torch.equal(pack(model, x)(x), expected)
@@ -511,7 +515,8 @@ def test_published_networks(name):
     assert torch.equal(got.argmax(1), expected.argmax(1))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     lines = str(packed.report()).splitlines()
-    assert lines[0].split() == ["layer", "kind", "runs", "note"] and len(lines) == len(packed.report()) + 1
+    assert lines[0].split() == ["layer", "kind", "runs", "note"]
+    assert len(lines) == len(packed.report()) + 1
 
 
 def test_binary_activations_alone_are_no_packed_layers():

@@ -362,7 +362,7 @@ class Untraceable(nn.Module):
         (Untraceable, torch.zeros(1, 4), "cannot trace"),
         (lambda: nn.Sequential(BinaryLinear(4, 4)), torch.zeros(1, 5), r"does not run on the example \(1, 5\)"),
         (lambda: nn.Sequential(BinaryLinear(4, 4, device="meta")), torch.zeros(1, 4), "must have values"),
-        (lambda: nn.Sequential(nn.Linear(4, 4), Scaled(4, 4)), torch.zeros(1, 4), r"nothing could be packed; 1 \(Scaled\)"),
+        (lambda: nn.Sequential(nn.ReLU(), Scaled(4, 4)), torch.zeros(1, 4), r"nothing could be packed; 1 \(Scaled\)"),
         (lambda: nn.Sequential(BinaryLinear(4, 4)), (torch.zeros(1, 4),) * 2, "does not fit the model's forward"),
     ],
 )

@@ -83,7 +83,7 @@ def pack(model: nn.Module, example_input: Any, *, float_dtype: torch.dtype | Non
     if float_dtype in _HALVES:
         packed.to(float_dtype)
         packed.agreement = _agreement(expected, packed(*call.example()))
-    return packed.to(device)  # type: ignore[return-value]
+    return packed.to(device)
 
 
 def _home(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lowbit_ext._graph import Pool, Traced, first_line, has_binary_weight, out_of_place, reads_batch_size, reads_bits, trace
+from lowbit_ext._graph import (
+    Pool,
+    Traced,
+    first_line,
+    has_binary_weight,
+    out_of_place,
+    reads_batch_size,
+    reads_bits,
+    trace,
+)
 from lowbit_ext.binary import layers
 from lowbit_ext.binary.packed_layers import Window
 from lowbit_ext.binary.packed_model import Call
@@ -204,7 +213,7 @@ class Model(Traced):
         return self.is_identity(node) or (self.is_dropout(node) and not drops)
 
     def is_flatten(self, node: fx.Node) -> bool:
-        """(N, C, *spatial) -> (N, features), of what words hold: where channels are the last axis, pixels come first."""
+        """(N, C, *spatial) -> (N, features), of what words hold. With channels last, pixels would come first."""
         if not super().is_flatten(node):
             return False
         source: fx.Node = node.args[0]  # type: ignore[assignment]
@@ -245,7 +254,8 @@ class Model(Traced):
     def _channel_range(self, node: fx.Node) -> tuple[fx.Node, int, int] | None:
         """Of a slice along the channels, the value it is taken of and its range; None of others."""
         if self.kind(node) is operator.getitem and isinstance(node.args[1], tuple) and len(node.args[1]) > 1:
-            source, (batch, channels, *others) = node.args
+            source: Any = node.args[0]
+            batch, channels, *others = node.args[1]
             whole = all(index in (slice(None), ...) for index in (batch, *others))
             if whole and isinstance(channels, slice) and self.shape(source):
                 begin, end, step = channels.indices(self.shape(source)[1])

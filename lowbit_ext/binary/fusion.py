@@ -122,7 +122,7 @@ def _batch_norm_steps(model: Model, node: fx.Node) -> tuple[Step, ...] | None:
 
     torch's CPU kernel (aten/src/ATen/native/cpu/batch_norm_kernel.cpp) makes alpha and beta of the statistics and then
     fma(x, alpha, beta), or rounds twice on processors that cannot fuse. On memory in no order that it knows it makes
-    (x - mean) / std * weight + bias. The module itself tells alpha and beta, and which it was; None where it is neither.
+    (x - mean) / std * weight + bias. The module itself tells alpha and beta, and which it was; None if it is neither.
     """
     norm = model.module(node)
     channels = model.channels(node)

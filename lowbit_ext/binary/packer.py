@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from lowbit_ext._graph import Pool
 from lowbit_ext.binary import layers
 from lowbit_ext.binary.activation import invert_words
 from lowbit_ext.binary.chains import Model, chain_of, pixels_of
@@ -97,10 +96,12 @@ class Packer:
         self._floats: dict[fx.Node, fx.Node] = {}
         self._words: dict[Bits, Words] = {}
         self._made: set[Pass] = set()  # passes that stand in the graph
-        self._demands = self._collect_demands(frozenset())
-        # Values that are made as floats give their bits at once. Chains that end there change no demand for floats.
-        self._made_floats = {node for node, demands in self._demands.items() if FLOATS in demands}
+        self._made_floats: Set[fx.Node] = frozenset()
         self._demands = self._collect_demands(self._made_floats)
+        # Values that are made as floats give their bits at once. Chains that end there change no demand for floats.
+        self._demands = self._collect_demands(
+            frozenset(node for node, demands in self._demands.items() if FLOATS in demands)
+        )
         self._passes = Fusion(model, self._demands, lambda node: self._reads(node) is not None).passes
         self._stored = self._find_stored()
         for node in model.graph.nodes:
@@ -109,6 +110,10 @@ class Packer:
         for node in model.graph.nodes:
             if node.op == "output":
                 self._emit_all(node)
+        for node in model.graph.nodes:
+            folded = node.op.startswith("call_") and model.shape(node) and model.constant(node) is None
+            if folded and node not in self.rows:
+                self._note(node, "bits", "in the thresholds behind it")
 
     # What is needed
 
@@ -289,8 +294,9 @@ class Packer:
             (key,) = demands
             chain = self._chain(key)
             fold = fold_integers(chain, key.encoding, weight[0].numel(), scale, bias, filters)
-            thresholds = {"threshold": fold.threshold.reshape(-1, filters), "flip": fold.flip.reshape(-1, filters)}
-            output = self._add(node, "", PackedConv2d(*arguments, **thresholds, one_pixel=one_pixel), words.node)
+            threshold, flip = fold.threshold.reshape(-1, filters), fold.flip.reshape(-1, filters)
+            module = PackedConv2d(*arguments, threshold=threshold, flip=flip, one_pixel=one_pixel)
+            output = self._add(node, "", module, words.node)
             self._note(node, "bits", "bits to bits")
             self._finish_bits(key, chain, fold, output)
             return
@@ -325,7 +331,8 @@ class Packer:
         self, joined: Pass, steps: list[tuple[str, tuple[Tensor, ...]]], nodes: list[fx.Node] | None = None
     ) -> tuple[Epilogue, list[tuple[Any, Chain | None, Fold | None]]]:
         """The steps of a pass, and for each result the demand that it meets."""
-        model, keys = self.model, []
+        model = self.model
+        keys: list[tuple[Any, Chain | None, Fold | None]] = []
         nodes = [joined.source, *joined.nodes] if nodes is None else nodes
         steps = list(steps)
         for index, node in enumerate(nodes):
@@ -394,10 +401,10 @@ class Packer:
         chain = self._chain(bits)
         channels = self.model.shape(chain.source)[bits.axis]
         fold = fold_floats(chain, bits.encoding, channels) if chain.folds else None
-        thresholds: tuple[Tensor, ...] = () if fold is None else (fold.threshold, fold.flip)
-        if chain.doubled:
-            thresholds = tuple(values.reshape(2, channels) for values in thresholds)
-        binarize = PackedBinarize(channels, bits.encoding, *thresholds, axis=bits.axis)
+        threshold, flip = (None, None) if fold is None else (fold.threshold, fold.flip)
+        if fold is not None and chain.doubled:
+            threshold, flip = fold.threshold.reshape(2, channels), fold.flip.reshape(2, channels)
+        binarize = PackedBinarize(channels, bits.encoding, threshold, flip, bits.axis)
         output = self._add(node, "_bits", binarize, self._floats[chain.source])
         return self._finish_bits(bits, chain, fold, output)
 
@@ -426,7 +433,7 @@ def _prefer_channels_last(conv: nn.Conv2d, images: Tensor) -> None:
         conv.weight.data = weight
 
 
-def _float_window(pool: Pool) -> FloatWindow:
+def _float_window(pool: Any) -> FloatWindow:
     if pool.output:
         return FloatWindow(True)
     average = pool.kind == "average"

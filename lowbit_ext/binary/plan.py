@@ -20,7 +20,7 @@ _PAGE = 4096  # bytes
 
 
 class Value(NamedTuple):
-    """What a node gives: its tensor in the plan's run, and where later runs have theirs, or None of a planned buffer."""
+    """What a node gives: its tensor in the plan's own run, and where later runs have theirs; None in a buffer."""
 
     tensor: Tensor
     slot: int | None = None
@@ -68,7 +68,7 @@ class Plan:
         nodes = list(body.graph.nodes)
         order = {node: index for index, node in enumerate(nodes)}
         modules = dict(body.named_modules())
-        for node in nodes[0 if after is None else order[after] :]:
+        for node in nodes if after is None else nodes[order[after] :]:
             self._now = order[node]
             if node.op == "placeholder" or node is after:
                 values[node] = self._new_value(next(waiting))
@@ -79,7 +79,7 @@ class Plan:
             last = max((order[user] for user in node.users), default=self._now)
             for value in pytree.tree_leaves(values.get(node), is_leaf=_is_value):
                 self._hold(value, last)
-            if node is until:
+            if until is not None and node is until:
                 self._outputs = values[node]
                 break
             self._release(node, order, values)
@@ -173,7 +173,8 @@ class Plan:
         """Adds a call of torch, whose results are new tensors in each run; arguments hold Values."""
         arguments, structure = pytree.tree_flatten((args, kwargs), is_leaf=_is_value)
         given = [leaf.tensor if isinstance(leaf, Value) else leaf for leaf in arguments]
-        moving = [(index, leaf.slot) for index, leaf in enumerate(arguments) if _is_value(leaf) and leaf.slot is not None]
+        slots_read = [leaf.slot if isinstance(leaf, Value) else None for leaf in arguments]
+        moving = [(index, slot) for index, slot in enumerate(slots_read) if slot is not None]
         first_args, first_kwargs = pytree.tree_unflatten(given, structure)
         result = function(*first_args, **first_kwargs)
         values = pytree.tree_map(self._new_value, result)
@@ -266,7 +267,8 @@ def _head(nodes: Sequence[fx.Node], order: dict[fx.Node, int], values: dict[fx.N
     reach = 0  # the last node that reads one of those before
     for index, node in enumerate(nodes):
         value = values.get(node)
-        vectors = _is_value(value) and isinstance(value.tensor, Tensor) and value.tensor.dim() == 2
+        tensor = value.tensor if isinstance(value, Value) else None
+        vectors = isinstance(tensor, Tensor) and tensor.dim() == 2
         if vectors and reach <= index and node.op != "placeholder":
             return node
         reach = max((order[user] for user in node.users), default=0) if reach <= index else max(
