@@ -3,7 +3,6 @@
 #include "core/ops/pointwise.h"
 
 #include "core/checks.h"
-#include "core/tap_range.h"
 #include "cuda/epilogue.cuh"
 
 namespace lowbit::cuda {
@@ -33,15 +32,17 @@ __device__ inline float reduce(const PointwiseKernelArgs& args, int64_t image, i
                                bool exists) {
   const PoolShape& s = args.op.shape;
   const bool maximum = args.op.reduction == Reduction::maximum;
-  const TapRange rows = valid_taps(y, s.stride_height, s.pad_top, s.dilation_height, s.kernel_height, s.height);
-  const TapRange columns = valid_taps(x, s.stride_width, s.pad_left, s.dilation_width, s.kernel_width, s.width);
   const int64_t top = y * s.stride_height - s.pad_top, left = x * s.stride_width - s.pad_left;
+  const int64_t bottom = top + (s.kernel_height - 1) * s.dilation_height;
+  const int64_t right = left + (s.kernel_width - 1) * s.dilation_width;
   float value = maximum ? bits_to_float(0xff800000u) : 0.0f;  // -infinity
 #pragma unroll 1
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
+  for (int64_t row = top; row <= bottom && row < s.height; row += s.dilation_height) {
+    if (row < 0) continue;
 #pragma unroll 1
-    for (int64_t column = columns.begin; column < columns.end; ++column) {
-      const int64_t pixel = (top + row * s.dilation_height) * s.width + left + column * s.dilation_width;
+    for (int64_t column = left; column <= right && column < s.width; column += s.dilation_width) {
+      if (column < 0) continue;
+      const int64_t pixel = row * s.width + column;
       float tap = exists ? load_pixel(args, image, pixel, channel) : 0.0f;
       tap = run_steps(args.before, tap, image * s.height * s.width + pixel, channel, exists, false);
       value = maximum ? later_maximum(value, tap) : value + tap;
@@ -53,7 +54,8 @@ __device__ inline float reduce(const PointwiseKernelArgs& args, int64_t image, i
   return value / window.divisor;
 }
 
-__global__ void __launch_bounds__(kThreads) pointwise_kernel(PointwiseKernelArgs args) {
+// Without the second bound ptxas keeps to 40 registers, and spills.
+__global__ void __launch_bounds__(kThreads, 2) pointwise_kernel(PointwiseKernelArgs args) {
   const int64_t pixel = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
   if (pixel >= args.pixels) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
