@@ -35,12 +35,15 @@ __device__ inline float reduce(const PointwiseKernelArgs& args, int64_t image, i
   const int64_t top = y * s.stride_height - s.pad_top, left = x * s.stride_width - s.pad_left;
   const int64_t bottom = top + (s.kernel_height - 1) * s.dilation_height;
   const int64_t right = left + (s.kernel_width - 1) * s.dilation_width;
+  // Without dilation a window may begin far outside the image.
+  const int64_t first_row = s.dilation_height == 1 ? max(top, 0) : top;
+  const int64_t first_column = s.dilation_width == 1 ? max(left, 0) : left;
   float value = maximum ? bits_to_float(0xff800000u) : 0.0f;  // -infinity
 #pragma unroll 1
-  for (int64_t row = top; row <= bottom && row < s.height; row += s.dilation_height) {
+  for (int64_t row = first_row; row <= bottom && row < s.height; row += s.dilation_height) {
     if (row < 0) continue;
 #pragma unroll 1
-    for (int64_t column = left; column <= right && column < s.width; column += s.dilation_width) {
+    for (int64_t column = first_column; column <= right && column < s.width; column += s.dilation_width) {
       if (column < 0) continue;
       const int64_t pixel = row * s.width + column;
       float tap = exists ? load_pixel(args, image, pixel, channel) : 0.0f;

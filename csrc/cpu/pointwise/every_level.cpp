@@ -7,8 +7,7 @@
 namespace lowbit::LOWBIT_LEVEL {
 namespace {
 
-// Output pixels of a tile with a window, 16 KiB of sums or maxima: long runs of each input row, as prefetchers want
-// them. With 16 pixels the stem's pooling (core/ops/pointwise.h) took 1.3 times as long.
+// Output pixels of a tile with a window, 16 KiB of sums or maxima: rows of the input are read in long runs.
 constexpr int64_t kWindowPixels = 64;
 constexpr int64_t kMostPixels = max(kWindowPixels, kPointwisePixels);
 
