@@ -19,7 +19,7 @@ class Module:
         self.architecture = lambda index: architecture if index == 0 else -1
         self.architectures = lambda: "75 80 90a"
         self.last_error_text = lambda: "invalid device ordinal"
-        self.binary_conv2d = lambda *arguments: arguments
+        self.binary_conv2d = self.binary_conv2d_epilogue = lambda *arguments: arguments
         self.binary_conv2d_default_engine = lambda index: 1 if architecture >= 80 else 0
         self.binary_conv2d_has_engine = lambda engine, index: engine <= self.binary_conv2d_default_engine(index)
         self.binary_conv2d_workspace_bytes = lambda *arguments: arguments
@@ -52,7 +52,8 @@ def test_workspace_is_held_by_its_caller_alone():
 
 
 def test_engine_stands_before_the_device():
-    assert _native.CudaKernels(Module(90), 0, lambda index: 1000).binary_conv2d(1, 2) == (1, 2, 1, 0, 1000)
+    kernels = _native.CudaKernels(Module(90), 0, lambda index: 1000)
+    assert kernels.binary_conv2d(1, 2) == kernels.binary_conv2d_epilogue(1, 2) == (1, 2, 1, 0, 1000)
     chosen = _native.CudaKernels(Module(90), 0, lambda index: 1000, "popcount")
     assert chosen.engine == "popcount"
     assert chosen.binary_conv2d(1, 2) == (1, 2, 0, 0, 1000)
