@@ -317,7 +317,7 @@ class Model(Traced):
         if self.kind(node) not in kinds or node.kwargs or len(node.args) != 2 or len(self.variables(node)) != 1:
             return None
         (source,) = self.variables(node)
-        if source not in node.args or self.shape(source) != self.shape(node):
+        if node.args.count(source) != 1 or self.shape(source) != self.shape(node):
             return None
         if self.kind(node) in SUBTRACTIONS and node.args[0] is not source:
             return None

@@ -46,7 +46,7 @@ class Executor:
     def clear(self) -> None:
         """Forgets the plans, whose arguments may have changed."""
         self._plans: dict[Any, list[Plan]] = {}  # those that no thread uses
-        self._images: dict[Any, tuple[int, fx.Node | None]] = {}  # bytes and head of a plan for one image
+        self._cuts: dict[Any, tuple[list[int], fx.Node | None]] = {}  # of batches, and the head
         self._version = self._layers_version()
 
     def _layers_version(self) -> int:
@@ -61,12 +61,11 @@ class Executor:
         cut = self._by_image and batch >= max(2, threads) and all(value.shape[:1] == (batch,) for value in inputs)
         if not cut:
             return self._run_plan(inputs)
-        size, head = self._image(inputs)
-        count = max(threads, -(-batch // size))
-        if count == 1 or size >= batch:
+        bounds, head = self._slices(inputs)
+        if len(bounds) < 3:
             return self._run_plan(inputs)
-        bounds = [batch * index // count for index in range(count + 1)]
-        slices = [[value[a:b] for value in inputs] for a, b in itertools.pairwise(bounds)]
+        count = len(bounds) - 1
+        slices = [[value[a:b] for value in inputs] for a, b in zip(bounds, bounds[1:], strict=False)]
         if threads == 1:
             results = [self._run_plan(part, until=head) for part in slices]
         else:
@@ -100,32 +99,43 @@ class Executor:
         plans.append(plan)
         return result
 
-    def _image(self, inputs: Sequence[Tensor]) -> tuple[int, fx.Node | None]:
-        """Images of a slice, whose buffers fit the cache, and where the head begins, which runs on the whole batch."""
-        key = (_native.cpu.level, torch.get_num_threads(), *((value.shape, value.dtype) for value in inputs))
-        if key not in self._images:
-            one = [value[:1] for value in inputs]
-            plan = Plan(self._body, one)
+    def _slices(self, inputs: Sequence[Tensor]) -> tuple[list[int], fx.Node | None]:
+        """Where a batch is cut, and where the head begins, which runs on the whole of it."""
+        threads = torch.get_num_threads()
+        key = (_native.cpu.level, threads, *((value.shape, value.dtype) for value in inputs))
+        if key not in self._cuts:
+            batch = len(inputs[0])
+            plan = Plan(self._body, [value[:1] for value in inputs])
             size = max(1, CACHES * cache_bytes() // plan.bytes)
+            count = max(threads, -(-batch // size))
+            bounds = [batch * index // count for index in range(count + 1)]
             exact = any(value.dtype == torch.float32 for value in inputs)
-            if exact and not self._rounds_alike(inputs, one, plan.head):
-                size = len(inputs[0])
-            self._images[key] = size, plan.head
-        return self._images[key]
+            if exact and not self._rounds_alike(inputs, bounds, plan.head):
+                bounds = [0, batch]
+            self._cuts[key] = bounds, plan.head
+        return self._cuts[key]
 
-    def _rounds_alike(self, batch: Sequence[Tensor], one: Sequence[Tensor], head: fx.Node | None) -> bool:
-        """Whether torch's own layers give an image the same bits alone as in its batch, as packed models promise."""
+    def _rounds_alike(self, inputs: Sequence[Tensor], bounds: Sequence[int], head: fx.Node | None) -> bool:
+        """Whether torch's own layers give an image the same bits in its slice as in its batch, as float32 promises."""
         modules = dict(self._body.named_modules())
-        runs = [fx.Interpreter(self._body, garbage_collect_values=False) for _ in range(2)]
-        for run, inputs in zip(runs, (batch, one), strict=True):
-            run.run(*inputs)
-        for node in self._body.graph.nodes:
-            if node is head or node.op == "output":
-                break
-            whole, alone = (run.env[node] for run in runs)
-            ours = node.op == "call_module" and isinstance(modules[str(node.target)], PackedLayer)
-            if not ours and isinstance(whole, Tensor) and not torch.equal(whole[: len(alone)], alone):
-                return False
+
+        def values(given: Sequence[Tensor]) -> dict[fx.Node, Any]:
+            run = fx.Interpreter(self._body, garbage_collect_values=False)
+            run.run(*given)
+            return run.env
+
+        whole = values(inputs)
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            part = values([value[begin:end] for value in inputs])
+            for node in self._body.graph.nodes:
+                if node.op == "output":
+                    break
+                ours = node.op == "call_module" and isinstance(modules[str(node.target)], PackedLayer)
+                tensor = not ours and isinstance(whole[node], Tensor)
+                if tensor and node.op != "get_attr" and not torch.equal(whole[node][begin:end], part[node]):
+                    return False
+                if node is head:
+                    break
         return True
 
 

@@ -100,7 +100,7 @@ class Packer:
         self._demands = self._collect_demands(self._made_floats)
         # Values that are made as floats give their bits at once. Chains that end there change no demand for floats.
         self._demands = self._collect_demands(
-            frozenset(node for node, demands in self._demands.items() if FLOATS in demands)
+            frozenset(n for n, demands in self._demands.items() if FLOATS in demands and self._reads(n) is None)
         )
         self._passes = Fusion(model, self._demands, lambda node: self._reads(node) is not None).passes
         self._stored = self._find_stored()

@@ -7,6 +7,7 @@ torch's layers, and allocates nothing but what those layers do.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -214,7 +215,7 @@ class Plan:
             return self.dynamic(module, args, kwargs)
         if node.op == "call_method":
             return self.dynamic(functools.partial(_call_method, str(node.target)), args, kwargs)
-        if args and type(args[0]) is tuple:  # an item of a packed layer's results
+        if node.target is operator.getitem and type(args[0]) is tuple:  # an item of a packed layer's results
             return node.target(*args)  # type: ignore[operator]
         return self.dynamic(node.target, args, kwargs)  # type: ignore[arg-type]
 
