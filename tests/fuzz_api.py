@@ -162,6 +162,10 @@ def layer_options(r: random.Random) -> Arguments:
     )
 
 
+def learned_scale(r: random.Random) -> Arguments:
+    return chosen(r, weight_scale=["learned"])
+
+
 def signs_or_floats(r: random.Random) -> Any:
     x = floats(r, 2, 4, 5, 5)
     return r.choice([x, binary.binarize(x)])
@@ -173,14 +177,15 @@ def conv_layer(r: random.Random, binary_options: bool) -> Arguments:
     made |= chosen(r, stride=[1, 2], padding=[0, 1, "valid"], dilation=[1, 2], padding_mode=["zeros"])
     made |= layer_options(r)
     if binary_options:
-        return made | chosen(r, encoding=ENCODINGS, surrogate=["clip"], padding_value=[0, 1])
+        return made | chosen(r, encoding=ENCODINGS, surrogate=["clip"], padding_value=[0, 1]) | learned_scale(r)
     return made | chosen(r, save_codes=[True, False])
 
 
 def linear_layer(r: random.Random, binary_options: bool) -> Arguments:
     made = {"in_features": 5, "out_features": 3} | layer_options(r)
-    return made | chosen(r, **({"encoding": ENCODINGS, "surrogate": ["clip"]} if binary_options else
-                               {"save_codes": [True, False]}))
+    if binary_options:
+        return made | chosen(r, encoding=ENCODINGS, surrogate=["clip"]) | learned_scale(r)
+    return made | chosen(r, save_codes=[True, False])
 
 
 def binary_network() -> nn.Module:

@@ -58,9 +58,13 @@ def emulate(layer, x, dtype=torch.float64):
         None: torch.ones((), dtype=dtype),
         "layer": weight.detach().abs().mean(),
         "channel": weight.detach().abs().flatten(1).mean(1).reshape(-1, *(1,) * (weight.dim() - 1)),
-    }[layer.weight_scale]
+    }
     # Straight through: the quantised weight's value with the latent weight's gradient.
-    quantised = weight + (signs * scale - weight).detach()
+    if layer.weight_scale == "learned":
+        factor = layer.learned_scale.to(dtype).reshape(-1, *(1,) * (weight.dim() - 1))
+        quantised = factor * (weight + (signs - weight).detach())
+    else:
+        quantised = weight + (signs * scale[layer.weight_scale] - weight).detach()
     bits = StraightThrough.apply(x.to(dtype), layer.surrogate, layer.encoding)
     bias = None if layer.bias is None else layer.bias.to(dtype)
     if isinstance(layer, BinaryLinear):
@@ -73,8 +77,7 @@ def emulate(layer, x, dtype=torch.float64):
 
 
 def gradients(output, x, layer, grad):
-    parameters = [x, layer.weight] + ([] if layer.bias is None else [layer.bias])
-    return torch.autograd.grad(output, parameters, grad.to(output.dtype))
+    return torch.autograd.grad(output, [x, *layer.parameters()], grad.to(output.dtype))
 
 
 def assert_equals_emulation(layer, shape):
@@ -92,11 +95,41 @@ def assert_equals_emulation(layer, shape):
 
 @pytest.mark.parametrize("encoding", ["sign", "step"])
 @pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("weight_scale", ["channel", "layer", None])
+@pytest.mark.parametrize("weight_scale", ["channel", "layer", "learned", None])
 def test_options_equal_emulation(device, encoding, surrogate, weight_scale):
     options = {"encoding": encoding, "surrogate": surrogate, "weight_scale": weight_scale}
     assert_equals_emulation(BinaryConv2d(45, 33, 3, padding=1, **options), (2, 45, 7, 6))
     assert_equals_emulation(BinaryLinear(70, 33, **options), (5, 70))
+
+
+@pytest.mark.parametrize(
+    ("layer", "arguments", "shape"),
+    [
+        (BinaryConv2d, (70, 33, 3, 2, 1), (2, 70, 7, 6)),
+        (BinaryConv1d, (70, 33, 3), (2, 70, 9)),
+        (BinaryLinear, (70, 33), (5, 70)),
+    ],
+)
+def test_a_learned_scale_of_any_sign(device, layer, arguments, shape):
+    """Against float64; its start, its place among the parameters, and its gradient through float64 itself."""
+    made = layer(*arguments, weight_scale="learned")
+    assert torch.equal(made.learned_scale, made.weight.detach().abs().flatten(1).mean(1))
+    assert [name for name, _ in made.named_parameters()] == ["weight", "bias", "learned_scale"]
+    nn.init.normal_(made.learned_scale)
+    made.learned_scale.data[::5] = 0
+    assert_equals_emulation(made, shape)
+    precise, x = copy.deepcopy(made).double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    outputs = precise(x), emulate(precise, x)
+    grad = torch.randn_like(outputs[0])
+    assert_as_good(outputs[0], outputs[0].float(), outputs[1])
+    for got, want in zip(*(gradients(output, x, precise, grad) for output in outputs), strict=True):
+        bound = sum_bound(70 * 9 + 100, 10 * float(want.abs().max()), torch.float64)
+        torch.testing.assert_close(got, want, rtol=0, atol=bound)
+    other = layer(*arguments, weight_scale="learned")
+    other.load_state_dict(made.state_dict())
+    assert torch.equal(other.learned_scale, made.learned_scale)
+    other.reset_parameters()
+    assert torch.equal(other.learned_scale, other.weight.detach().abs().flatten(1).mean(1))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +239,7 @@ def test_stands_in_for_the_torch_layer(device, ours, theirs, arguments):
     [
         (lambda: BinaryConv2d(4, 4, 3, encoding="binary"), "encoding must be one of 'sign', 'step', got 'binary'"),
         (lambda: BinaryConv2d(4, 4, 3, surrogate="relu"), "surrogate must be one of 'clip'"),
-        (lambda: BinaryLinear(4, 4, weight_scale="filter"), "weight_scale must be one of 'channel', 'layer', None"),
+        (lambda: BinaryLinear(4, 4, weight_scale="filter"), "weight_scale must be one of 'channel', 'layer', 'learned', None"),
         (lambda: BinaryConv2d(4, 4, 3, padding_value=2), "padding_value must be one of 0, 1, -1, got 2"),
         (lambda: BinaryConv1d(4, 4, 3, encoding="step", padding_value=-1), "padding_value must be one of 0, 1, got -1"),
         (lambda: BinaryConv2d(4, 4, 3, padding_mode="reflect"), "padding_mode must be 'zeros', got 'reflect'"),
@@ -224,7 +257,7 @@ def small_network():
     return nn.Sequential(
         nn.Conv2d(3, 45, 3, padding=1),
         nn.BatchNorm2d(45),
-        BinaryConv2d(45, 64, 3, padding=1, bias=False),
+        BinaryConv2d(45, 64, 3, padding=1, bias=False, weight_scale="learned"),
         nn.BatchNorm2d(64),
         BinaryActivation("step"),
         BinaryConv2d(64, 32, 3, encoding="step", surrogate="identity", weight_scale="layer"),

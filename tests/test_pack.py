@@ -71,6 +71,15 @@ def vgg(widths=(45, 90, 64), encoding="sign", **options):
     )
 
 
+def learned(model):
+    """With learned scales of both signs and 0."""
+    for module in model.modules():
+        if getattr(module, "weight_scale", None) == "learned":
+            nn.init.normal_(module.learned_scale)
+            module.learned_scale.data[3] = 0
+    return model
+
+
 class Block(nn.Module):
     """A pre-activation block whose float stream meets a binary layer's result, with and without batch norm between."""
 
@@ -161,6 +170,7 @@ IMAGE = (3, 17, 16)
 MODELS = {
     "vgg": (vgg, IMAGE),
     "vgg_wide_step": (lambda: vgg((64, 128, 64), "step", weight_scale="layer"), IMAGE),
+    "vgg_learned_scale": (lambda: learned(vgg((33, 64, 48), weight_scale="learned")), IMAGE),
     "vgg_unscaled_padding": (lambda: vgg((33, 64, 48), weight_scale=None, padding_value=-1)[:13], IMAGE),
     "residual": (lambda: shake(Residual()), IMAGE),
     "doubled": (lambda: shake(Doubled()), IMAGE),

@@ -19,7 +19,8 @@ from lowbit_ext.binary import activation, convolution
 from lowbit_ext.binary.surrogates import SURROGATES, keeps_bits
 from lowbit_ext.packed import ENCODING_VALUES, PackedTensor
 
-WEIGHT_SCALES = ("channel", "layer", None)
+WEIGHT_SCALES = ("channel", "layer", None)  # that follow from the weight
+_LEARNED = "learned"  # that of a binary layer may also be a parameter
 
 _MOST_ELEMENTS = 2**48  # of a weight
 
@@ -116,16 +117,32 @@ class _BinaryLayer(nn.Module):
     encoding: str
     surrogate: str
     weight_scale: str | None
+    learned_scale: nn.Parameter  # of weight_scale "learned"
 
     def _configure(self, encoding: str, surrogate: str, weight_scale: str | None) -> None:
         layer = type(self).__name__
         _arguments.choice(layer, "encoding", encoding, tuple(ENCODING_VALUES))
         _arguments.choice(layer, "surrogate", surrogate, SURROGATES)
-        _arguments.choice(layer, "weight_scale", weight_scale, WEIGHT_SCALES)
+        _arguments.choice(layer, "weight_scale", weight_scale, (*WEIGHT_SCALES[:-1], _LEARNED, None))
         self.encoding, self.surrogate, self.weight_scale = encoding, surrogate, weight_scale
+        if weight_scale == _LEARNED:
+            self.learned_scale = nn.Parameter(self.weight.new_empty(self.weight.shape[0]))
+            self._reset_scale()
+
+    def _reset_scale(self) -> None:
+        with torch.no_grad():
+            self.learned_scale.copy_(weight_scale_of(self.weight, "channel"))
+
+    def reset_parameters(self) -> None:
+        """As torch's layer; a learned scale becomes the mean |weight| of its filter."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "learned_scale" in self._parameters:
+            self._reset_scale()
 
     def scale(self) -> Tensor | None:
-        """Factor of the accumulator without gradient, (O,) or (1,), or None."""
+        """Factor of the accumulator, (O,) or (1,), or None. It has a gradient where it is learned."""
+        if self.weight_scale == _LEARNED:
+            return self.learned_scale
         return weight_scale_of(self.weight, self.weight_scale)
 
     @property
@@ -193,8 +210,9 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
             BinaryActivation("step") use "identity": its 0 and 1 lie on the ends of the clipped mask 0 < x < 1, which
             would stop every gradient.
         padding_value: value of the padding's activations: 0, +1, or -1 (sign only). 0 is torch's padding.
-        weight_scale: "channel" (mean |weight| of each filter, XNOR-Net), "layer" (of the whole weight, BinaryDuo) or
-            None (1).
+        weight_scale: "channel" (mean |weight| of each filter, XNOR-Net), "layer" (of the whole weight, BinaryDuo),
+            "learned" (the parameter `learned_scale` (O,), which starts as mean |weight| of each filter and may take any
+            sign) or None (1).
 
     Shape:
         input (N, C, H, W) float32, bfloat16, float16, float64 (by torch's operators, for comparisons; the layer in
@@ -203,7 +221,8 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
 
     Gradient:
         input: straight-through with `surrogate`. weight: the gradient of scale * sign(weight) as it is, with no
-        gradient through the scale. bias: exact.
+        gradient through the scale; with a learned scale that of sign(weight), which has the scale as a factor. bias and
+        learned_scale: exact.
 
     Raises:
         ValueError: an option outside those above, or a packed input of another encoding.
