@@ -239,7 +239,8 @@ def test_stands_in_for_the_torch_layer(device, ours, theirs, arguments):
     [
         (lambda: BinaryConv2d(4, 4, 3, encoding="binary"), "encoding must be one of 'sign', 'step', got 'binary'"),
         (lambda: BinaryConv2d(4, 4, 3, surrogate="relu"), "surrogate must be one of 'clip'"),
-        (lambda: BinaryLinear(4, 4, weight_scale="filter"), "weight_scale must be one of 'channel', 'layer', 'learned', None"),
+        (lambda: BinaryLinear(4, 4, weight_scale="filter"),
+         "weight_scale must be one of 'channel', 'layer', 'learned', None"),
         (lambda: BinaryConv2d(4, 4, 3, padding_value=2), "padding_value must be one of 0, 1, -1, got 2"),
         (lambda: BinaryConv1d(4, 4, 3, encoding="step", padding_value=-1), "padding_value must be one of 0, 1, got -1"),
         (lambda: BinaryConv2d(4, 4, 3, padding_mode="reflect"), "padding_mode must be 'zeros', got 'reflect'"),

@@ -4,6 +4,7 @@ Source: Courbariaux et al., "Binarized Neural Networks" (2016); Rastegari et al.
 and double thresholds are those of Kim et al., "BinaryDuo" (ICLR 2020).
 """
 
+from lowbit_ext.binary._convert import LayerConversion, conversions, convert
 from lowbit_ext.binary._pack import pack
 from lowbit_ext.binary.activation import binarize, binary_activation, unpack
 from lowbit_ext.binary.convolution import conv1d, conv2d, linear
@@ -17,6 +18,7 @@ __all__ = [
     "BinaryConv1d",
     "BinaryConv2d",
     "BinaryLinear",
+    "LayerConversion",
     "PackedModel",
     "PackedWeight",
     "avg_pool2d",
@@ -24,6 +26,8 @@ __all__ = [
     "binary_activation",
     "conv1d",
     "conv2d",
+    "conversions",
+    "convert",
     "global_avg_pool",
     "linear",
     "load",
