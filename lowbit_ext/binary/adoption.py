@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from lowbit_ext.binary import layers
 from lowbit_ext.binary.recognition import (
     Product,
+    Reason,
     Signs,
     Visit,
-    encoding_of,
+    levels_of,
     matching_surrogate,
     parameters_like,
     probe,
@@ -59,25 +60,24 @@ def adopt(calls: list[Visit], surrogate: str) -> Adopted | str | None:
     visit = calls[0]
     product = visit.products[0]
     largest = [float(value.detach().abs().max()) for value in visit.module.parameters() if value.numel()]
-    signs, binary = signs_of_weight(product.weight, max(largest, default=0.0)), encoding_of(product.input)
-    one_tap = product.weight[0].numel() == 1 if len(product.weight) else True
-    if not isinstance(binary, tuple) and (not isinstance(signs, Signs) or one_tap):
-        plain = isinstance(signs, Signs) or ("opposite" not in signs and "opposite" not in binary)
-        return None if plain else (signs if "opposite" in signs else binary)
-    if not isinstance(signs, Signs):
-        return signs
-    if not isinstance(binary, tuple):
-        return binary
+    signs, levels = signs_of_weight(product.weight, max(largest, default=0.0)), levels_of(product.input)
+    one_tap = product.weight[0].numel() == 1
+    if isinstance(levels, Reason) and (isinstance(signs, Reason) or one_tap):
+        return next((each.text for each in (signs, levels) if isinstance(each, Reason) and each.two_valued), None)
+    if isinstance(signs, Reason):
+        return signs.text
+    if isinstance(levels, Reason):
+        return levels.text
     if any(len(call.products) != 1 for call in calls):
         return "its forward has several convolutions or matrix products"
     if any(not torch.equal(call.products[0].weight, product.weight) for call in calls):
         return "its weight is another one in every call"
     if len(visit.inputs) != 1 or not isinstance(visit.inputs[0], Tensor) or not isinstance(visit.output, Tensor):
         return "it takes more than one tensor, or returns none"
-    where = _place_of_signs(visit.inputs[0], product.input, binary[0])
+    where = _place_of_signs(visit.inputs[0], product.input, levels.encoding)
     if where is None:
         return "its input is padded, scaled or shifted before it is binarized; a rule for its class can say how"
-    return _Adoption(calls, product, signs, binary[1], *where).made(surrogate)
+    return _Adoption(calls, product, signs, levels.zeros, *where).made(surrogate)
 
 
 def _place_of_signs(given: Tensor, values: Tensor, encoding: str) -> tuple[str, bool] | None:
@@ -164,11 +164,11 @@ class _Adoption:
             "surrogate": "identity", "weight_scale": weight_scale,
         }
         groups = self.product.options.get("groups", 1)
-        sizes = [latent.shape[1] * groups, latent.shape[0]]
+        sizes: list[Any] = [latent.shape[1] * groups, latent.shape[0]]
         kind = _LAYERS[self.product.kind]
         if self.product.kind is not nn.Linear:
             options |= {name: _sizes(value) for name, value in self.product.options.items()}
-            sizes.append(tuple(latent.shape[2:]))  # type: ignore[arg-type]
+            sizes.append(tuple(latent.shape[2:]))
         with torch.random.fork_rng(devices=[]):
             layer = kind(*sizes, **options)
         with torch.no_grad():

@@ -11,15 +11,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowbit_ext._graph import first_line, trace
+from lowbit_ext._rebuilt import Rebuilt
 from lowbit_ext.binary.layers import BinaryActivation
-from lowbit_ext.binary.recognition import encoding_of, is_sign, surrogate_of
+from lowbit_ext.binary.recognition import Levels, is_sign, levels_of, surrogate_of
 
 _TRACING = threading.RLock()
 
 
 @contextlib.contextmanager
-def _whole_functions() -> Iterator[None]:
-    """While tracing, a call of an autograd.Function is one node, which has the function's own derivative."""
+def _whole_functions(module: nn.Module) -> Iterator[None]:
+    """While tracing, a call of an autograd.Function is one node, which has the function's own derivative.
+
+    Also one by another name, `sign = Sign.apply`, among the module's attributes or in the file of its forward.
+    """
     original = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: Any, *arguments: Any, **options: Any) -> Any:
@@ -28,12 +32,21 @@ def _whole_functions() -> Iterator[None]:
                 return value.tracer.create_proxy("call_function", cls.apply, arguments, options)
         return original.__func__(cls, *arguments, **options)
 
+    places = (vars(module), getattr(type(module).forward, "__globals__", {}))
     with _TRACING:
+        aliases = [
+            (place, name, value) for place in places for name, value in place.items()
+            if getattr(value, "__func__", None) is original.__func__
+        ]
         torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
         try:
+            for place, name, value in aliases:
+                place[name] = value.__self__.apply
             yield
         finally:
             torch.autograd.Function.apply = original  # type: ignore[method-assign]
+            for place, name, value in aliases:
+                place[name] = value
 
 
 def _is_function(node: fx.Node) -> bool:
@@ -48,7 +61,7 @@ def _graphs(module: nn.Module) -> fx.Graph:
         graphs = []
         for mode in (True, False):
             module.training = mode
-            with _whole_functions():
+            with _whole_functions(module):
                 graphs.append(trace(module, is_whole=lambda child: True))
     finally:
         module.training = training
@@ -62,7 +75,7 @@ class _Block:
 
     def __init__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.module, self.graph = module, _graphs(module)
-        runner = fx.Interpreter(module, garbage_collect_values=False, graph=self.graph)  # type: ignore[arg-type]
+        runner = fx.Interpreter(module, garbage_collect_values=False, graph=self.graph)
         runner.run(*inputs)
         self.values = runner.env
 
@@ -71,7 +84,7 @@ class _Block:
         value = self.values.get(node)
         if node.op not in ("call_function", "call_method") or not isinstance(value, Tensor):
             return None
-        if not value.is_floating_point() or not value.numel() or not isinstance(encoding_of(value), tuple):
+        if not value.is_floating_point() or not value.numel() or not isinstance(levels_of(value), Levels):
             return None
         for source in _ancestors(node):
             given = self.values.get(source)
@@ -93,8 +106,8 @@ class _Block:
             result = self.values[node]
         elif node.op in ("call_function", "call_method"):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda value: self._evaluate(value, known))
-            called = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
-            result = called(*(args[1:] if node.op == "call_method" else args), **kwargs)
+            called: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
+            result = called(*args, **kwargs)
         else:
             raise ValueError(f"{node} is not made of the source alone")
         known[node] = result
@@ -136,12 +149,8 @@ class _Block:
         """The module on its changed graph, with all that it has."""
         if any(map(_is_function, self.graph.nodes)):
             raise ValueError("it calls an autograd.Function that is no sign, which no graph can be saved with")
-        made = fx.GraphModule(self.module, self.graph, class_name=type(self.module).__name__)
-        for kind in ("_modules", "_parameters", "_buffers"):
-            members = vars(self.module)[kind]
-            vars(made)[kind].update({name: value for name, value in members.items() if name not in vars(made)[kind]})
+        made = Rebuilt.of(self.module, self.graph)
         vars(made).update({name: value for name, value in vars(self.module).items() if name not in vars(made)})
-        made.training = self.module.training
         return made
 
 

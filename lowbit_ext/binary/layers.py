@@ -131,7 +131,7 @@ class _BinaryLayer(nn.Module):
 
     def _reset_scale(self) -> None:
         with torch.no_grad():
-            self.learned_scale.copy_(weight_scale_of(self.weight, "channel"))
+            self.learned_scale.copy_(self.weight.abs().flatten(1).mean(1))
 
     def reset_parameters(self) -> None:
         """As torch's layer; a learned scale becomes the mean |weight| of its filter."""

@@ -125,7 +125,23 @@ class Signs:
     zeros: int
 
 
-def signs_of_weight(weight: Tensor, magnitude: float) -> Signs | str:
+@dataclasses.dataclass(frozen=True)
+class Reason:
+    """Why operands are not those of a binary layer; and whether they are two-valued all the same."""
+
+    text: str
+    two_valued: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """Binary activations: their encoding, and how many of encoding "sign" are 0."""
+
+    encoding: str
+    zeros: int
+
+
+def signs_of_weight(weight: Tensor, magnitude: float) -> Signs | Reason:
     """A weight (O, ...) as scale * signs, or why it is none.
 
     Args:
@@ -141,14 +157,14 @@ def signs_of_weight(weight: Tensor, magnitude: float) -> Signs | str:
         low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
         two_levels = (torch.minimum((flat - low).abs(), (flat - high).abs()) <= rounding).all()
         if bool(two_levels):
-            return "the two values of its filters are not opposite, which takes a sum of pixels besides"
-        return "its filters are not scale * sign"
+            return Reason("the two values of its filters are not opposite, which takes a sum of pixels besides", True)
+        return Reason("its filters are not scale * sign")
     signs = torch.where(flat >= 0, 1.0, -1.0).to(weight.dtype).reshape(weight.shape)
     return Signs(signs, scale.flatten().to(weight.dtype), int(zero.sum()))
 
 
-def encoding_of(values: Tensor) -> tuple[str, int] | str:
-    """Encoding of two-valued activations and how many of "sign" are 0; or why they are none.
+def levels_of(values: Tensor) -> Levels | Reason:
+    """Binary activations, or why they are none.
 
     Values a and -a are "sign", 0 and a are "step"; the layer's scale takes the factor.
     """
@@ -159,11 +175,12 @@ def encoding_of(values: Tensor) -> tuple[str, int] | str:
         levels = values.flatten()
         low, high = levels.min(), levels.max()
         if bool((torch.minimum((levels - low).abs(), (levels - high).abs()) <= tolerance).all()) and low < high:
-            return f"its input has the values {float(low):.4g} and {float(high):.4g}, neither opposite nor 0 and another"
-        return "its input is not binary"
+            text = f"the values of its input, {float(low):.4g} and {float(high):.4g}, are neither opposite nor 0 and another"
+            return Reason(text, True)
+        return Reason("its input is not binary")
     if bool(zero.any()) and not bool((values < -tolerance).any()):
-        return "step", 0
-    return "sign", int(zero.sum())
+        return Levels("step", 0)
+    return Levels("sign", int(zero.sum()))
 
 
 def probe(like: Tensor, seed: int = 0) -> Tensor:
