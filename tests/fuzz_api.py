@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
+import foreign_networks as foreign
 import fuzz_reference as reference
 from lowbit_ext import PackedTensor, antithetic, binary, cone, duo, helstrom, lowmem
 
@@ -192,6 +193,13 @@ def binary_network() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), binary.BinaryConv2d(8, 8, 3), nn.BatchNorm2d(8), nn.MaxPool2d(2),
         binary.BinaryConv2d(8, 4, 1), nn.Flatten(), binary.BinaryLinear(16, 3),
+    ).eval()
+
+
+def foreign_network() -> nn.Module:
+    return nn.Sequential(
+        foreign.BinaryActivation(), foreign.HardBinaryConv(4, 8), nn.BatchNorm2d(8),
+        foreign.BinaryActivation(), foreign.HardBinaryConv(8, 4),
     ).eval()
 
 
@@ -372,6 +380,17 @@ TARGETS: dict[str, Target] = {
     "binary.pack": Target(
         binary.pack, lambda r: {"model": binary_network(), "example_input": image(r)}, says=("example", "model"),
         share=2,
+    ),
+    "binary.convert": Target(
+        binary.convert, lambda r: {"model": foreign_network(), "example_input": torch.randn(2, 4, 7, 7)} | chosen(
+            r, rules=[{}, {foreign.BinaryActivation: lambda module: binary.BinaryActivation("sign", "approx_sign")}],
+            surrogate=["clip", "identity"],
+        ),
+        says=("example", "model"), share=2,
+    ),
+    "binary.conversions": Target(
+        binary.conversions,
+        lambda r: {"model": binary.convert(foreign_network(), torch.randn(2, 4, 7, 7))}, share=2,
     ),
     "binary.PackedModel": Target(
         binary.PackedModel, lambda r: {"body": binary.pack(binary_network(), image(r)).body}, share=2
@@ -587,7 +606,9 @@ TARGETS: dict[str, Target] = {
 }
 
 # Public, and only ever made by the functions above.
-RESULTS = {"duo.GradientMismatch", "duo.LayerMismatch", "lowmem.Conversion", "lowmem.LayerError"}
+RESULTS = {
+    "binary.LayerConversion", "duo.GradientMismatch", "duo.LayerMismatch", "lowmem.Conversion", "lowmem.LayerError",
+}
 
 
 def missing() -> set[str]:

@@ -300,7 +300,7 @@ class _Converter:
         """Warns of what was left; refuses a model of which nothing is converted or that has become another one."""
         if not any(has_binary_weight(layer) for layer in self.made.values()) and not self.by_rule:
             raise ValueError(
-                f"convert: nothing could be converted; {'; '.join(self.warnings) or 'the model has no binary layer'}"
+                f"convert: nothing of the model could be converted; {'; '.join(self.warnings) or 'it has no binary layer'}"
             )
         got, want, dtype = self._outputs()
         if not _is_close(got, want, _ROUNDING[dtype]):

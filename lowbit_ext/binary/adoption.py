@@ -222,7 +222,7 @@ class _Adoption:
                 values = probe(self.input).requires_grad_()
                 straight, own = layer(values), self.module(values)
                 if own.requires_grad:
-                    weights = torch.randn(own.shape, generator=torch.Generator().manual_seed(0)).to(own)
+                    weights = probe(own)
                     (grad,) = torch.autograd.grad((own * weights).sum(), values)
                     (straight,) = torch.autograd.grad((straight * weights).sum(), values)
                     found = matching_surrogate(grad, values.detach(), straight)

@@ -168,7 +168,9 @@ def levels_of(values: Tensor) -> Levels | Reason:
 
     Values a and -a are "sign", 0 and a are "step"; the layer's scale takes the factor.
     """
-    size = values.abs().amax() if values.numel() else values.new_ones(())
+    if not values.numel():
+        return Reason("the example has no values for it")
+    size = values.abs().amax()
     tolerance = _ROUNDINGS * torch.finfo(values.dtype).eps * float(size.clamp_min(1))
     zero = values.abs() <= tolerance
     if float(size) == 0 or bool(((values.abs() - size).abs() > tolerance)[~zero].any()):
@@ -185,8 +187,8 @@ def levels_of(values: Tensor) -> Levels | Reason:
 
 def probe(like: Tensor, seed: int = 0) -> Tensor:
     """Normal values of a tensor's shape and type, none of which is near a kink of a derivative."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(like.shape, generator=generator, dtype=torch.float32)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    values = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu")
     for kink in _KINKS:
         near = (values.abs() - kink).abs() < 0.01
         values = torch.where(near, values.sign() * (kink + 0.02), values)
