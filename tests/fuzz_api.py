@@ -119,7 +119,8 @@ def conv(r: random.Random, dims: int) -> Arguments:
     made = {"input": input, "weight": weight}
     if dims:
         made |= chosen(
-            r, stride=[1, 2], padding=[0, 1, 2, "valid"], dilation=[1, 1, 2], padding_value=[0, 1], groups=[groups]
+            r, stride=[1, 2], padding=[0, 1, 2, "valid", (0, 2) if dims == 1 else ((0, 1), (2, 0))],
+            dilation=[1, 1, 2], padding_value=[0, 1], groups=[groups],
         )
         made["groups"] = groups
         if made.get("dilation") == 2:
@@ -172,13 +173,14 @@ def signs_or_floats(r: random.Random) -> Any:
     return r.choice([x, binary.binarize(x)])
 
 
-def conv_layer(r: random.Random, binary_options: bool) -> Arguments:
+def conv_layer(r: random.Random, binary_options: bool, dims: int = 2) -> Arguments:
     groups = r.choice([1, 2])
     made = {"in_channels": 4 * groups, "out_channels": 3 * groups, "kernel_size": r.choice([1, 3]), "groups": groups}
     made |= chosen(r, stride=[1, 2], padding=[0, 1, "valid"], dilation=[1, 2], padding_mode=["zeros"])
     made |= layer_options(r)
     if binary_options:
-        return made | chosen(r, encoding=ENCODINGS, surrogate=["clip"], padding_value=[0, 1]) | learned_scale(r)
+        sides = chosen(r, padding=[((0, 1), (1, 0))] if dims == 2 else [(0, 1), ((0, 1),)])
+        return made | chosen(r, encoding=ENCODINGS, surrogate=["clip"], padding_value=[0, 1]) | learned_scale(r) | sides
     return made | chosen(r, save_codes=[True, False])
 
 
@@ -367,7 +369,7 @@ TARGETS: dict[str, Target] = {
         method("__call__"),
         of(lambda r: binary.BinaryConv2d(4, 3, 3), input=signs_or_floats), says=CONV,
     ),
-    "binary.BinaryConv1d": Target(binary.BinaryConv1d, lambda r: conv_layer(r, True)),
+    "binary.BinaryConv1d": Target(binary.BinaryConv1d, lambda r: conv_layer(r, True, 1)),
     "binary.BinaryConv1d.forward": Target(
         method("__call__"),
         of(lambda r: binary.BinaryConv1d(4, 3, 3), input=lambda r: floats(r, 2, 4, 5)), says=("binary_conv1d", *CONV),

@@ -165,7 +165,7 @@ def test_standardised_weights_keep_their_signs_and_scale():
 
 
 def test_two_levels_need_a_rule():
-    reason = r"could be converted; blocks\.1 \(AdaBinConv2d\) stays as it is: the two values of its filters are not opposite"
+    reason = r"blocks\.1 \(AdaBinConv2d\) stays as it is: the two values of its filters are not opposite"
     with pytest.raises(ValueError, match=reason):
         binary.convert(foreign.adabin(), foreign.images())
 

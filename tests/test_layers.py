@@ -4,6 +4,7 @@ import copy
 import pickle
 import socket
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,8 @@ def emulate(layer, x, dtype=torch.float64):
         return F.linear(bits, quantised, bias)
     conv, padding = (F.conv2d, layer.padding) if weight.dim() == 4 else (F.conv1d, layer.padding)
     if not isinstance(padding, str):
-        bits = F.pad(bits, [side for pad in reversed(padding) for side in (pad, pad)], value=layer.padding_value)
+        sides = [side if isinstance(side, tuple) else (side, side) for side in padding]
+        bits = F.pad(bits, [size for side in reversed(sides) for size in side], value=layer.padding_value)
         padding = 0
     return conv(bits, quantised, bias, layer.stride, padding, layer.dilation, layer.groups)
 
@@ -141,6 +143,9 @@ def test_a_learned_scale_of_any_sign(device, layer, arguments, shape):
         (BinaryConv2d, (48, 48, 3), {"groups": 48, "padding": 1}, (2, 48, 5, 5)),
         (BinaryConv2d, (64, 32, 3), {"padding": 1, "padding_value": -1}, (2, 64, 6, 6)),
         (BinaryConv2d, (33, 32, 3), {"padding": 1, "padding_value": 1, "encoding": "step"}, (2, 33, 6, 6)),
+        (BinaryConv2d, (45, 32, 3), {"stride": 2, "padding": ((0, 1), (0, 1))}, (2, 45, 8, 6)),
+        (BinaryConv2d, (45, 32, (2, 5)), {"padding": (1, (4, 2)), "padding_value": 1}, (2, 45, 6, 6)),
+        (BinaryConv1d, (45, 70, 4), {"stride": 2, "padding": (0, 3), "padding_value": -1}, (3, 45, 30)),
         (BinaryConv1d, (45, 70, 5), {"stride": 2, "padding": 3, "dilation": 2}, (3, 45, 30)),
         (BinaryConv1d, (64, 64, 4), {"groups": 2, "padding": "same", "padding_value": 0}, (3, 64, 13)),
         (BinaryLinear, (129, 65), {"bias": False}, (3, 4, 129)),
@@ -187,6 +192,52 @@ def test_memory_formats_give_the_same_bits(device):
         for other in (x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
             assert torch.equal(layer(other), expected)
         assert torch.equal(copy.deepcopy(layer).to(memory_format=torch.channels_last)(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(BinaryConv2d(45, 6, 3, padding=1), (45, 6, 7)), (BinaryConv1d(45, 6, 3), (45, 9))]
+)
+def test_unbatched_input(device, layer, shape):
+    """As torch's layers take it; hooks see one call."""
+    layer, x, calls = copy.deepcopy(layer).to(torch.get_default_device()), torch.randn(shape), []
+    layer.register_forward_hook(lambda module, arguments, output: calls.append(output.shape))
+    x.requires_grad_()
+    output = layer(x)
+    expected = layer(x.unsqueeze(0)).squeeze(0)
+    assert torch.equal(output, expected)
+    assert calls == [output.shape, (1, *output.shape)]
+    grad = torch.randn_like(output)
+    assert torch.equal(*(torch.autograd.grad(value, x, grad)[0] for value in (output, expected)))
+    with pytest.raises(ValueError, match="input must be"):
+        layer(x[0])
+
+
+def test_sizes_of_numpy():
+    two, three = np.int64(2), np.int32(3)
+    for made in (
+        BinaryConv2d(np.int64(6), np.uint8(4), (three, three), two, (np.int64(1), two), np.int64(1), two),
+        BinaryConv2d(6, 4, 3, padding=((np.int64(0), two), np.int16(1))), BinaryConv1d(np.int64(6), 4, three, two, two),
+        BinaryLinear(np.int64(6), three),
+    ):
+        x = torch.randn(2, 6, *(7,) * (made.weight.dim() - 2))
+        made(x).sum().backward()
+        assert made.weight.grad is not None
+        for sizes in (getattr(made, name, ()) for name in ("kernel_size", "stride", "padding", "dilation")):
+            assert all(type(size) in (int, tuple) for size in sizes)
+
+
+def test_padding_same_of_tensorflow():
+    """Its sides depend on the image: with stride 2 an even one has them at the bottom and right alone."""
+
+    def sides(size, kernel, stride):
+        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        return total // 2, total - total // 2
+
+    for size, kernel, stride in ((8, 3, 2), (7, 3, 2), (9, 5, 3), (6, 2, 1)):
+        padding = (sides(size, kernel, stride), sides(size + 1, kernel, stride))
+        layer = BinaryConv2d(5, 4, kernel, stride, padding, bias=False)
+        assert layer(torch.randn(1, 5, size, size + 1)).shape[2:] == (-(-size // stride), -(-(size + 1) // stride))
+        assert_equals_emulation(layer, (2, 5, size, size + 1))
 
 
 @pytest.mark.parametrize(
@@ -244,6 +295,8 @@ def test_stands_in_for_the_torch_layer(device, ours, theirs, arguments):
         (lambda: BinaryConv2d(4, 4, 3, padding_value=2), "padding_value must be one of 0, 1, -1, got 2"),
         (lambda: BinaryConv1d(4, 4, 3, encoding="step", padding_value=-1), "padding_value must be one of 0, 1, got -1"),
         (lambda: BinaryConv2d(4, 4, 3, padding_mode="reflect"), "padding_mode must be 'zeros', got 'reflect'"),
+        (lambda: BinaryConv2d(4, 4, 3, padding=((1, 0), (0, -1))), "padding must be at least 0, got -1"),
+        (lambda: BinaryConv1d(4, 4, 3, padding=(-1, 1)), "padding must be at least 0, got -1"),
         (lambda: BinaryActivation("ternary"), "BinaryActivation: encoding"),
         (lambda: BinaryLinear(4, 4)(binarize(torch.zeros(1, 4), "step")), "encoding 'step', the layer 'sign'"),
         (lambda: BinaryLinear(4, 4)(torch.zeros(1, 5)), "4 input features"),

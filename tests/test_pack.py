@@ -148,12 +148,24 @@ def mlp(encoding="sign"):
     return shake(nn.Sequential(nn.Linear(20, 50), *body, nn.ReLU(), nn.Linear(64, 5)))
 
 
+def larq():
+    """Strided "same" padding of TensorFlow, of 1 and of values 0, +1."""
+    return shake(
+        nn.Sequential(
+            nn.Conv2d(3, 45, 3), nn.BatchNorm2d(45),
+            BinaryConv2d(45, 64, 3, 2, ((1, 1), (0, 1)), bias=False, padding_value=1), nn.BatchNorm2d(64),
+            BinaryConv2d(64, 33, 3, 2, ((0, 1), (0, 1)), bias=False), nn.BatchNorm2d(33),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(33, 4),
+        )
+    )
+
+
 def audio():
     return shake(
         nn.Sequential(
             nn.Conv1d(2, 45, 5),
             nn.BatchNorm1d(45),
-            BinaryConv1d(45, 90, 3, padding=2, dilation=2),
+            BinaryConv1d(45, 90, 3, padding=(4, 0), dilation=2),
             nn.MaxPool1d(2),
             nn.BatchNorm1d(90),
             BinaryActivation(),
@@ -171,6 +183,7 @@ MODELS = {
     "vgg": (vgg, IMAGE),
     "vgg_wide_step": (lambda: vgg((64, 128, 64), "step", weight_scale="layer"), IMAGE),
     "vgg_learned_scale": (lambda: learned(vgg((33, 64, 48), weight_scale="learned")), IMAGE),
+    "larq": (larq, IMAGE),
     "vgg_unscaled_padding": (lambda: vgg((33, 64, 48), weight_scale=None, padding_value=-1)[:13], IMAGE),
     "residual": (lambda: shake(Residual()), IMAGE),
     "doubled": (lambda: shake(Doubled()), IMAGE),
@@ -278,6 +291,14 @@ def test_what_is_not_packed_is_named(layer, shape, message):
     assert record[0].filename == __file__
     assert torch.equal(packed(x), model(x))
     assert [type(layer) for layer in packed.packed_layers().values()] == [PackedBinarize, PackedConv2d]
+
+
+def test_layers_of_one_image_stay():
+    head = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, -1)), BinaryLinear(8 * 4, 4))
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), BinaryConv2d(8, 8, 3), *head), torch.randn(3, 6, 6)
+    with pytest.warns(UserWarning, match=r"pack: 1 \(BinaryConv2d\) stays as it is: its result is \(8, 2, 2\)"):
+        packed = binary.pack(model, x)
+    assert torch.equal(packed(x), model(x))
 
 
 @pytest.mark.parametrize("activation", [BinaryActivation(), nn.ReLU()])

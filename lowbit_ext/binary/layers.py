@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lowbit_ext import _arguments
 from lowbit_ext._torch import Size1, Size2
 from lowbit_ext.binary import activation, convolution
+from lowbit_ext.binary.ops.geometry import Sides
 from lowbit_ext.binary.surrogates import SURROGATES, keeps_bits
 from lowbit_ext.packed import ENCODING_VALUES, PackedTensor
 
@@ -35,9 +36,12 @@ def check_factory(layer: str, device: Any, dtype: Any) -> None:
 
 def check_conv(
     layer: str, dims: int, *, in_channels: Any, out_channels: Any, kernel_size: Any, stride: Any, padding: Any,
-    dilation: Any, groups: Any, bias: Any, device: Any, dtype: Any,
+    dilation: Any, groups: Any, bias: Any, device: Any, dtype: Any, own_sides: bool = False,
 ) -> dict[str, Any]:
-    """torch's arguments of a convolution, checked: torch itself fails in the midst of some of them."""
+    """torch's arguments of a convolution, checked: torch itself fails in the midst of some of them.
+
+    `own_sides`: padding may have other sizes on each side.
+    """
 
     def sizes(name: str, value: Any, least: int) -> Any:
         checked = _arguments.pair(layer, name, value) if dims == 2 else _one(layer, name, value)
@@ -58,6 +62,8 @@ def check_conv(
         )
     if isinstance(padding, str):
         _arguments.choice(layer, "padding", padding, ("same", "valid"))
+    elif own_sides:
+        padding = _check_sides(layer, dims, padding)
     else:
         padding = sizes("padding", padding, 0)
     stride = sizes("stride", stride, 1)
@@ -68,6 +74,21 @@ def check_conv(
         "dilation": sizes("dilation", dilation, 1), "bias": _arguments.flag(layer, "bias", bias), "device": device,
         "dtype": dtype,
     }
+
+
+def _check_sides(layer: str, dims: int, padding: Any) -> tuple[Any, ...]:
+    """Padding of each dimension: an int for both sides, or the pair of them where they differ."""
+    if dims == 2:
+        checked: tuple[Any, ...] = _arguments.sides(layer, "padding", padding)
+    else:
+        alone = isinstance(padding, (tuple, list)) and len(padding) == 1
+        only = padding[0] if alone else padding
+        checked = (_arguments.pair(layer, "padding", only),) if isinstance(only, (tuple, list)) else _one(
+            layer, "padding", only
+        )
+    for size in (size for side in checked for size in (side if isinstance(side, tuple) else (side,))):
+        _arguments.integer(layer, "padding", size, 0)
+    return checked
 
 
 def _check_elements(layer: str, names: str, *sizes: int) -> None:
@@ -199,12 +220,19 @@ def _check_padding_mode(layer: str, padding_mode: Any) -> None:
         )
 
 
+def _is_unbatched(input: Any, dims: int) -> bool:
+    """Whether an input is one image or sequence; of what is no dense tensor the convolution itself says so."""
+    dense = isinstance(input, Tensor) and input.layout is torch.strided and not input.is_nested
+    return dense and input.dim() == dims
+
+
 class BinaryConv2d(_BinaryConv, nn.Conv2d):
     """Convolution of the input's bits with the weight's signs: scale * conv2d(binarize(x), sign(weight)) + bias.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
-            torch.nn.Conv2d; padding_mode only "zeros".
+            torch.nn.Conv2d; padding also with sides of their own ((top, bottom), (left, right)), as "same" of
+            TensorFlow and Larq has them with a stride; padding_mode only "zeros".
         encoding: "sign" (x >= 0 is +1, else -1) or "step" (x >= 1/2 is 1, else 0; BinaryDuo).
         surrogate: derivative that stands for the binarization's (lowbit_ext.binary.surrogates). Behind a
             BinaryActivation("step") use "identity": its 0 and 1 lie on the ends of the clipped mask 0 < x < 1, which
@@ -215,9 +243,10 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
             sign) or None (1).
 
     Shape:
-        input (N, C, H, W) float32, bfloat16, float16, float64 (by torch's operators, for comparisons; the layer in
-        float64 too) or a PackedTensor of the layer's encoding; output (N, O, H', W')
-        in the input's dtype (autocast's inside autocast; for packed input the weight's), channels-last in memory.
+        input (N, C, H, W) or (C, H, W) float32, bfloat16, float16, float64 (by torch's operators, for comparisons; the
+        layer in float64 too), or a PackedTensor (N, C, H, W) of the layer's encoding; output (N, O, H', W') or
+        (O, H', W') in the input's dtype (autocast's inside autocast; for packed input the weight's). It is
+        channels-last in memory: flatten(1), not view(n, -1), makes rows of it.
 
     Gradient:
         input: straight-through with `surrogate`. weight: the gradient of scale * sign(weight) as it is, with no
@@ -237,7 +266,7 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         out_channels: int,
         kernel_size: Size2,
         stride: Size2 = 1,
-        padding: str | Size2 = 0,
+        padding: str | Sides = 0,
         dilation: Size2 = 1,
         groups: int = 1,
         bias: bool = True,
@@ -255,15 +284,17 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
             **check_conv(
                 type(self).__name__, 2, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size,
                 stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias, device=device, dtype=dtype,
+                own_sides=True,
             ),
         )
         self._configure(encoding, surrogate, weight_scale)
         self._configure_padding(padding_value)
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
-        """Numbers (N, O, H', W'); the weight's signs are packed anew at every call."""
-        return convolution.conv2d(  # type: ignore[return-value]
-            input,
+        """Numbers (N, O, H', W') or (O, H', W'); the weight's signs are packed anew at every call."""
+        alone = _is_unbatched(input, 3)
+        output: Any = convolution.conv2d(
+            input.unsqueeze(0) if alone else input,  # type: ignore[union-attr]
             self.weight,
             stride=self.stride,
             padding=self.padding,
@@ -272,12 +303,13 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
             padding_value=self.padding_value,
             **self._options(input),
         )
+        return output.squeeze(0) if alone else output
 
 
 class BinaryConv1d(_BinaryConv, nn.Conv1d):
-    """BinaryConv2d in one dimension: input (N, C, L), output (N, O, L').
+    """BinaryConv2d in one dimension: input (N, C, L) or (C, L), output (N, O, L') or (O, L').
 
-    Arguments as torch.nn.Conv1d; the options, gradients and errors of BinaryConv2d.
+    Arguments as torch.nn.Conv1d, padding also (left, right); the options, gradients and errors of BinaryConv2d.
     """
 
     def __init__(
@@ -286,7 +318,7 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
         out_channels: int,
         kernel_size: Size1,
         stride: Size1 = 1,
-        padding: str | Size1 = 0,
+        padding: str | Size1 | tuple[int, int] = 0,
         dilation: Size1 = 1,
         groups: int = 1,
         bias: bool = True,
@@ -304,15 +336,17 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
             **check_conv(
                 type(self).__name__, 1, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size,
                 stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias, device=device, dtype=dtype,
+                own_sides=True,
             ),
         )
         self._configure(encoding, surrogate, weight_scale)
         self._configure_padding(padding_value)
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
-        """Numbers (N, O, L'); the weight's signs are packed anew at every call."""
-        return convolution.conv1d(  # type: ignore[return-value]
-            input,
+        """Numbers (N, O, L') or (O, L'); the weight's signs are packed anew at every call."""
+        alone = _is_unbatched(input, 2)
+        output: Any = convolution.conv1d(
+            input.unsqueeze(0) if alone else input,  # type: ignore[union-attr]
             self.weight,
             stride=self.stride[0],
             padding=self.padding if isinstance(self.padding, str) else self.padding[0],
@@ -321,6 +355,7 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
             padding_value=self.padding_value,
             **self._options(input),
         )
+        return output.squeeze(0) if alone else output
 
 
 class BinaryLinear(_BinaryLayer, nn.Linear):
