@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import stat
+import warnings
 
 import pytest
 import torch
@@ -291,6 +292,63 @@ def test_what_is_not_packed_is_named(layer, shape, message):
     assert record[0].filename == __file__
     assert torch.equal(packed(x), model(x))
     assert [type(layer) for layer in packed.packed_layers().values()] == [PackedBinarize, PackedConv2d]
+
+class Functions(nn.Module):
+    """Binary layers as functions, with a scale by an expression of the weight, a parameter, or a number."""
+
+    def __init__(self, second="constant"):
+        super().__init__()
+        self.stem, self.bn1, self.bn2 = nn.Conv2d(3, 45, 3), nn.BatchNorm2d(45), nn.BatchNorm2d(64)
+        self.weight, self.bias = nn.Parameter(torch.randn(64, 45, 3, 3)), nn.Parameter(torch.randn(64))
+        self.register_buffer("grouped", torch.randn(32, 32, 2, 3))
+        self.alpha, self.bn3 = nn.Parameter(torch.randn(32)), nn.BatchNorm1d(32)
+        self.matrix, self.second = nn.Parameter(torch.randn(10, 32)), second
+
+    def forward(self, x):
+        x = self.bn1(self.stem(x))
+        scale = self.weight.abs().mean((1, 2, 3)).log2().round().exp2()
+        x = binary.conv2d(x, self.weight, stride=2, padding=((0, 1), 1), scale=scale, bias=self.bias)
+        x = F.hardtanh(self.bn2(x))
+        alpha = self.alpha if self.second == "constant" else self.alpha + x.mean()
+        x = binary.conv2d(x, self.grouped, groups=2, dilation=(2, 1), padding_value=1, padding=1, scale=alpha)
+        return binary.linear(self.bn3(x.flatten(2).amax(2)), self.matrix, scale=0.25)
+
+
+def test_functions_pack_as_layers():
+    model, x = shake(Functions()), torch.randn(3, *IMAGE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed = binary.pack(model, x)
+    other = torch.randn(5, *IMAGE)
+    assert torch.equal(packed(other), model(other))
+    assert [type(layer) for layer in packed.packed_layers().values()].count(PackedConv2d) == 3
+    assert all(not isinstance(module, BinaryConv2d) for module in model.modules()), "the model stays as it is"
+
+
+def test_functions_of_one_dimension_pack():
+    class Audio(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bn = nn.Parameter(torch.randn(40, 8, 3)), nn.BatchNorm1d(40)
+
+        def forward(self, x):
+            y = binary.conv1d(x, self.weight, stride=2, padding=(2, 0), dilation=2, groups=2, bias=self.bn.bias)
+            return binary.linear(self.bn(y).flatten(1), self.weight.reshape(24, 40).repeat(1, 4))
+
+    model = shake(Audio())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed = binary.pack(model, torch.randn(2, 16, 9))
+    x = torch.randn(3, 16, 9)
+    assert torch.equal(packed(x), model(x))
+    assert [type(layer) for layer in packed.packed_layers().values()].count(PackedConv2d) == 2
+
+
+def test_functions_that_no_layer_does_stay():
+    model, x = shake(Functions("varying")), torch.randn(3, *IMAGE)
+    with pytest.warns(UserWarning, match=r"conv2d_1 \(conv2d\) stays as it is: its scale is not constant"):
+        packed = binary.pack(model, x)
+    torch.testing.assert_close(packed(x), model(x))
 
 
 def test_layers_of_one_image_stay():
