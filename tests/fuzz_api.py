@@ -205,6 +205,14 @@ def foreign_network() -> nn.Module:
     ).eval()
 
 
+def with_cached_weights(input: Any) -> Tensor:
+    """A layer's second call, on the weight that the first one has packed."""
+    layer = binary.BinaryConv2d(4, 3, 3, device="cpu", dtype=torch.float32)
+    with torch.no_grad(), binary.cached_weights():
+        layer(input)
+        return layer(input)
+
+
 def coupled_network() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), duo.TernaryActivation(), duo.CoupledConv2d(4, 4, 3), nn.BatchNorm2d(4),
@@ -382,6 +390,9 @@ TARGETS: dict[str, Target] = {
     "binary.pack": Target(
         binary.pack, lambda r: {"model": binary_network(), "example_input": image(r)}, says=("example", "model"),
         share=2,
+    ),
+    "binary.cached_weights": Target(
+        with_cached_weights, lambda r: {"input": floats(r, 2, 4, 5, 5)}, says=("cached_weights", *CONV), share=2,
     ),
     "binary.convert": Target(
         binary.convert, lambda r: {"model": foreign_network(), "example_input": torch.randn(2, 4, 7, 7)} | chosen(

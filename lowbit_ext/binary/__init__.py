@@ -11,6 +11,7 @@ from lowbit_ext.binary.convolution import conv1d, conv2d, linear
 from lowbit_ext.binary.layers import BinaryActivation, BinaryConv1d, BinaryConv2d, BinaryLinear
 from lowbit_ext.binary.packed_model import PackedModel, load, save
 from lowbit_ext.binary.pooling import avg_pool2d, global_avg_pool, max_pool2d
+from lowbit_ext.binary.weight_cache import cached_weights
 from lowbit_ext.binary.weights import PackedWeight, pack_weight
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "avg_pool2d",
     "binarize",
     "binary_activation",
+    "cached_weights",
     "conv1d",
     "conv2d",
     "conversions",

@@ -18,6 +18,8 @@ from lowbit_ext._torch import Size1, Size2
 from lowbit_ext.binary import activation, convolution
 from lowbit_ext.binary.ops.geometry import Sides
 from lowbit_ext.binary.surrogates import SURROGATES, keeps_bits
+from lowbit_ext.binary.weight_cache import cached_operands
+from lowbit_ext.binary.weights import PackedWeight
 from lowbit_ext.packed import ENCODING_VALUES, PackedTensor
 
 WEIGHT_SCALES = ("channel", "layer", None)  # that follow from the weight
@@ -171,8 +173,8 @@ class _BinaryLayer(nn.Module):
         """Whether the layer keeps bits for its backward pass; otherwise its surrogate needs the input."""
         return self.surrogate in ("clip", "identity")
 
-    def _options(self, input: Tensor | PackedTensor) -> dict[str, Any]:
-        """Arguments that conv2d, conv1d and linear share."""
+    def _operands(self, input: Tensor | PackedTensor) -> tuple[Tensor | PackedWeight, dict[str, Any]]:
+        """The weight, and arguments that conv2d, conv1d and linear share."""
         out_dtype = None
         if isinstance(input, PackedTensor):
             if input.encoding != self.encoding:
@@ -180,10 +182,19 @@ class _BinaryLayer(nn.Module):
                     f"{type(self).__name__}: packed input has encoding {input.encoding!r}, the layer {self.encoding!r}"
                 )
             out_dtype = convolution.autocast_dtype(input.device, self.weight.dtype)
-        return {
+        precise = isinstance(input, Tensor) and input.dtype == torch.float64
+        cached = None if precise else cached_operands(self)
+        weight: Tensor | PackedWeight = self.weight
+        if cached is None:
+            scale = self.scale()
+        else:
+            weight, scale = cached
+            if self.weight_scale == _LEARNED or type(self).scale is not _BinaryLayer.scale:
+                scale = self.scale()  # of more than the weight
+        return weight, {
             "encoding": self.encoding,
             "surrogate": self.surrogate,
-            "scale": self.scale(),
+            "scale": scale,
             "bias": self.bias,
             "out_dtype": out_dtype,
         }
@@ -248,6 +259,8 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         (O, H', W') in the input's dtype (autocast's inside autocast; for packed input the weight's). It is
         channels-last in memory: flatten(1), not view(n, -1), makes rows of it.
 
+    The weight's signs are packed anew at every call, but within cached_weights.
+
     Gradient:
         input: straight-through with `surrogate`. weight: the gradient of scale * sign(weight) as it is, with no
         gradient through the scale; with a learned scale that of sign(weight), which has the scale as a factor. bias and
@@ -291,17 +304,18 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         self._configure_padding(padding_value)
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
-        """Numbers (N, O, H', W') or (O, H', W'); the weight's signs are packed anew at every call."""
+        """Numbers (N, O, H', W') or (O, H', W')."""
         alone = _is_unbatched(input, 3)
+        weight, options = self._operands(input)
         output: Any = convolution.conv2d(
             input.unsqueeze(0) if alone else input,  # type: ignore[union-attr]
-            self.weight,
+            weight,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
             padding_value=self.padding_value,
-            **self._options(input),
+            **options,
         )
         return output.squeeze(0) if alone else output
 
@@ -343,17 +357,18 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
         self._configure_padding(padding_value)
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
-        """Numbers (N, O, L') or (O, L'); the weight's signs are packed anew at every call."""
+        """Numbers (N, O, L') or (O, L')."""
         alone = _is_unbatched(input, 2)
+        weight, options = self._operands(input)
         output: Any = convolution.conv1d(
             input.unsqueeze(0) if alone else input,  # type: ignore[union-attr]
-            self.weight,
+            weight,
             stride=self.stride[0],
             padding=self.padding if isinstance(self.padding, str) else self.padding[0],
             dilation=self.dilation[0],
             groups=self.groups,
             padding_value=self.padding_value,
-            **self._options(input),
+            **options,
         )
         return output.squeeze(0) if alone else output
 
@@ -386,8 +401,9 @@ class BinaryLinear(_BinaryLayer, nn.Linear):
         self._configure(encoding, surrogate, weight_scale)
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
-        """Numbers (*, O); the weight's signs are packed anew at every call."""
-        return convolution.linear(input, self.weight, **self._options(input))  # type: ignore[return-value]
+        """Numbers (*, O)."""
+        weight, options = self._operands(input)
+        return convolution.linear(input, weight, **options)  # type: ignore[return-value]
 
 
 class BinaryActivation(nn.Module):
