@@ -1,5 +1,6 @@
 """Binary networks as their authors write them, in small: what binary.convert must take.
 
+BinaryNet writes signs over inputs and weights.
 XNOR-Net binarizes plain convolutions from outside and activations by a function; Bi-Real Net and ReActNet have modules
 for both, with a flat weight; IR-Net does both within the convolution; AdaBin's values are not opposite.
 """
@@ -101,6 +102,52 @@ def xnor_net():
     """Latent weights; BinOp(model).binarize() makes them those of a forward pass."""
     blocks = BinConv2d(32, 48, 3, 1, 1, dropout=0.5), nn.MaxPool2d(2), BinConv2d(48, 64, 3, 1, 1, groups=2)
     return trained(Classifier(*blocks))
+
+
+# --- BinaryNet --------------------------------------------------------------------------------------------------------
+
+
+def binarized(tensor):
+    return tensor.sign()
+
+
+class BinarizeConv2d(nn.Conv2d):
+    """Signs written over input and weight, whose latent values are an attribute of the parameter."""
+
+    def forward(self, x):
+        if x.size(1) != 3:
+            x.data = binarized(x.data)
+        if not hasattr(self.weight, "org"):
+            self.weight.org = self.weight.data.clone()
+        self.weight.data = binarized(self.weight.org)
+        out = F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        if self.bias is not None:
+            self.bias.org = self.bias.data.clone()
+            out += self.bias.view(1, -1, 1, 1).expand_as(out)
+        return out
+
+
+class BinarizeLinear(nn.Linear):
+    def forward(self, x):
+        x.data = binarized(x.data)
+        if not hasattr(self.weight, "org"):
+            self.weight.org = self.weight.data.clone()
+        self.weight.data = binarized(self.weight.org)
+        out = F.linear(x, self.weight)
+        if self.bias is not None:
+            self.bias.org = self.bias.data.clone()
+            out += self.bias.view(1, -1).expand_as(out)
+        return out
+
+
+def binarynet():
+    """As for CIFAR-10, in small."""
+    return trained(nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.Hardtanh(inplace=True),
+        BinarizeConv2d(32, 48, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(48), nn.Hardtanh(inplace=True),
+        BinarizeConv2d(48, 64, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(64), nn.Hardtanh(),
+        nn.Flatten(), BinarizeLinear(64 * 9, 32), nn.BatchNorm1d(32), nn.Hardtanh(inplace=True), nn.Linear(32, 10),
+    ))
 
 
 # --- Bi-Real Net and ReActNet -----------------------------------------------------------------------------------------

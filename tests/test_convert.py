@@ -30,7 +30,7 @@ def xnor_net():
 
 NETWORKS = {
     "XNOR-Net": (xnor_net, 2), "Bi-Real Net": (foreign.birealnet, 3), "ReActNet": (foreign.reactnet, 2),
-    "IR-Net": (foreign.irnet, 2),
+    "IR-Net": (foreign.irnet, 2), "BinaryNet": (foreign.binarynet, 3),
 }
 
 
@@ -59,17 +59,18 @@ def test_the_network_is_the_same(name):
     model, x = build(), foreign.images()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     made = converted(model, x)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert len(layers_of(made)) == count
     assert not made.training
     with torch.no_grad():
         want = model(x)
         torch.testing.assert_close(made(x), want, rtol=0, atol=rounding(want))
-        torch.testing.assert_close(made.double()(x.double()), model.double()(x.double()), rtol=1e-9, atol=1e-12)
-    model.float()
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        if name != "BinaryNet":  # whose latent weights are no parameters, and stay float32
+            made, double = made.double(), copy.deepcopy(model).double()
+            torch.testing.assert_close(made(x.double()), double(x.double()), rtol=1e-9, atol=1e-12)
     entries = binary.conversions(made)
     assert all(entry.converted for entry in entries)
-    assert sum("BinaryConv2d" in entry.how for entry in entries) == count
+    assert sum("weight_scale" in entry.how for entry in entries) == count
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -141,6 +142,36 @@ def test_input_gradient_of_the_authors():
     grad = torch.randn(2, 48, 6, 6)
     (want,), (got,) = (torch.autograd.grad(model(x), x, grad) for model in (block, made))
     torch.testing.assert_close(got, want, rtol=0, atol=sum_bound(48 * 9, 4 * float(want.abs().max())))
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_latent_weights_beside_a_parameter_are_found(used):
+    model, x = foreign.binarynet(), foreign.images()
+    latent = model[3].weight.detach().clone()
+    if used:
+        with torch.no_grad():
+            model(x.clone())
+        assert not torch.equal(model[3].weight, latent)
+    made = converted(model, x)
+    assert torch.equal(made[3].weight, latent)
+    assert (made[3].weight_scale, made[3].surrogate) == (None, "identity")  # the Hardtanh in front clips
+    torch.testing.assert_close(made[3].bias, model[3].bias, rtol=0, atol=1e-5)
+
+
+class Sign(nn.Module):
+    def forward(self, weight):
+        return weight.abs().mean((1, 2, 3), keepdim=True) * foreign.BinActive.apply(weight)
+
+
+def test_a_parametrized_weight():
+    model, x = nn.Sequential(foreign.BinaryActivation(), nn.Conv2d(16, 24, 3)), torch.randn(2, 16, 6, 6)
+    latent = model[1].weight.detach().clone()
+    nn.utils.parametrize.register_parametrization(model[1], "weight", Sign())
+    made = converted(model, x)
+    assert type(made[1]) is BinaryConv2d
+    assert torch.equal(made[1].weight, latent)
+    assert made[1].weight_scale == "channel"
+    assert torch.equal(made[1].bias, model[1].bias)
 
 
 def test_standardised_weights_keep_their_signs_and_scale():

@@ -17,7 +17,7 @@ from lowbit_ext._torch import pytree
 from lowbit_ext.binary.adoption import Adopted, adopt
 from lowbit_ext.binary.inline_signs import with_activations
 from lowbit_ext.binary.layers import BinaryActivation
-from lowbit_ext.binary.recognition import Visit, is_sign, run, surrogate_of, visits
+from lowbit_ext.binary.recognition import Visit, copied, is_sign, run, surrogate_of, visits
 from lowbit_ext.binary.surrogates import SURROGATES
 
 __all__ = ["LayerConversion", "conversions", "convert"]
@@ -148,7 +148,7 @@ class _Converter:
         self.warnings: list[str] = []
         self.zeros = self.fitted = self.by_rule = False
         self.made: dict[nn.Module, nn.Module] = {}
-        root = copy.deepcopy(model)
+        root = copied(model)
         modes = {module: module.training for module in root.modules()}
         root.eval()
         with torch.no_grad():
@@ -299,9 +299,8 @@ class _Converter:
     def check(self) -> None:
         """Warns of what was left; refuses a model of which nothing is converted or that has become another one."""
         if not any(has_binary_weight(layer) for layer in self.made.values()) and not self.by_rule:
-            raise ValueError(
-                f"convert: nothing of the model could be converted; {'; '.join(self.warnings) or 'it has no binary layer'}"
-            )
+            reasons = "; ".join(self.warnings) or "it has no binary layer"
+            raise ValueError(f"convert: nothing of the model could be converted; {reasons}")
         got, want, dtype = self._outputs()
         if not _is_close(got, want, _ROUNDING[dtype]):
             differ = f"the converted network's output differs from the model's by {_difference(got, want)}"
@@ -316,13 +315,22 @@ class _Converter:
         with torch.no_grad():
             try:
                 both = [
-                    run(copy.deepcopy(network).eval().double(), _example_of(self.example, torch.float64))
+                    run(_in_double(copied(network).eval()), _example_of(self.example, torch.float64))
                     for network in (self.result, self.original)
                 ]
                 return both[0], both[1], torch.float64
             except Exception:  # tensors that are neither parameters nor buffers stay in their type
                 result = copy.deepcopy(self.result).eval()
                 return run(result, _example_of(self.example)), self.expected, torch.float32
+
+
+def _in_double(model: nn.Module) -> nn.Module:
+    """The model in float64, attributes of its parameters included."""
+    for parameter in model.double().parameters():
+        for name, value in vars(parameter).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                vars(parameter)[name] = value.double()
+    return model
 
 
 def _is_close(got: Any, want: Any, rounding: float) -> bool:

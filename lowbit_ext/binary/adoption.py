@@ -16,9 +16,9 @@ from lowbit_ext.binary.recognition import (
     Visit,
     levels_of,
     matching_surrogate,
-    parameters_like,
     probe,
     signs_of_weight,
+    tensors_like,
 )
 
 _LAYERS: dict[type, Any] = {
@@ -123,7 +123,7 @@ class _Adoption:
         values = probe(self.input, seed=1)
         if self.reads_signs:
             values = values.sign() * self.factor if self.encoding == "sign" else (values > 0) * self.factor
-        if not self._agrees(layer, values, self.module(values)):
+        if not self._agrees(layer, values, self.module(values.clone())):
             return "on other values it gives something else than on the example"
         self._choose_surrogate(layer, surrogate)
         return Adopted(layer, self.reads_signs, self.fitted, self.zeros, self.notes)
@@ -131,7 +131,7 @@ class _Adoption:
     def _latent(self) -> Tensor:
         """The module's own weight where it has the signs; else centred by filter; else its magnitudes with signs."""
         signs, shape = self.signs.signs > 0, self.signs.signs.shape
-        own = [(name, value.detach().reshape(shape)) for name, value in parameters_like(self.module, signs)]
+        own = [(name, value.detach().reshape(shape)) for name, value in tensors_like(self.module, signs)]
         for name, value in own:
             if torch.equal(value >= 0, signs):
                 self.notes.append(f"its {name}")
@@ -219,13 +219,14 @@ class _Adoption:
         found = None
         if self.encoding == "sign":
             with torch.enable_grad():
-                values = probe(self.input).requires_grad_()
-                straight, own = layer(values), self.module(values)
+                values = probe(self.input)
+                inputs = values.clone().requires_grad_(), values.clone().requires_grad_()  # modules may write into it
+                straight, own = layer(inputs[0]), self.module(inputs[1])
                 if own.requires_grad:
                     weights = probe(own)
-                    (grad,) = torch.autograd.grad((own * weights).sum(), values)
-                    (straight,) = torch.autograd.grad((straight * weights).sum(), values)
-                    found = matching_surrogate(grad, values.detach(), straight)
+                    (straight,) = torch.autograd.grad((straight * weights).sum(), inputs[0])
+                    (grad,) = torch.autograd.grad((own * weights).sum(), inputs[1], allow_unused=True)
+                    found = None if grad is None else matching_surrogate(grad, values, straight)
         layer.surrogate = found or otherwise
         self.notes.append(f"surrogate {layer.surrogate!r}{'' if found else ', in place of a derivative of its own'}")
 

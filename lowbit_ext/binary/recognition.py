@@ -6,6 +6,7 @@ were made. A weight counts as binary where every filter is scale * sign, to roun
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -177,7 +178,7 @@ def levels_of(values: Tensor) -> Levels | Reason:
         levels = values.flatten()
         low, high = levels.min(), levels.max()
         if bool((torch.minimum((levels - low).abs(), (levels - high).abs()) <= tolerance).all()) and low < high:
-            text = f"the values of its input, {float(low):.4g} and {float(high):.4g}, are neither opposite nor 0 and another"
+            text = f"its input's values, {float(low):.4g} and {float(high):.4g}, are neither opposite nor 0 and another"
             return Reason(text, True)
         return Reason("its input is not binary")
     if bool(zero.any()) and not bool((values < -tolerance).any()):
@@ -200,7 +201,7 @@ def is_sign(function: Any, like: Tensor) -> bool:
     for seed in (0, 1):
         values = probe(like, seed)
         try:
-            got = function(values)
+            got = function(values.clone())
         except Exception:  # it is somebody's own code, on values that it may not expect
             return False
         if not isinstance(got, Tensor) or got.shape != values.shape:
@@ -230,8 +231,22 @@ def matching_surrogate(grad: Tensor, values: Tensor, straight: Tensor) -> str | 
     return None
 
 
-def parameters_like(module: nn.Module, weight: Tensor) -> Iterator[tuple[str, nn.Parameter]]:
-    """A module's parameters with as many elements as a weight, its children's included."""
+def tensors_like(module: nn.Module, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What a module has of as many elements as a weight: attributes of its parameters, as latent weights, before these.
+
+    Courbariaux and Hubara's layers write signs over their parameter and keep the latent weight as its attribute `org`.
+    """
     for name, parameter in module.named_parameters():
-        if parameter.numel() == weight.numel() and weight.numel():
+        if parameter.numel() == weight.numel():
+            for attribute, value in vars(parameter).items():
+                if isinstance(value, Tensor) and value.numel() == weight.numel():
+                    yield f"{name}.{attribute}", value
             yield name, parameter
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model, attributes of its parameters included."""
+    made = copy.deepcopy(model)
+    for own, parameter in zip(made.parameters(), model.parameters(), strict=True):
+        vars(own).update(copy.deepcopy(vars(parameter)))
+    return made

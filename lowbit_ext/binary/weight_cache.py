@@ -44,8 +44,8 @@ def cached_weights() -> Iterator[None]:
             for images in batches:
                 logits = model(images)
 
-    A weight that operations change, as an optimizer or load_state_dict does, or that is another tensor, type, device or
-    instruction set, is packed anew. A change through `.data` or within inference mode is not seen: leave the context for
+    A weight that operations change, as an optimizer or load_state_dict does, or that is another tensor, of another type
+    or device, is packed anew. A change through `.data` or within inference mode is not seen: leave the context for
     those. The context is that of the thread, and a layer's bits are dropped where the outermost one ends.
     """
     token = _active.set(_Cache() if _active.get() is None else _active.get())
