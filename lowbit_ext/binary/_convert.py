@@ -146,7 +146,7 @@ class _Converter:
         self.original, self.example, self.rules, self.surrogate = model, example, rules, surrogate
         self.found: list[LayerConversion] = []
         self.warnings: list[str] = []
-        self.zeros = self.fitted = self.by_rule = False
+        self.zeros = self.fitted = False
         self.made: dict[nn.Module, nn.Module] = {}
         root = copied(model)
         modes = {module: module.training for module in root.modules()}
@@ -209,7 +209,6 @@ class _Converter:
                 raise ValueError(f"convert: {differ}")
             self.zeros = True
             self.warnings.append(f"{differ}; its input or parameters have zeros, which are +1 here")
-        self.by_rule = True
         self.found.append(LayerConversion(name, type(module).__name__, True, f"{type(made).__name__} by its rule"))
         return made
 
@@ -298,7 +297,7 @@ class _Converter:
 
     def check(self) -> None:
         """Warns of what was left; refuses a model of which nothing is converted or that has become another one."""
-        if not any(has_binary_weight(layer) for layer in self.made.values()) and not self.by_rule:
+        if not any(not isinstance(layer, BinaryActivation) for layer in self.made.values()):
             reasons = "; ".join(self.warnings) or "it has no binary layer"
             raise ValueError(f"convert: nothing of the model could be converted; {reasons}")
         got, want, dtype = self._outputs()

@@ -20,6 +20,7 @@ from lowbit_ext.binary.recognition import (
     signs_of_weight,
     tensors_like,
 )
+from lowbit_ext.binary.two_levels import TwoLevelConv2d
 
 _LAYERS: dict[type, Any] = {
     nn.Conv2d: layers.BinaryConv2d, nn.Conv1d: layers.BinaryConv1d, nn.Linear: layers.BinaryLinear,
@@ -62,6 +63,11 @@ def adopt(calls: list[Visit], surrogate: str) -> Adopted | str | None:
     largest = [float(value.detach().abs().max()) for value in visit.module.parameters() if value.numel()]
     signs, levels = signs_of_weight(product.weight, max(largest, default=0.0)), levels_of(product.input)
     one_tap = product.weight[0].numel() == 1
+    two_levels = [isinstance(each, Reason) and each.two_valued for each in (signs, levels)]
+    if any(two_levels) and not one_tap:
+        adopted = _adopt_two_levels(calls, product, surrogate)
+        if adopted is not None:
+            return adopted
     if isinstance(levels, Reason) and (isinstance(signs, Reason) or one_tap):
         return next((each.text for each in (signs, levels) if isinstance(each, Reason) and each.two_valued), None)
     if isinstance(signs, Reason):
@@ -95,6 +101,54 @@ def _place_of_signs(given: Tensor, values: Tensor, encoding: str) -> tuple[str, 
     return None
 
 
+def _two_levels(values: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Of rows (R, n) of two values each, center - size and center + size: center and size (R,). None of others."""
+    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    close = 1e-5 * float(values.abs().amax())
+    if bool((torch.minimum((values - low).abs(), (values - high).abs()) > close).any()) or bool((low == high).any()):
+        return None
+    return (low + high).flatten() / 2, (high - low).flatten() / 2
+
+
+def _adopt_two_levels(calls: list[Visit], product: Product, surrogate: str) -> Adopted | None:
+    """A convolution of two-level values, as AdaBin's; None where it is another."""
+    visit = calls[0]
+    weight, activation = _two_levels(product.weight.flatten(1)), _two_levels(product.input.reshape(1, -1))
+    plain = product.kind is nn.Conv2d and product.options.get("groups", 1) == 1
+    if weight is None or activation is None or not plain or len(visit.products) != 1 or len(visit.inputs) != 1:
+        return None
+    (offset, scale), (beta, alpha) = weight, (float(value) for value in activation)
+    signs = Signs(torch.where(product.weight >= offset.view(-1, 1, 1, 1), 1.0, -1.0).to(product.weight), scale, 0)
+    adoption = _Adoption(calls, product, signs, 0, "sign", False)
+    latent = adoption.latent()
+    options: dict[str, Any] = {name: _sizes(value) for name, value in product.options.items() if name != "groups"}
+    with torch.random.fork_rng(devices=[]):
+        conv = layers.BinaryConv2d(
+            latent.shape[1], latent.shape[0], tuple(latent.shape[2:]), bias=False, weight_scale="learned",
+            surrogate=surrogate, device=latent.device, dtype=latent.dtype, **options,
+        )
+    with torch.no_grad():
+        conv.weight.copy_(latent)
+        conv.learned_scale.copy_(scale)
+    layer = TwoLevelConv2d(conv, offset, alpha, beta, product.bias)
+    values = probe(visit.inputs[0])
+    reads_levels = torch.allclose(visit.inputs[0], product.input, rtol=0, atol=1e-5 * (alpha + abs(beta)))
+    if reads_levels:
+        values = values.sign() * alpha + beta
+        conv.surrogate = "identity"
+    pairs = [(call.inputs[0], call.output) for call in calls] + [(values, visit.module(values.clone()))]
+    largest = alpha * float((scale + offset.abs()).max()) * latent[0].numel()
+    for given, wanted in pairs:
+        if not isinstance(wanted, Tensor) or wanted.dim() != 4 or not given.shape[1:] == visit.inputs[0].shape[1:]:
+            return None
+        got = layer(given)
+        if got.shape != wanted.shape or bool(((got - wanted).abs() > _ROUNDING * largest).any()):
+            return None
+    trained = any(value.requires_grad for value in visit.module.parameters())
+    notes = [*adoption.notes, f"surrogate {conv.surrogate!r}"]
+    return Adopted(layer.requires_grad_(trained).train(visit.module.training), False, False, (0, 0), notes)
+
+
 class _Adoption:
     """One module on its way to a layer."""
 
@@ -110,7 +164,7 @@ class _Adoption:
 
     def made(self, surrogate: str) -> Adopted | str:
         """The layer, if it does on the example and on other values what the module does."""
-        latent = self._latent()
+        latent = self.latent()
         bias = None if self.product.bias is None else self.product.bias.detach()
         layer = self._layer(latent, self.signs.scale * self.factor, bias)
         if not self._agrees(layer, self.input, self.output):
@@ -128,7 +182,7 @@ class _Adoption:
         self._choose_surrogate(layer, surrogate)
         return Adopted(layer, self.reads_signs, self.fitted, self.zeros, self.notes)
 
-    def _latent(self) -> Tensor:
+    def latent(self) -> Tensor:
         """The module's own weight where it has the signs; else centred by filter; else its magnitudes with signs."""
         signs, shape = self.signs.signs > 0, self.signs.signs.shape
         own = [(name, value.detach().reshape(shape)) for name, value in tensors_like(self.module, signs)]
