@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowbit_ext.binary import BinaryConv2d
-
 
 def images(batch=4, channels=3, size=12):
     return torch.randn(batch, channels, size, size)
@@ -320,32 +318,3 @@ class AdaBinConv2d(nn.Conv2d):
 def adabin():
     conv = AdaBinConv2d(32, 64, 3, 2, 1, bias=False)
     return trained(Classifier(nn.BatchNorm2d(32), conv, nn.BatchNorm2d(64), nn.Hardtanh()))
-
-
-class TwoLevelConv2d(nn.Module):
-    """AdaBin's convolution on bits. With a = alpha s + beta of the input and w = alpha' s' + beta' of a filter,
-
-    sum = alpha alpha' (s * s') + alpha beta' (s * 1) + conv2d(beta in the image, w):
-
-    the second term is the pixel sum of the signs, one more filter of ones; the third is an image without a batch.
-    """
-
-    def __init__(self, conv):
-        super().__init__()
-        beta, alpha = (value.detach() for value in conv.levels())
-        self.register_buffer("shift", conv.activation.beta_a.detach().clone())
-        filters, channels, *kernel = conv.weight.shape
-        self.conv = BinaryConv2d(
-            channels, filters + 1, tuple(kernel), conv.stride, conv.padding, bias=False, weight_scale="learned"
-        )
-        with torch.no_grad():
-            self.conv.weight.copy_(torch.cat([conv.weight - beta, torch.ones(1, *conv.weight.shape[1:])]))
-            self.conv.learned_scale.copy_(torch.cat([alpha.flatten(), torch.ones(1)]) * conv.activation.alpha_a)
-            effective = torch.where(conv.weight >= beta, beta + alpha, beta - alpha)
-        self.register_buffer("offset", beta.flatten().view(1, -1, 1, 1))
-        self.register_buffer("taps", effective.sum(1, keepdim=True) * self.shift)
-
-    def forward(self, x):
-        sums = self.conv(x - self.shift)
-        border = F.conv2d(torch.ones_like(x[:1, :1]), self.taps, None, self.conv.stride, self.conv.padding)
-        return sums[:, :-1] + sums[:, -1:] * self.offset + border

@@ -205,6 +205,12 @@ def foreign_network() -> nn.Module:
     ).eval()
 
 
+def two_level_conv() -> nn.Module:
+    return binary.BinaryConv2d(
+        4, 3, 3, bias=False, weight_scale="learned", padding=1, device="cpu", dtype=torch.float32
+    )
+
+
 def with_cached_weights(input: Any) -> Tensor:
     """A layer's second call, on the weight that the first one has packed."""
     layer = binary.BinaryConv2d(4, 3, 3, device="cpu", dtype=torch.float32)
@@ -390,6 +396,17 @@ TARGETS: dict[str, Target] = {
     "binary.pack": Target(
         binary.pack, lambda r: {"model": binary_network(), "example_input": image(r)}, says=("example", "model"),
         share=2,
+    ),
+    "binary.TwoLevelConv2d": Target(
+        binary.TwoLevelConv2d, lambda r: {"conv": two_level_conv(), "offset": torch.randn(3)} | chosen(
+            r, alpha=[0.5, 2], beta=[-1, 0.5], bias=lambda: torch.randn(3)
+        ),
+    ),
+    "binary.TwoLevelConv2d.forward": Target(
+        method("__call__"), of(
+            lambda r: binary.TwoLevelConv2d(two_level_conv(), torch.randn(3), 0.5, 0.1), x=lambda r: torch.randn(2, 4, 5, 5)
+        ),
+        says=("input", *CONV), raises=TORCH,
     ),
     "binary.cached_weights": Target(
         with_cached_weights, lambda r: {"input": floats(r, 2, 4, 5, 5)}, says=("cached_weights", *CONV), share=2,

@@ -195,22 +195,59 @@ def test_standardised_weights_keep_their_signs_and_scale():
 # --- two levels that are not opposite ---------------------------------------------------------------------------------
 
 
-def test_two_levels_need_a_rule():
-    reason = r"blocks\.1 \(AdaBinConv2d\) stays as it is: the two values of its filters are not opposite"
-    with pytest.raises(ValueError, match=reason):
-        binary.convert(foreign.adabin(), foreign.images())
-
-
-def test_two_levels_by_a_rule():
-    """Exactly: one convolution with a filter of ones, and an image without a batch."""
+def test_two_levels():
+    """Exactly: two binary convolutions and an image without a batch, whose constants are evaluated once."""
     model, x = foreign.adabin(), foreign.images()
-    made = converted(model, x, rules={foreign.AdaBinConv2d: foreign.TwoLevelConv2d})
+    made = converted(model, x)
+    layer = made.blocks[1]
+    assert isinstance(layer, binary.TwoLevelConv2d)
+    assert layer.conv.surrogate == "approx_sign"
     packed = binary.pack(made, x)
+    other = foreign.images(8)
     with torch.no_grad():
-        want = model(x)
+        want = model(other)
         for network in (made, packed):
-            torch.testing.assert_close(network(x), want, rtol=0, atol=rounding(want))
-    assert [row.how for row in packed._rows if row.kind == "BinaryConv2d"] == ["bits"]
+            torch.testing.assert_close(network(other), want, rtol=0, atol=rounding(want))
+        torch.testing.assert_close(made.double()(x.double()), model.double()(x.double()), rtol=1e-6, atol=1e-8)
+    rows = packed._rows
+    assert [row.how for row in rows if row.kind == "BinaryConv2d"] == ["bits", "bits"]
+    assert not [row for row in rows if row.kind in ("sum", "view", "binary_activation")]
+
+
+def test_two_levels_train_as_the_authors_do():
+    """Gradients of the input and of its two levels; the weight's own levels are statistics there, parameters here."""
+    conv, x = foreign.AdaBinConv2d(8, 6, 3, 2, 1), torch.randn(2, 8, 7, 6, requires_grad=True)
+    made = converted(conv, x.detach())
+    grad = torch.randn(2, 6, 4, 3)
+    activation = conv.activation
+    wanted = torch.autograd.grad(conv(x), [x, activation.alpha_a, activation.beta_a, conv.bias], grad)
+    got = torch.autograd.grad(made(x), [x, made.alpha, made.beta, made.bias], grad)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * float(b.abs().max()))
+    made(x).square().mean().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in made.parameters())
+
+
+class OneTap(nn.Conv1d):
+    """Two levels in one dimension."""
+
+    def forward(self, x):
+        return self._conv_forward(x.sign() * 0.5 + 0.2, self.weight.sign() * 0.7 - 0.1, None)
+
+
+def test_two_levels_of_other_products_are_refused():
+    with pytest.raises(ValueError, match=r"the model \(OneTap\) stays as it is: the two values of its"):
+        binary.convert(OneTap(4, 4, 3), torch.randn(2, 4, 9))
+
+
+def test_two_levels_refuse_other_layers():
+    with pytest.raises(ValueError, match="TwoLevelConv2d: conv must have encoding 'sign', weight_scale 'learned', pad"):
+        binary.TwoLevelConv2d(BinaryConv2d(4, 4, 3), torch.zeros(4))
+    conv = BinaryConv2d(4, 4, 3, bias=False, weight_scale="learned")
+    with pytest.raises(ValueError, match=r"TwoLevelConv2d: offset must have one value a filter \(4\), got \(5,\)"):
+        binary.TwoLevelConv2d(conv, torch.zeros(5))
+    with pytest.raises(ValueError, match="TwoLevelConv2d: alpha must be positive, got 0"):
+        binary.TwoLevelConv2d(conv, torch.zeros(4), alpha=0)
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------

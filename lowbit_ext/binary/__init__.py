@@ -11,6 +11,7 @@ from lowbit_ext.binary.convolution import conv1d, conv2d, linear
 from lowbit_ext.binary.layers import BinaryActivation, BinaryConv1d, BinaryConv2d, BinaryLinear
 from lowbit_ext.binary.packed_model import PackedModel, load, save
 from lowbit_ext.binary.pooling import avg_pool2d, global_avg_pool, max_pool2d
+from lowbit_ext.binary.two_levels import TwoLevelConv2d
 from lowbit_ext.binary.weight_cache import cached_weights
 from lowbit_ext.binary.weights import PackedWeight, pack_weight
 
@@ -22,6 +23,7 @@ __all__ = [
     "LayerConversion",
     "PackedModel",
     "PackedWeight",
+    "TwoLevelConv2d",
     "avg_pool2d",
     "binarize",
     "binary_activation",

@@ -20,12 +20,14 @@ from lowbit_ext.binary.recognition import (
     signs_of_weight,
     tensors_like,
 )
+from lowbit_ext.binary.surrogates import SURROGATES
 from lowbit_ext.binary.two_levels import TwoLevelConv2d
 
 _LAYERS: dict[type, Any] = {
     nn.Conv2d: layers.BinaryConv2d, nn.Conv1d: layers.BinaryConv1d, nn.Linear: layers.BinaryLinear,
 }
 _SAME_SCALE = 1e-5  # relative; means are rounded in another order
+_NOT_ITS_OWN = ", in place of a derivative of its own"
 _ROUNDING = 1e-5  # of the largest sum that a filter can have
 
 
@@ -124,7 +126,7 @@ def _adopt_two_levels(calls: list[Visit], product: Product, surrogate: str) -> A
     options: dict[str, Any] = {name: _sizes(value) for name, value in product.options.items() if name != "groups"}
     with torch.random.fork_rng(devices=[]):
         conv = layers.BinaryConv2d(
-            latent.shape[1], latent.shape[0], tuple(latent.shape[2:]), bias=False, weight_scale="learned",
+            latent.shape[1], latent.shape[0], (latent.shape[2], latent.shape[3]), bias=False, weight_scale="learned",
             surrogate=surrogate, device=latent.device, dtype=latent.dtype, **options,
         )
     with torch.no_grad():
@@ -135,18 +137,37 @@ def _adopt_two_levels(calls: list[Visit], product: Product, surrogate: str) -> A
     reads_levels = torch.allclose(visit.inputs[0], product.input, rtol=0, atol=1e-5 * (alpha + abs(beta)))
     if reads_levels:
         values = values.sign() * alpha + beta
-        conv.surrogate = "identity"
+        conv.surrogate, remark = "identity", ""
+    else:
+        conv.surrogate, remark = _surrogate_of_levels(layer, visit, surrogate)
     pairs = [(call.inputs[0], call.output) for call in calls] + [(values, visit.module(values.clone()))]
     largest = alpha * float((scale + offset.abs()).max()) * latent[0].numel()
     for given, wanted in pairs:
-        if not isinstance(wanted, Tensor) or wanted.dim() != 4 or not given.shape[1:] == visit.inputs[0].shape[1:]:
+        if not isinstance(wanted, Tensor) or wanted.dim() != 4 or given.shape[1:] != visit.inputs[0].shape[1:]:
             return None
         got = layer(given)
         if got.shape != wanted.shape or bool(((got - wanted).abs() > _ROUNDING * largest).any()):
             return None
     trained = any(value.requires_grad for value in visit.module.parameters())
-    notes = [*adoption.notes, f"surrogate {conv.surrogate!r}"]
+    notes = [*adoption.notes, f"surrogate {conv.surrogate!r}{remark}"]
     return Adopted(layer.requires_grad_(trained).train(visit.module.training), False, False, (0, 0), notes)
+
+
+def _surrogate_of_levels(layer: TwoLevelConv2d, visit: Visit, otherwise: str) -> tuple[str, str]:
+    """The surrogate by which the layer has the module's gradient, or `otherwise`, with a remark that says so."""
+    with torch.enable_grad():
+        values = probe(visit.inputs[0])
+        own_input = values.clone().requires_grad_()
+        own = visit.module(own_input)
+        weights = probe(own)
+        (wanted,) = torch.autograd.grad((own * weights).sum(), own_input, allow_unused=True)
+        for name in SURROGATES if wanted is not None else ():
+            layer.conv.surrogate = name
+            inputs = values.clone().requires_grad_()
+            (got,) = torch.autograd.grad((layer(inputs) * weights).sum(), inputs)
+            if bool(((got - wanted).abs() <= 1e-4 * wanted.abs().amax()).all()):
+                return name, ""
+    return otherwise, _NOT_ITS_OWN
 
 
 class _Adoption:
@@ -282,7 +303,7 @@ class _Adoption:
                     (grad,) = torch.autograd.grad((own * weights).sum(), inputs[1], allow_unused=True)
                     found = None if grad is None else matching_surrogate(grad, values, straight)
         layer.surrogate = found or otherwise
-        self.notes.append(f"surrogate {layer.surrogate!r}{'' if found else ', in place of a derivative of its own'}")
+        self.notes.append(f"surrogate {layer.surrogate!r}{'' if found else _NOT_ITS_OWN}")
 
 
 def _sizes(value: Any) -> Any:

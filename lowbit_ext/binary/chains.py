@@ -74,6 +74,7 @@ class Model(Traced):
             self._run(call)
         if self._take_bits_as_bits():
             self._run(call)
+        self._evaluate_constants()
         self._read_batch_size_from_input()
 
     def _run(self, call: Call) -> None:
@@ -97,6 +98,19 @@ class Model(Traced):
                 node.op, node.target, node.args, node.kwargs = "call_module", name, (source,), {}
                 found = True
         return found
+
+    def _evaluate_constants(self) -> None:
+        """Puts values for what is made of the model's own tensors alone, as a scale by an expression of weights."""
+        fixed = {node for node in self.graph.nodes if node.op == "get_attr"}
+        for node in self.graph.nodes:
+            inputs = node.all_input_nodes
+            if not node.op.startswith("call_") or not inputs or not fixed.issuperset(inputs):
+                continue
+            fixed.add(node)
+            if node in self.shapes:
+                name = f"{node.name}_value"
+                self.root.register_buffer(name, self.values[node].detach().clone())
+                node.op, node.target, node.args, node.kwargs = "get_attr", name, (), {}
 
     def _take_bits_as_bits(self) -> bool:
         """Puts binary layers for layers that take values as they are, where these are bits: whether there are any."""

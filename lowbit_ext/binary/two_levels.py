@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowbit_ext import _arguments
 from lowbit_ext.binary.activation import binary_activation
 from lowbit_ext.binary.convolution import conv2d
 from lowbit_ext.binary.layers import BinaryConv2d
@@ -23,7 +25,7 @@ class TwoLevelConv2d(nn.Module):
     a binary convolution, one of a single filter of ones, and an image that is the same for every input.
 
     Args:
-        conv: gives s * s' of its input's signs, without bias; weight_scale "learned" is `scale`.
+        conv: makes s * s' of its input's signs, with `scale` as its learned scale; zero padding, no groups, no bias.
         offset: (O,) of each filter.
         alpha, beta: numbers of the input, alpha positive.
         bias: (O,) or None.
@@ -39,7 +41,8 @@ class TwoLevelConv2d(nn.Module):
         input: conv's surrogate at (x - beta) / alpha. Parameters: exact but for the signs, which are straight-through.
 
     Raises:
-        ValueError: a conv with groups, a bias or a scale that is not learned.
+        TypeError, ValueError: conv is no BinaryConv2d or has options that this form does not allow, offset or bias are
+            not one float a filter on its device, alpha is not positive.
 
     Source:
         Tu et al., "AdaBin", ECCV 2022.
@@ -51,9 +54,26 @@ class TwoLevelConv2d(nn.Module):
         self, conv: BinaryConv2d, offset: Tensor, alpha: float = 1.0, beta: float = 0.0, bias: Tensor | None = None
     ) -> None:
         super().__init__()
-        if conv.groups != 1 or conv.bias is not None or conv.weight_scale != "learned":
-            raise ValueError("TwoLevelConv2d: conv must have weight_scale 'learned' and neither groups nor a bias")
+        op = "TwoLevelConv2d"
+        if not isinstance(conv, BinaryConv2d):
+            raise TypeError(f"{op}: conv must be a BinaryConv2d, got {type(conv).__name__}")
+        plain = conv.groups == 1 and conv.bias is None and conv.padding_value == 0 and conv.encoding == "sign"
+        if not plain or conv.weight_scale != "learned":
+            raise ValueError(
+                f"{op}: conv must have encoding 'sign', weight_scale 'learned', padding of 0, one group and no bias, got "
+                f"{conv}"
+            )
         weight = conv.weight
+        for name, value in (("offset", offset), ("bias", bias)):
+            if value is not None:
+                _arguments.tensor_like(op, name, value, weight, _arguments.FLOATS_AND_DOUBLE)
+                if value.shape != weight.shape[:1]:
+                    raise ValueError(
+                        f"{op}: {name} must have one value a filter ({weight.shape[0]}), got {tuple(value.shape)}"
+                    )
+        alpha, beta = _arguments.number(op, "alpha", alpha), _arguments.number(op, "beta", beta)
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"{op}: alpha must be positive, got {alpha}")
         self.conv = conv
         self.offset = nn.Parameter(offset.detach().clone())
         self.alpha, self.beta = (nn.Parameter(weight.new_tensor(value)) for value in (alpha, beta))
@@ -65,9 +85,9 @@ class TwoLevelConv2d(nn.Module):
         conv = self.conv
         geometry: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
         normal = (x - self.beta) * self.alpha.reciprocal()
-        pixels = conv2d(normal, self.ones, surrogate=conv.surrogate, scale=self.alpha, **geometry)
+        pixels: Any = conv2d(normal, self.ones, surrogate=conv.surrogate, scale=self.alpha, **geometry)
         # Of an image of ones a filter sees its taps, summed over the channels.
         signs = binary_activation(conv.weight, "sign", "identity").sum(1, keepdim=True)
-        taps = signs * conv.learned_scale.view(-1, 1, 1, 1) + self.offset.view(-1, 1, 1, 1) * conv.weight.shape[1]
+        taps = signs * conv.learned_scale.view(-1, 1, 1, 1) + self.offset.view(-1, 1, 1, 1) * conv.in_channels
         border = F.conv2d(torch.ones_like(x[:1, :1]), taps * self.beta, self.bias, **geometry)
         return conv(normal) * self.alpha + pixels * self.offset.view(1, -1, 1, 1) + border
