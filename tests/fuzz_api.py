@@ -404,7 +404,8 @@ TARGETS: dict[str, Target] = {
     ),
     "binary.TwoLevelConv2d.forward": Target(
         method("__call__"), of(
-            lambda r: binary.TwoLevelConv2d(two_level_conv(), torch.randn(3), 0.5, 0.1), x=lambda r: torch.randn(2, 4, 5, 5)
+            lambda r: binary.TwoLevelConv2d(two_level_conv(), torch.randn(3), 0.5, 0.1),
+            x=lambda r: torch.randn(2, 4, 5, 5),
         ),
         says=("input", *CONV), raises=TORCH,
     ),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lowbit_ext import _arguments
 from lowbit_ext.binary.activation import binary_activation
@@ -60,12 +60,12 @@ class TwoLevelConv2d(nn.Module):
         plain = conv.groups == 1 and conv.bias is None and conv.padding_value == 0 and conv.encoding == "sign"
         if not plain or conv.weight_scale != "learned":
             raise ValueError(
-                f"{op}: conv must have encoding 'sign', weight_scale 'learned', padding of 0, one group and no bias, got "
-                f"{conv}"
+                f"{op}: conv must have encoding 'sign', weight_scale 'learned', padding of 0, one group and no bias, "
+                f"got {conv}"
             )
         weight = conv.weight
         for name, value in (("offset", offset), ("bias", bias)):
-            if value is not None:
+            if value is not None or name == "offset":
                 _arguments.tensor_like(op, name, value, weight, _arguments.FLOATS_AND_DOUBLE)
                 if value.shape != weight.shape[:1]:
                     raise ValueError(
@@ -82,6 +82,8 @@ class TwoLevelConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The sums (N, O, H', W')."""
+        if not isinstance(x, fx.Proxy):
+            _arguments.tensor_like("TwoLevelConv2d", "x", x, self.alpha, _arguments.FLOATS_AND_DOUBLE)
         conv = self.conv
         geometry: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
         normal = (x - self.beta) * self.alpha.reciprocal()
