@@ -526,6 +526,18 @@ def test_a_hook_keeps_a_module():
     assert isinstance(made[1], foreign.IRConv2d)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types(dtype):
+    model, x = foreign.reactnet().to(dtype), foreign.images().to(dtype)
+    made = converted(model, x)
+    assert {value.dtype for value in made.parameters()} == {dtype}
+    theirs = [module.weights for module in model.modules() if isinstance(module, foreign.HardBinaryConv)]
+    for layer, weight in zip(layers_of(made), theirs, strict=True):
+        assert torch.equal(layer.weight.flatten(), weight.flatten())
+    with torch.no_grad():
+        assert made(x).dtype == dtype
+
+
 def test_modes_shared_modules_and_frozen_parameters():
     block = foreign.BiRealBlock(16, 16).requires_grad_(False)
     model = nn.Sequential(block, block, foreign.BiRealBlock(16, 16)).train()

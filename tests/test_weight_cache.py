@@ -124,6 +124,17 @@ def test_training_within_it_has_its_gradients(packings):
     assert packings == []
 
 
+def test_frozen_layers_hand_gradients_on_behind_inference():
+    layer, x = BinaryConv2d(45, 33, 3).requires_grad_(False), torch.randn(2, 45, 6, 7, requires_grad=True)
+    layer(x).sum().backward()
+    expected, x.grad = x.grad, None
+    with binary.cached_weights():
+        with torch.inference_mode():
+            layer(x)
+        layer(x).sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
 class OwnScale(BinaryConv2d):
     factor = 1.0
 

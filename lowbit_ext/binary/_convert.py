@@ -53,8 +53,11 @@ def convert(
     The model is run on the example. A module that computes one convolution or matrix product becomes a layer where its
     weight, however it was made, is scale * sign in each filter and its input is binary, made so in front of it or as
     the sign (or step at 1/2) of what comes in. Modules without parameters that give the sign of their input become
-    BinaryActivations, as do signs within the forward of a module that torch.fx can trace. Every layer is compared with
-    the module on the example and on random values, and the network with the model.
+    BinaryActivations, as do signs within the forward of a module that torch.fx can trace. Convolutions of two levels
+    that are not opposite become TwoLevelConv2d. Every layer is compared with the module on the example and on random
+    values, and the network with the model.
+
+    Models of bfloat16 or float16 are looked at in float32 and have their type again in the end.
 
     A layer's weight is the module's own parameter where it has the signs; otherwise that less the mean of its filter,
     or its magnitudes with the signs. The scale follows from this weight (weight_scale "channel" or "layer") or is
@@ -83,7 +86,7 @@ def convert(
 
     Source:
         Rastegari et al., "XNOR-Net", ECCV 2016; Liu et al., "Bi-Real Net", ECCV 2018; Qin et al., "IR-Net", CVPR 2020;
-        Liu et al., "ReActNet", ECCV 2020: the layers of their public code are recognised.
+        Liu et al., "ReActNet", ECCV 2020; Tu et al., "AdaBin", ECCV 2022: layers like those of their public code.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -93,8 +96,8 @@ def convert(
             _arguments.tensor("convert", "example_input", value)
     checked = _check_rules(rules)
     converter = _Converter(model, example_input, checked, surrogate)
-    result = converter.result
     converter.check()
+    result = converter.result.to(converter.dtype)
     vars(result)[_REPORT] = tuple(converter.found)
     return result
 
@@ -143,17 +146,22 @@ class _Converter:
     """One model on its way: `result`, and `found` for the report."""
 
     def __init__(self, model: nn.Module, example: Any, rules: dict[type, _Rule], surrogate: str) -> None:
-        self.original, self.example, self.rules, self.surrogate = model, example, rules, surrogate
+        self.rules, self.surrogate = rules, surrogate
+        dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
+        half = dtype in (torch.bfloat16, torch.float16)
+        # In half precision rounding would hide what a weight is made of.
+        self.original = copied(model).float() if half else model
+        self.example = _example_of(example, torch.float32) if half else example
         self.found: list[LayerConversion] = []
         self.warnings: list[str] = []
         self.zeros = self.fitted = False
         self.made: dict[nn.Module, nn.Module] = {}
-        root = copied(model)
+        root = copied(self.original)
         modes = {module: module.training for module in root.modules()}
         root.eval()
         with torch.no_grad():
             try:
-                self.expected, self.visits = visits(root, _example_of(example))
+                self.expected, self.visits = visits(root, _example_of(self.example))
             except Exception as error:  # it is somebody's own forward
                 raise ValueError(f"convert: model does not run on example_input: {first_line(error)}") from error
             self.calls: dict[nn.Module, list[Visit]] = {}
@@ -163,6 +171,7 @@ class _Converter:
             self._convert(root, "", set())
             self.result = self._put(root)
             self._convert_inline_signs()
+        self.dtype = dtype if half else None
         for module, training in modes.items():
             module.training = training
             if module in self.made:

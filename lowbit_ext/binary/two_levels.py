@@ -64,13 +64,12 @@ class TwoLevelConv2d(nn.Module):
                 f"got {conv}"
             )
         weight = conv.weight
-        for name, value in (("offset", offset), ("bias", bias)):
-            if value is not None or name == "offset":
-                _arguments.tensor_like(op, name, value, weight, _arguments.FLOATS_AND_DOUBLE)
-                if value.shape != weight.shape[:1]:
-                    raise ValueError(
-                        f"{op}: {name} must have one value a filter ({weight.shape[0]}), got {tuple(value.shape)}"
-                    )
+        for name, value in (("offset", offset), *(() if bias is None else (("bias", bias),))):
+            _arguments.tensor_like(op, name, value, weight, _arguments.FLOATS_AND_DOUBLE)
+            if value.shape != weight.shape[:1]:
+                raise ValueError(
+                    f"{op}: {name} must have one value a filter ({weight.shape[0]}), got {tuple(value.shape)}"
+                )
         alpha, beta = _arguments.number(op, "alpha", alpha), _arguments.number(op, "beta", beta)
         if not 0 < alpha < math.inf:
             raise ValueError(f"{op}: alpha must be positive, got {alpha}")

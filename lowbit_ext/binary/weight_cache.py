@@ -68,7 +68,7 @@ def cached_operands(layer: Any) -> tuple[PackedWeight, Tensor | None] | None:
     version = 0 if weight.is_inference() else weight._version
     made_of = (
         version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device, layer.weight_scale,
-        _native.kernels(weight).level,
+        _native.kernels(weight).level, torch.is_inference_mode_enabled(),  # whose tensors no gradient may need
     )
     kept = cache.get(layer)
     if kept is None or kept.made_of != made_of:
