@@ -74,9 +74,7 @@ def pack(model: nn.Module, example_input: Any, *, float_dtype: torch.dtype | Non
     with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         expected = _run(model, call)
         traced = Model(model, call)
-        binary = any(has_binary_weight(module) for module in model.modules())
-        if not binary and not any(map(is_binary_call, traced.graph.nodes)):
-            raise ValueError("pack: the model has no BinaryConv2d, BinaryConv1d or BinaryLinear, nor such a function")
+        _check_binary(traced)
         packer = Packer(traced)
         _check_packed(traced)
         body = fx.GraphModule(packer.modules, packer.graph, class_name="PackedGraph")
@@ -118,6 +116,13 @@ def _run(model: nn.Module, call: Call) -> Any:
     except Exception as error:
         shapes = ", ".join(str(tuple(value.shape)) for value in call.example())
         raise ValueError(f"pack: the model does not run on the example {shapes}: {first_line(error)}") from error
+
+
+def _check_binary(traced: Model) -> None:
+    """Refuses a model without binary layers."""
+    binary = any(has_binary_weight(module) for module in traced.modules.values())
+    if not binary and not any(map(is_binary_call, traced.graph.nodes)):
+        raise ValueError("pack: the model has no BinaryConv2d, BinaryConv1d or BinaryLinear, nor such a function")
 
 
 def _check_packed(traced: Model) -> None:
