@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import operator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
