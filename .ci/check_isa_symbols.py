@@ -31,7 +31,7 @@ LEVEL_OF_TARGET = {
 GLUE_TARGETS = {"lowbit_glue", "_cpu"}
 
 # What a kernel may call: the compiler puts memory functions in place of loops, and libgcc's count in place of POPCNT.
-ALLOWED_CALLS = {"_GLOBAL_OFFSET_TABLE_", "__popcountdi2", "memcmp", "memcpy", "memmove", "memset"}
+ALLOWED_CALLS = {"_GLOBAL_OFFSET_TABLE_", "__popcountdi2", "fmaf", "memcmp", "memcpy", "memmove", "memset"}
 
 # What the step from a level to the next brings, in objdump's spelling. Every mnemonic that starts with v is AVX or
 # later, but for a few system instructions. TZCNT is absent: its encoding runs, as BSF, on every x86-64.

@@ -37,6 +37,7 @@ from lowbit_ext import _native, binary
 from lowbit_ext._torch import current_cuda_stream
 from lowbit_ext.binary import ops
 from lowbit_ext.lowmem import ops as lowmem
+from lowbit_ext.packed import FLOAT_TYPES
 
 GRAPH_CALLS = 10  # in one graph: the pause between two replays is no part of a call
 PEAK_MICROSECONDS = 1000  # of one call of a limit: its launch is nothing beside
@@ -303,6 +304,14 @@ def memory_rows(gpu: Gpu, seconds: float, shape: tuple[int, ...] = (256, 64, 56,
                 yield memory_row(f"binarize {what}", lambda x=x: binary.binarize(x), size + bits, x, gpu, seconds)
                 if layout == torch.contiguous_format:
                     continue  # the rest is elementwise, or writes channels-last
+                stream, norm = x.flip(0), torch.ones(2, shape[1], device=gpu.device)
+                steps = [0, 0, 0, 0, 4, 0, 7, FLOAT_TYPES[dtype], 8, 1]  # multiply twice, add_tensor, store, bits
+                operands = [*norm, stream, torch.zeros(1, shape[1], device=gpu.device), None]
+                arguments = ([], "none", False, 0, steps, 0, operands)
+                require_equal(f"pointwise {what}", ops.pointwise(x, *arguments)[0], x + stream)
+                yield memory_row(f"pointwise {what}",
+                                 lambda x=x, arguments=arguments: ops.pointwise(x, *arguments), 3 * size + bits, x, gpu,
+                                 seconds)
                 yield memory_row(f"unpack {what}", lambda packed=packed, dtype=dtype: packed.unpack(dtype),
                                  size + bits, x, gpu, seconds)
                 arguments = ("ternary", 0.0, 1.0, False)

@@ -166,7 +166,8 @@ class _Tracer(fx.Tracer):
         if self.call is None:
             return super().create_args_for_root(root_fn, is_module, concrete_args)
         inputs = [self.create_proxy("placeholder", name, (), {}) for name in self.call.names]
-        return (lambda root, *tensors: self.call.on(root, tensors)), [self.root, *inputs]  # type: ignore[union-attr]
+        on = self.call.on
+        return (lambda root, *tensors: on(root, tensors)), [self.root, *inputs]
 
     def create_node(self, *arguments: Any, **options: Any) -> fx.Node:
         if self.modes not in (None, _modes()):
@@ -178,8 +179,9 @@ class _Tracer(fx.Tracer):
 
 
 def is_own_layer(module: nn.Module) -> bool:
-    """A layer of this library or one derived from it, without modules in it."""
-    ours = any(kind.__module__.startswith(f"{__package__}.") for kind in type(module).__mro__)
+    """A layer of this library or one derived from it, without modules in it; no part of the ready-made networks."""
+    homes = [kind.__module__ for kind in type(module).__mro__ if kind.__module__.startswith(f"{__package__}.")]
+    ours = any(not home.startswith(f"{__package__}.models.") for home in homes)
     return ours and not any(True for _ in module.children())
 
 
@@ -258,7 +260,7 @@ def out_of_place(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
             if module is None:
                 node.update_kwarg("inplace", False)
         if written and isinstance(node.args[0], fx.Node):
-            node.args[0].replace_all_uses_with(node, lambda user, node=node: position[user] > position[node])
+            node.args[0].replace_all_uses_with(node, lambda user, at=position[node]: position[user] > at)  # type: ignore
     for module in modules.values():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]

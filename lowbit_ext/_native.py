@@ -119,6 +119,7 @@ class CudaKernels:
             )
         number = CUDA_ENGINES.index(self.engine)
         self.binary_conv2d = _with_stream(module.binary_conv2d, index, stream, number)
+        self.binary_conv2d_epilogue = _with_stream(module.binary_conv2d_epilogue, index, stream, number)
         self.popcount_peak = _with_stream(module.popcount_peak, index, stream, number)
         self.popcount_peak_operations = _with(module.popcount_peak_operations, index, number)
 

@@ -52,7 +52,18 @@ def every_operator(t):
     codes = lowmem_ops.batch_norm_relu_quantize(t["x"], t["shift"], t["gain"], *affine, *grid, relu)
     grads = lowmem_ops.batch_norm_relu_backward(t["x"], codes, *affine, t["gain"], *grid, True, True)
     groups, scales = lowmem_ops.group_quantize(t["x"], 4, False, torch.tensor(5), 0)
+    steps = [0, 0, 4, 0, 7, 1, 8, 2]  # multiply, add_tensor, store bfloat16, bits of two thresholds
+    stream, stream_bits = ops.binary_conv2d_epilogue(
+        words, weight.blocked, *conv, steps, [t["scale"], t["grad"], t["threshold"].float(), no]
+    )
+    pooled, pooled_bits = ops.pointwise(
+        t["x"], HALF, "maximum", False, 0, [2, 0, 7, 0, 8, 1], 1, [t["gain"], t["shift"], t["shift"][None], no]
+    )
     return {
+        "stream": stream,
+        "bits of the stream": stream_bits,
+        "pooled": pooled,
+        "bits of the pooled": pooled_bits,
         "words": words,
         "mask": mask,
         "unpacked": unpack_op(words, 70, -1.0, 1.0, torch.float32),

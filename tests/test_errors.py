@@ -32,6 +32,19 @@ def at(name, call, error, message):
 
 
 POINT = ops.Geometry(1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1)
+HALVES = [2, 2, 2, 2, 0, 0, 1, 1, 0]
+
+
+def epilogue(steps, *operands):
+    """A program on the convolution of P by PW, of result (2, 4, 3, 3)."""
+    geometry = ops.Geometry(3, 3, 1, 1, 0, 0, 0, 0, 1, 1, 1)
+    return ops.binary_conv2d_epilogue(WORDS, PW.blocked, 6, 4, geometry, "sign", 0, steps, list(operands))
+
+
+def pointwise(x, window=(), reduction="none", before=0):
+    return ops.pointwise(x, list(window), reduction, False, 0, [7, 0], before, [])
+
+
 WRONG_CALLS = [
     at("binarize dtype", lambda: binarize(X.double()), TypeError,
        "binarize: input must be float32, bfloat16 or float16, got torch.float64"),
@@ -203,6 +216,49 @@ WRONG_CALLS = [
     at("max_pool2d invert elsewhere",
        lambda: max_pool2d(P, 2, invert=torch.zeros(1, dtype=torch.int64, device="meta")), ValueError,
        "binary_max_pool2d: invert must be on the CPU like the input, got meta"),
+    at("epilogue odd steps", lambda: epilogue([0]), ValueError,
+       "binary_conv2d_epilogue: steps must be kind and option of at most 16 steps, got 1 numbers"),
+    at("epilogue kind", lambda: epilogue([9, 0]), ValueError,
+       f"binary_conv2d_epilogue: steps must have kinds of STEP_KINDS {ops.STEP_KINDS}, got 9 in step 0"),
+    at("epilogue operand", lambda: epilogue([0, 0], torch.ones(5)), ValueError,
+       "binary_conv2d_epilogue: step 0 (multiply) must be float32 of shape (4,), got torch.float32 (5,)"),
+    at("epilogue operands", lambda: epilogue([2, 0], torch.ones(4)), ValueError,
+       "binary_conv2d_epilogue: the steps read 2 operands, got 1"),
+    at("epilogue residual", lambda: epilogue([4, 0], torch.ones(2, 4, 3, 4)), ValueError,
+       "binary_conv2d_epilogue: step 0 (add_tensor) must be float32, bfloat16 or float16 of the result's shape "
+       "(2, 4, 3, 3), got torch.float32 (2, 4, 3, 4)"),
+    at("epilogue gate", lambda: epilogue([3, 0], torch.ones(4)), ValueError,
+       "binary_conv2d_epilogue: step 0 (multiply_image) must be float32 of shape (2, 4), got torch.float32 (4,)"),
+    at("epilogue store", lambda: epilogue([7, 3]), ValueError,
+       "binary_conv2d_epilogue: step 0 (store) must have an option of FLOAT_TYPES (0, 1, 2), got 3"),
+    at("epilogue thresholds", lambda: epilogue([8, 3], torch.ones(3, 4), None), ValueError,
+       "binary_conv2d_epilogue: step 0 (bits) must have option 1 or 2, its thresholds a channel, got 3"),
+    at("epilogue threshold", lambda: epilogue([8, 1], None, None), ValueError,
+       "binary_conv2d_epilogue: step 0 (bits), threshold must be float32 of shape (1, 4), got None"),
+    at("epilogue flip", lambda: epilogue([8, 1], torch.ones(1, 4), FLIP), ValueError,
+       "binary_conv2d_epilogue: step 0 (bits), flip must be bool of shape (1, 4) or None, got torch.bool (4,)"),
+    at("epilogue operand elsewhere", lambda: epilogue([0, 0], torch.ones(4, device="meta")), ValueError,
+       "binary_conv2d_epilogue: operands must be on the CPU like the input, got one on meta"),
+    at("step table strides", lambda: ops.step_table("plan", [ops.Step("store", 0, (X,))], X), ValueError,
+       "plan: step 0 (store) must have each pixel's channels together and its pixels evenly apart, got strides "
+       "(150, 25, 5, 1) for shape (2, 6, 5, 5)"),
+    at("pointwise dtype", lambda: pointwise(X.int()), TypeError,
+       "pointwise: input must be float32, bfloat16 or float16, got torch.int32"),
+    at("pointwise dimensions", lambda: pointwise(X[0, 0, 0]), ValueError,
+       "pointwise: input must be (N, C), (N, T, C) or (N, C, H, W), got (5,)"),
+    at("pointwise reduction", lambda: pointwise(X, reduction="sum"), ValueError,
+       "pointwise: reduction must be 'none', 'maximum' or 'average', got 'sum'"),
+    at("pointwise window without reduction", lambda: pointwise(X, [2] * 9), ValueError,
+       f"pointwise: a window and steps before it need a reduction, got window={[2] * 9} and before=0"),
+    at("pointwise window of rows", lambda: pointwise(X[0], HALVES, "maximum"), ValueError,
+       "pointwise: a window needs an input (N, C, H, W), got (6, 5, 5)"),
+    at("pointwise window length", lambda: pointwise(X, [2, 2], "maximum"), ValueError,
+       "pointwise: window must be 9 integers (Window), got 2"),
+    at("pointwise dilated average", lambda: pointwise(X, [*HALVES[:6], 2, 2, 0], "average"), ValueError,
+       "pointwise: dilation of an average must be 1, got [2, 2]"),
+    at("pointwise before", lambda: pointwise(X, HALVES, "maximum", before=1), ValueError,
+       "pointwise: before must count steps in front of the window, of kinds multiply, add, multiply_add, "
+       "multiply_image, prelu, clamp; got 1 of ['store']"),
     at("isa name", lambda: _native.select_isa("sse9"), ValueError,
        "LOWBIT_ISA: expected one of scalar, avx2, avx512, amx, got 'sse9'"),
     at("sums past int32", lambda: ops.conv_shape(1, 1, 1, 2**31, 1, (1, 1), POINT), ValueError,

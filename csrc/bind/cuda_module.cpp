@@ -67,6 +67,10 @@ PYBIND11_MODULE(_cuda, m) {
   LOWBIT_BIND(binary_conv2d, BinaryConv2dArgs)
 #undef LOWBIT_BIND
 
+  m.def("binary_conv2d_epilogue", on_stream(binary_conv2d_epilogue_args, cuda::binary_conv2d), unlocked);
+  m.def("binary_conv2d_epilogue_workspace_bytes",
+        asks(binary_conv2d_epilogue_plan_args, cuda::binary_conv2d_workspace_bytes));
+
   m.def("binary_conv2d_default_engine",
         [](int device) { return static_cast<int>(cuda::binary_conv2d_default_engine(device)); });
   m.def(

@@ -11,13 +11,14 @@
 //
 // The sums pass through shared memory to the epilogue, where a lane has one filter and goes through pixels: stores of
 // neighbouring lanes are neighbours, and a ballot makes 32 output bits. Where output words are shared by groups, or by
-// the two thresholds, the accumulators go to the workspace, and a second kernel makes the words.
+// the two thresholds, the accumulators go to the workspace, and a second kernel makes the words or runs the program.
 #include "core/ops/binary_conv2d.h"
 
 #include "core/checks.h"
 #include "core/divisor.h"
 #include "cuda/binary_conv2d_engines.cuh"
 #include "cuda/binary_conv2d_epilogue.cuh"
+#include "cuda/epilogue.cuh"
 
 namespace lowbit::cuda {
 namespace {
@@ -83,6 +84,7 @@ struct ConvKernelArgs {
   int multiple;  // acc = multiple * (2 d - pa) + of the filter + outside * O
   int outside;
   Divisor by_filter_blocks, by_groups, by_out_width, by_out_height, by_words, by_kernel_width;
+  Steps program;  // of output_kind program
 };
 
 // A pixel of a block: where tap (0, 0) of its window is in the input, if it were in the image, and which taps are.
@@ -214,7 +216,8 @@ __device__ inline void store_block(const ConvKernelArgs& args, const ConvBlock& 
     }
   }
   const uint32_t multiple = static_cast<uint32_t>(Engine::kDisagreements ? -args.multiple : args.multiple);
-  const bool bits = is_bits(op.output_kind);
+  const bool bits = is_bits(op.output_kind), program = op.output_kind == ConvOutput::program;
+  const bool in_words = filter - lane < words_for(args.filters) * kWordBits;  // both halves of the last, none beyond
   for (int first = warp / kColumns * kWarp; first < Engine::kPixels; first += kStep) {
     uint32_t halves[kMostThresholds] = {};  // of the pixel first + lane
     for (int i = 0; i < kWarp; ++i) {
@@ -228,6 +231,10 @@ __device__ inline void store_block(const ConvKernelArgs& args, const ConvBlock& 
       }
       const int32_t acc = static_cast<int32_t>(sum);
       const int64_t element = pixel * op.shape.filters + channel;
+      if (program) {
+        run_steps(args.program, static_cast<float>(acc), pixel, channel, exists, in_words);
+        continue;
+      }
       if (!bits) {
         if (exists) store_value(op, terms, acc, element);
         continue;
@@ -239,9 +246,8 @@ __device__ inline void store_block(const ConvKernelArgs& args, const ConvBlock& 
         if (lane == i) halves[t] = half;
       }
     }
-    // Both halves of the last word, and none beyond.
     const int64_t pixel = block.pixel + first + lane;
-    if (!bits || pixel >= args.pixels || filter - lane >= words_for(args.filters) * kWordBits) continue;
+    if (!bits || pixel >= args.pixels || !in_words) continue;
     const int64_t row_halves = words_for(op.thresholds * op.shape.filters) * 2;
     uint32_t* output = static_cast<uint32_t*>(op.output) + pixel * row_halves + (channel - lane) / kWarp;
 #pragma unroll
@@ -396,6 +402,8 @@ int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept {
 Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, ConvEngine engine, Stream stream) noexcept {
   const ConvShape& s = args.shape;
   if (!valid(s)) return Status::bad_shape;
+  Status status = check_program(args.program, out_pixels(s), s.filters);
+  if (status != Status::ok) return status;
   const int device_architecture = architecture(stream.device);
   if (device_architecture < 0) return Status::cuda_error;
   if (!has_engine(engine, device_architecture)) return Status::unsupported_isa;
@@ -420,11 +428,16 @@ Status binary_conv2d(const BinaryConv2dArgs& args, int64_t workspace_bytes, Conv
   kernel_args.by_out_height = make_divisor(s.out_height);
   kernel_args.by_words = make_divisor(kernel_args.words);
   kernel_args.by_kernel_width = make_divisor(s.kernel_width);
+  kernel_args.program = make_steps(args.program, s.filters, s.out_height * s.out_width);
   if (!conv_blocks_share_words(args)) return launch_engine(kernel_args, engine, stream);
   kernel_args.op.output_kind = ConvOutput::int32;
   kernel_args.op.output = args.workspace;
-  const Status status = launch_engine(kernel_args, engine, stream);
+  status = launch_engine(kernel_args, engine, stream);
   if (status != Status::ok) return status;
+  if (args.output_kind == ConvOutput::program) {
+    return run_on_accumulators(static_cast<const int32_t*>(args.workspace), args.program, out_pixels(s), s.filters,
+                               s.out_height * s.out_width, stream);
+  }
   const int64_t row_halves = words_for(args.thresholds * s.filters) * 2;
   const PackKernelArgs pack_args{args, static_cast<const int32_t*>(args.workspace), out_pixels(s) * row_halves,
                                  make_divisor(row_halves)};

@@ -85,7 +85,7 @@ def pack(model: nn.Module, example_input: Any, *, float_dtype: torch.dtype | Non
     if float_dtype in _HALVES:
         packed.to(float_dtype)
         packed.agreement = _agreement(expected, packed(*call.example()))
-    return packed.to(device)  # type: ignore[return-value]
+    return packed.to(device)
 
 
 def _home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -139,9 +139,9 @@ def _check_bits(traced: Model, packer: Packer, body: fx.GraphModule, call: Call)
     """Runs the packed network; compares every packed value with the model's."""
     interpreter = fx.Interpreter(body, garbage_collect_values=False)
     result = interpreter.run(*call.example())
-    for words, (node, encoding, axis) in packer.points:
+    for words, (node, encoding, axis, _, part) in packer.points:
         bits = unpack_op(interpreter.env[words.node], words.channels, 0.0, 1.0, torch.float32).movedim(-1, 1)
-        wanted = (traced.values[node] >= DEFAULT_THRESHOLDS[encoding]).movedim(axis, 1)
+        wanted = (traced.values[node] >= DEFAULT_THRESHOLDS[encoding]).movedim(axis, 1)[:, slice(*(part or (None,)))]
         wrong = int((bits.flatten(1).bool() != wanted.flatten(1)).sum())
         if wrong:
             raise ValueError(

@@ -59,8 +59,9 @@ def _keeps_images(model: Model, node: fx.Node) -> bool:
             return False
         return isinstance(module, _MODULES) or type(module).__module__ in _MODULE_FILES or has_binary_weight(module)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.target is operator.getitem:  # of a tuple
-        return not model.shape(node.args[0])  # type: ignore[arg-type]
+    if node.target is operator.getitem:  # of a tuple, or not along the batch
+        taken = node.args[1]
+        return not model.shape(node.args[0]) or (isinstance(taken, tuple) and taken[0] == slice(None))  # type: ignore
     if name == "permute":
         return 0 in (node.args[1], *(node.args[1][:1] if isinstance(node.args[1], tuple | list) else ()))
     return name in _FUNCTIONS or (name in _AXIS_ARGUMENTS and _leaves_batch(model, node, _AXIS_ARGUMENTS[name]))

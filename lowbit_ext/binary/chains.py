@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lowbit_ext._graph import Pool, Traced, first_line, has_binary_weight, out_of_place, reads_batch_size, reads_bits, trace
+from lowbit_ext._graph import (
+    Pool,
+    Traced,
+    first_line,
+    has_binary_weight,
+    out_of_place,
+    reads_batch_size,
+    reads_bits,
+    trace,
+)
 from lowbit_ext.binary import layers
 from lowbit_ext.binary.functions import is_binary_call, layer_of, reason_against
 from lowbit_ext.binary.packed_layers import Window
@@ -28,6 +37,7 @@ _MONOTONE = (
 ADDITIONS = (operator.add, torch.add, "add")
 SUBTRACTIONS = (operator.sub, torch.sub, "sub")
 PRODUCTS = (operator.mul, torch.mul, "mul")
+_SPLITS = (torch.split, torch.chunk, "split", "chunk")
 PARAMETRIC_RELUS = (nn.PReLU, F.prelu, torch.prelu, "prelu")
 _READ_LAST_AXIS = (nn.Linear, nn.LayerNorm, nn.Embedding)
 _FUNCTIONS_OF_LAST_AXIS = (F.linear, F.layer_norm, F.embedding)
@@ -72,7 +82,8 @@ class Model(Traced):
         self._run(call)
         if self._take_functions_as_layers():
             self._run(call)
-        if self._take_bits_as_bits():
+        changed = self._take_bits_as_bits()
+        if self._simplify_concatenations() or changed:
             self._run(call)
         self._evaluate_constants()
         self._read_batch_size_from_input()
@@ -199,8 +210,8 @@ class Model(Traced):
             return 1
         if isinstance(self.module(node), _READ_LAST_AXIS) or self.kind(node) in _FUNCTIONS_OF_LAST_AXIS:
             return -1
-        sources = [value for value in self.variables(node) if self.shape(value) == self.shape(node)]
-        return self._axes[sources[0]] if sources and self.is_pointwise(node) else 1
+        sources = [self._axes[value] for value in self.variables(node) if self.shape(value) == self.shape(node)]
+        return min(sources) if sources and self.is_pointwise(node) else 1
 
     def channels(self, node: fx.Node) -> int:
         """Size of the channel axis."""
@@ -232,7 +243,7 @@ class Model(Traced):
         return self.is_identity(node) or (self.is_dropout(node) and not drops)
 
     def is_flatten(self, node: fx.Node) -> bool:
-        """(N, C, *spatial) -> (N, features), of what words hold: where channels are the last axis, pixels come first."""
+        """(N, C, *spatial) -> (N, features), of what words hold. With channels last, pixels would come first."""
         if not super().is_flatten(node):
             return False
         source: fx.Node = node.args[0]  # type: ignore[assignment]
@@ -257,6 +268,68 @@ class Model(Traced):
             return False
         tensors, axis, *_ = (*node.args, *node.kwargs.values(), 0)
         return bool(len(tensors) == 2 and axis == 1)  # type: ignore[arg-type]
+
+    def parts(self, node: fx.Node) -> list[tuple[fx.Node, int, int]]:
+        """The values that a concatenation along the channels joins, with their ranges of channels; [] of others."""
+        if node.target not in (torch.cat, torch.concat) or self.axis(node) != 1:
+            return []
+        tensors, axis, *_ = (*node.args, *node.kwargs.values(), 0)
+        if not isinstance(tensors, tuple | list) or axis not in (1, 1 - len(self.shape(node))):
+            return []
+        found, begin = [], 0
+        for part in tensors:
+            end = begin + self.shape(part)[1]  # type: ignore[arg-type]
+            found.append((part, begin, end))
+            begin = end
+        return found if len({part for part, _, _ in found}) == len(found) else []  # type: ignore[return-value]
+
+    def _channel_range(self, node: fx.Node) -> tuple[fx.Node, int, int] | None:
+        """Of a slice along the channels, the value it is taken of and its range; None of others."""
+        if self.kind(node) is operator.getitem and isinstance(node.args[1], tuple) and len(node.args[1]) > 1:
+            source: Any = node.args[0]
+            batch, channels, *others = node.args[1]
+            whole = all(index in (slice(None), ...) for index in (batch, *others))
+            if whole and isinstance(channels, slice) and self.shape(source):
+                begin, end, step = channels.indices(self.shape(source)[1])
+                return (source, begin, end) if step == 1 else None
+        if self.kind(node) is operator.getitem and isinstance(node.args[1], int):
+            pieces = node.args[0]
+            if isinstance(pieces, fx.Node) and self.kind(pieces) in _SPLITS and self._axis_of(pieces, 2) == 1:
+                sizes = [piece.shape[1] for piece in self.values[pieces]]
+                index = node.args[1] % len(sizes)
+                return pieces.args[0], sum(sizes[:index]), sum(sizes[: index + 1])  # type: ignore[return-value]
+        return None
+
+    def _axis_of(self, node: fx.Node, position: int) -> Any:
+        return node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+
+    def _simplify_concatenations(self) -> bool:
+        """Concatenations of concatenations become one, slices of them their parts: whether there were any.
+
+        The value of a dense block grows by parts that then need no copy.
+        """
+        found = False
+        for node in self.graph.nodes:
+            taken = self._channel_range(node)
+            if taken is not None:
+                source, begin, end = taken
+                inside = [part for part in self.parts(source) if begin <= part[1] and part[2] <= end]
+                if not inside or inside[0][1] != begin or inside[-1][2] != end:
+                    continue
+                if len(inside) == 1:
+                    node.replace_all_uses_with(inside[0][0])
+                else:
+                    node.op, node.target, node.kwargs = "call_function", torch.cat, {}
+                    node.args = ([part for part, _, _ in inside], 1)
+                found = True
+            parts = self.parts(node)
+            if parts and any(self.parts(part) for part, _, _ in parts):
+                flat = [inner for part, _, _ in parts for inner, _, _ in self.parts(part) or [(part, 0, 0)]]
+                node.args, node.kwargs = (flat, 1), {}
+                found = True
+        if found:
+            self.graph.eliminate_dead_code()
+        return found
 
     def is_batch_norm(self, node: fx.Node) -> bool:
         """A batch norm that uses its running statistics."""

@@ -1,13 +1,14 @@
 """Runs packed networks on the CPU: a batch in slices whose buffers stay in cache, whole slices given to threads.
 
-A thread that has slices of its own meets no other before the end, where kernels that share one image wait for each other
-after each layer.
+A thread that has slices of its own meets no other before the end, where threads that share one image meet after each
+layer.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import functools
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 
 from lowbit_ext import _native
 from lowbit_ext._torch import pytree
-from lowbit_ext.binary.packed_layers import PackedLayer
+from lowbit_ext.binary.packed_base import PackedLayer
 from lowbit_ext.binary.plan import Plan
 
 _MOST_SHAPES = 8  # of which plans are kept
@@ -65,7 +66,7 @@ class Executor:
         if count == 1 or size >= batch:
             return self._run_plan(inputs)
         bounds = [batch * index // count for index in range(count + 1)]
-        slices = [[value[a:b] for value in inputs] for a, b in zip(bounds, bounds[1:], strict=False)]
+        slices = [[value[a:b] for value in inputs] for a, b in itertools.pairwise(bounds)]
         if threads == 1:
             results = [self._run_plan(part, until=head) for part in slices]
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor, fx, nn
 
 from lowbit_ext._graph import Pool
 from lowbit_ext.binary.chains import PRODUCTS, SUBTRACTIONS, Model
+from lowbit_ext.binary.ops.steps import MOST_STEPS
 
 FLOATS = "floats"  # a demand
+SCALE_AND_BIAS = 2  # steps of a binary layer's own
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +69,8 @@ def steps_of(model: Model, node: fx.Node, source: fx.Node) -> tuple[Step, ...] |
     """
     shape = model.shape(node)
     if model.dtype(node) != torch.float32 or shape != model.shape(source) or not 2 <= len(shape) <= 4:
+        return None
+    if model.axis(node) != model.axis(source):
         return None
     if model.is_transparent(node):
         return ()
@@ -118,7 +122,7 @@ def _batch_norm_steps(model: Model, node: fx.Node) -> tuple[Step, ...] | None:
 
     torch's CPU kernel (aten/src/ATen/native/cpu/batch_norm_kernel.cpp) makes alpha and beta of the statistics and then
     fma(x, alpha, beta), or rounds twice on processors that cannot fuse. On memory in no order that it knows it makes
-    (x - mean) / std * weight + bias. The module itself tells alpha and beta, and which it was; None where it is neither.
+    (x - mean) / std * weight + bias. The module itself tells alpha and beta, and which it was; None if it is neither.
     """
     norm = model.module(node)
     channels = model.channels(node)
@@ -166,12 +170,15 @@ class Fusion:
     Args:
         model: traced.
         demands: what the values that are made must give: floats, or the bits of a later value.
+        reads_bits: whether a node reads bits.
 
     Attributes:
         passes: by each of their nodes, and by a binary layer that is a pass's source.
     """
 
-    def __init__(self, model: Model, demands: Mapping[fx.Node, Set[Any]]) -> None:
+    def __init__(
+        self, model: Model, demands: Mapping[fx.Node, Set[Any]], reads_bits: Callable[[fx.Node], bool]
+    ) -> None:
         self.model, self.demands = model, demands
         self.passes: dict[fx.Node, Pass] = {}
         for node in model.graph.nodes:
@@ -179,7 +186,7 @@ class Fusion:
                 continue
             if model.binary_layer(node) is not None:
                 self.passes[node] = Pass(node, True)
-            else:
+            elif not reads_bits(node):
                 self._join(node)
 
     def _hands_on(self, node: fx.Node) -> bool:
@@ -201,6 +208,8 @@ class Fusion:
                 continue
             if pool is not None and not self._takes_pool(joined):
                 continue
+            if self._count(joined) + len(steps) + max(1, self._written(node)) > MOST_STEPS - SCALE_AND_BIAS:
+                continue
             operands = {step.operand for step in steps if step.operand is not None}
             if not self._depends(operands, joined):
                 self._append(joined, node, steps, pool)
@@ -215,6 +224,14 @@ class Fusion:
         joined.steps[node] = steps
         joined.pool = node if pool is not None else joined.pool
         self.passes[node] = joined
+
+    def _count(self, joined: Pass) -> int:
+        """The steps of a pass so far, with those that write."""
+        nodes = [joined.source, *joined.nodes] if joined.reads_accumulator else joined.nodes
+        return sum(len(joined.steps.get(node, ())) + self._written(node) for node in nodes)
+
+    def _written(self, node: fx.Node) -> int:
+        return 0 if self._hands_on(node) else 1 + len(self.demands[node] - {FLOATS})
 
     def _takes_pool(self, joined: Pass) -> bool:
         """Whether a pooling may follow: steps in front of it run on each window's pixels, and nothing is written."""

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowbit_ext import _arguments
-from lowbit_ext._torch import pytree
 from lowbit_ext._native import PLAIN_TENSORS
 from lowbit_ext._oplib import is_eager
+from lowbit_ext._torch import pytree
 from lowbit_ext.binary.executor import Executor
-from lowbit_ext.binary.packed_layers import PackedLayer
+from lowbit_ext.binary.packed_base import PackedLayer
 
 FORMAT = "lowbit_ext.packed"
 FORMAT_VERSION = "2"
@@ -53,9 +53,12 @@ class Call:
             parameters=[value.replace(annotation=inspect.Parameter.empty) for value in signature.parameters.values()],
             return_annotation=inspect.Signature.empty,
         )
-        args: tuple[Any, ...] = () if isinstance(example, dict) else example if isinstance(example, tuple) else (example,)
+        kwargs = example if isinstance(example, dict) else {}
+        args: tuple[Any, ...] = example if isinstance(example, tuple) else ()
+        if not isinstance(example, tuple | dict):
+            args = (example,)
         try:
-            return Call(signature, _bind(signature, args, example if isinstance(example, dict) else {}))
+            return Call(signature, _bind(signature, args, kwargs))
         except TypeError as error:
             raise ValueError(f"pack: example_input does not fit the model's forward: {error}") from error
 

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from lowbit_ext._graph import Pool
 from lowbit_ext.binary import layers
 from lowbit_ext.binary.activation import invert_words
 from lowbit_ext.binary.chains import Model, chain_of, pixels_of
 from lowbit_ext.binary.convolution import geometry_of
 from lowbit_ext.binary.fusion import FLOATS, Fusion, Pass, window_of
+from lowbit_ext.binary.ops.steps import MOST_STEPS
 from lowbit_ext.binary.packed_layers import (
     Epilogue,
     FloatWindow,
@@ -40,22 +40,37 @@ from lowbit_ext.binary.packed_layers import (
 from lowbit_ext.binary.packed_model import Row
 from lowbit_ext.binary.thresholds import Chain, Fold, fold_floats, fold_integers
 from lowbit_ext.binary.weights import pack_weight
+from lowbit_ext.packed import WORD_BITS
 
 
 class Bits(NamedTuple):
-    """A demand: the bits of a value, channels along `axis`."""
+    """A demand: the bits of a value.
+
+    Attributes:
+        node, encoding: the value, and where its bits switch.
+        axis: of its channels.
+        in_order: whether the reader needs the channels in the value's own order.
+        part: range of channels, where only one of the values is meant that a concatenation on the way joins.
+    """
 
     node: fx.Node
     encoding: str
     axis: int
+    in_order: bool = False
+    part: tuple[int, int] | None = None
 
 
 class Words(NamedTuple):
-    """A node of the packed graph that gives words, and what they hold."""
+    """A node of the packed graph that gives words, and what they hold.
+
+    Attributes:
+        order: which of the value's channels each is; None where it is their own order.
+    """
 
     node: fx.Node
     channels: int
     pixels: tuple[int, ...]
+    order: Tensor | None = None
 
     @property
     def image(self) -> tuple[int, int]:
@@ -81,11 +96,13 @@ class Packer:
         self._floats: dict[fx.Node, fx.Node] = {}
         self._words: dict[Bits, Words] = {}
         self._made: set[Pass] = set()  # passes that stand in the graph
-        self._demands = self._collect_demands(frozenset())
-        # Values that are made as floats give their bits at once. Chains that end there change no demand for floats.
-        self._made_floats = {node for node, demands in self._demands.items() if FLOATS in demands}
+        self._made_floats: Set[fx.Node] = frozenset()
         self._demands = self._collect_demands(self._made_floats)
-        self._passes = Fusion(model, self._demands).passes
+        # Values that are made as floats give their bits at once. Chains that end there change no demand for floats.
+        self._demands = self._collect_demands(
+            frozenset(node for node, demands in self._demands.items() if FLOATS in demands)
+        )
+        self._passes = Fusion(model, self._demands, lambda node: self._reads(node) is not None).passes
         self._stored = self._find_stored()
         for node in model.graph.nodes:
             if node.op == "placeholder":
@@ -93,6 +110,10 @@ class Packer:
         for node in model.graph.nodes:
             if node.op == "output":
                 self._emit_all(node)
+        for node in model.graph.nodes:
+            folded = node.op.startswith("call_") and model.shape(node) and model.constant(node) is None
+            if folded and node not in self.rows:
+                self._note(node, "bits", "in the thresholds behind it")
 
     # What is needed
 
@@ -111,22 +132,40 @@ class Packer:
         model = self.model
         layer, encoding = model.binary_layer(node), model.binary_values(node)
         if layer is not None:
-            return Bits(node.args[0], layer.encoding, model.axis(node))  # type: ignore[arg-type]
+            grouped = getattr(layer, "groups", 1) > 1
+            return Bits(node.args[0], layer.encoding, model.axis(node), grouped)  # type: ignore[arg-type]
         if encoding is not None:
-            return Bits(node, encoding, model.axis(node))
+            return Bits(node, encoding, model.axis(node), True)
         pooled = model.binary_values(node.args[0]) if model.avg_pool(node) is not None else None  # type: ignore[arg-type]
-        return None if pooled is None else Bits(node.args[0], pooled, 1)  # type: ignore[arg-type]
+        return None if pooled is None else Bits(node.args[0], pooled, 1, True)  # type: ignore[arg-type]
 
     def _chain(self, bits: Bits) -> Chain:
-        return chain_of(self.model, bits.node, bits.axis, self._made_floats)
+        model = self.model
+        chain = chain_of(model, bits.node, bits.axis, self._made_floats)
+        if bits.part is None:
+            return chain
+        (part,) = (part for part, begin, _ in model.parts(chain.source) if begin == bits.part[0])
+        inner = chain_of(model, part, bits.axis, self._made_floats)
+        return inner.behind(chain, slice(*bits.part), model.channels(chain.source))
 
-    def _source_of(self, bits: Bits) -> tuple[Bits, fx.Node]:
-        """The bits behind which no others stand, and the node whose floats or accumulator they are made of."""
+    def _parts(self, bits: Bits) -> list[Bits]:
+        """The bits of each value that a concatenation joins, where they can be made one by one; else []."""
+        chain = self._chain(bits)
+        ranges = [(begin, end) for _, begin, end in self.model.parts(chain.source)]
+        if not bits.in_order:  # the one that does not fill its words goes to the end
+            ranges.sort(key=lambda part: (part[1] - part[0]) % WORD_BITS != 0)
+        whole_words = all((end - begin) % WORD_BITS == 0 for begin, end in ranges[:-1])
+        if bits.part is not None or chain.source in self._made_floats or not chain.is_pointwise or not whole_words:
+            return []
+        return [bits._replace(part=part) for part in ranges]
+
+    def _sources_of(self, bits: Bits) -> list[tuple[Bits, fx.Node]]:
+        """The bits behind which no others stand, and the nodes whose floats or accumulators they are made of."""
         node, window = self._bits_source(bits.node, bits.encoding)
         bits = bits._replace(node=node)
         if window is not None and node not in self._made_floats:
-            return self._source_of(bits._replace(node=node.args[0]))  # type: ignore[arg-type]
-        return bits, self._chain(bits).source
+            return self._sources_of(bits._replace(node=node.args[0]))  # type: ignore[arg-type]
+        return [(part, self._chain(part).source) for part in self._parts(bits) or [bits]]
 
     def _collect_demands(self, made: Set[fx.Node]) -> dict[fx.Node, set[Any]]:
         """What each node must give: floats, or bits of a later value. `made`: see chain_of."""
@@ -137,8 +176,8 @@ class Packer:
                 continue
             bits = self._reads(node)
             if bits is not None:
-                key, source = self._source_of(bits)
-                wanted[source].add(key)
+                for key, source in self._sources_of(bits):
+                    wanted[source].add(key)
             else:
                 for source in self.model.variables(node):
                     wanted[source].add(FLOATS)
@@ -183,10 +222,11 @@ class Packer:
         joined = self._passes.get(node)
         if joined is None:
             bits = self._reads(node)
-            return node.all_input_nodes if bits is None else [self._source_of(bits)[1]]
+            return node.all_input_nodes if bits is None else [source for _, source in self._sources_of(bits)]
         if not joined.reads_accumulator:
             return [joined.source, *joined.operands()]
-        return [self._source_of(self._reads(joined.source))[1], *joined.operands()]  # type: ignore[arg-type]
+        sources = self._sources_of(self._reads(joined.source))  # type: ignore[arg-type]
+        return [*(source for _, source in sources), *joined.operands()]
 
     def _emit(self, node: fx.Node) -> None:
         joined = self._passes.get(node)
@@ -242,6 +282,8 @@ class Packer:
         if one_pixel:
             # The features behind a flatten are channels times pixels: a convolution whose kernel is the image.
             weight = weight.reshape(-1, words.channels, *words.image)
+        if words.order is not None:
+            weight = weight[:, words.order]
         weight = weight.reshape(*weight.shape[:2], *(1,) * (4 - weight.dim()), *weight.shape[2:])
         geometry = _geometry(layer, weight)
         arguments = (pack_weight(weight, geometry.groups), geometry, layer.encoding, getattr(layer, "padding_value", 0))
@@ -252,8 +294,9 @@ class Packer:
             (key,) = demands
             chain = self._chain(key)
             fold = fold_integers(chain, key.encoding, weight[0].numel(), scale, bias, filters)
-            thresholds = {"threshold": fold.threshold.reshape(-1, filters), "flip": fold.flip.reshape(-1, filters)}
-            output = self._add(node, "", PackedConv2d(*arguments, **thresholds, one_pixel=one_pixel), words.node)
+            threshold, flip = fold.threshold.reshape(-1, filters), fold.flip.reshape(-1, filters)
+            module = PackedConv2d(*arguments, threshold=threshold, flip=flip, one_pixel=one_pixel)
+            output = self._add(node, "", module, words.node)
             self._note(node, "bits", "bits to bits")
             self._finish_bits(key, chain, fold, output)
             return
@@ -288,17 +331,21 @@ class Packer:
         self, joined: Pass, steps: list[tuple[str, tuple[Tensor, ...]]], nodes: list[fx.Node] | None = None
     ) -> tuple[Epilogue, list[tuple[Any, Chain | None, Fold | None]]]:
         """The steps of a pass, and for each result the demand that it meets."""
-        model, keys = self.model, []
+        model = self.model
+        keys: list[tuple[Any, Chain | None, Fold | None]] = []
         nodes = [joined.source, *joined.nodes] if nodes is None else nodes
         steps = list(steps)
-        for node in nodes:
+        for index, node in enumerate(nodes):
             steps += [(step.kind, step.factors) for step in joined.steps.get(node, ())]
             if node is not joined.source:
                 self._note(node, "pass", f"with {model.name(joined.source)}")
-            if node in self._stored:
+            wanted = sorted(self._demands[node] - {FLOATS}, key=lambda bits: (bits.node.name, bits.part or ()))
+            later = sum(len(joined.steps[other]) + (other in self._stored) for other in nodes[index + 1 :])
+            room = max(0, MOST_STEPS - len(steps) - 1 - later)
+            if node in self._stored or len(wanted) > room:
                 steps.append(("store", ()))
                 keys.append((node, None, None))
-            for key in sorted(self._demands[node] - {FLOATS}, key=lambda bits: bits.node.name):
+            for key in wanted[:room]:  # the others are made of the floats
                 chain = self._chain(key)
                 fold = fold_floats(chain, key.encoding, model.channels(node))
                 channels = model.channels(node)
@@ -342,15 +389,22 @@ class Packer:
         if window is not None and node not in self._made_floats:
             before = self._bits(bits._replace(node=node.args[0]))  # type: ignore[arg-type]
             pooled = self._add(node, "_bits", PackedMaxPool2d(before.channels, window), before.node)
-            self._words[bits] = Words(pooled, before.channels, pixels_of(self.model.shape(node), bits.axis))
+            pixels = pixels_of(self.model.shape(node), bits.axis)
+            self._words[bits] = before._replace(node=pooled, pixels=pixels)
+            return self._words[bits]
+        parts = [self._bits(part) for part in self._parts(bits)]
+        if parts:
+            joined = self.graph.call_function(torch.cat, ([words.node for words in parts], -1))
+            order = torch.cat([torch.arange(*key.part) for key in self._parts(bits)])  # type: ignore[misc]
+            self._words[bits] = Words(joined, len(order), parts[0].pixels, order)
             return self._words[bits]
         chain = self._chain(bits)
         channels = self.model.shape(chain.source)[bits.axis]
         fold = fold_floats(chain, bits.encoding, channels) if chain.folds else None
-        thresholds: tuple[Tensor, ...] = () if fold is None else (fold.threshold, fold.flip)
-        if chain.doubled:
-            thresholds = tuple(values.reshape(2, channels) for values in thresholds)
-        binarize = PackedBinarize(channels, bits.encoding, *thresholds, axis=bits.axis)
+        threshold, flip = (None, None) if fold is None else (fold.threshold, fold.flip)
+        if fold is not None and chain.doubled:
+            threshold, flip = fold.threshold.reshape(2, channels), fold.flip.reshape(2, channels)
+        binarize = PackedBinarize(channels, bits.encoding, threshold, flip, bits.axis)
         output = self._add(node, "_bits", binarize, self._floats[chain.source])
         return self._finish_bits(bits, chain, fold, output)
 
@@ -379,7 +433,7 @@ def _prefer_channels_last(conv: nn.Conv2d, images: Tensor) -> None:
         conv.weight.data = weight
 
 
-def _float_window(pool: Pool) -> FloatWindow:
+def _float_window(pool: Any) -> FloatWindow:
     if pool.output:
         return FloatWindow(True)
     average = pool.kind == "average"

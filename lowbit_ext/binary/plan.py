@@ -16,8 +16,11 @@ from torch import Tensor, fx
 from lowbit_ext import _native
 from lowbit_ext._torch import pytree
 
+_PAGE = 4096  # bytes
+
+
 class Value(NamedTuple):
-    """What a node gives: its tensor in the plan's run, and where later runs have theirs, or None of a planned buffer."""
+    """What a node gives: its tensor in the plan's own run, and where later runs have theirs; None in a buffer."""
 
     tensor: Tensor
     slot: int | None = None
@@ -65,7 +68,7 @@ class Plan:
         nodes = list(body.graph.nodes)
         order = {node: index for index, node in enumerate(nodes)}
         modules = dict(body.named_modules())
-        for node in nodes[0 if after is None else order[after] :]:
+        for node in nodes if after is None else nodes[order[after] :]:
             self._now = order[node]
             if node.op == "placeholder" or node is after:
                 values[node] = self._new_value(next(waiting))
@@ -76,7 +79,7 @@ class Plan:
             last = max((order[user] for user in node.users), default=self._now)
             for value in pytree.tree_leaves(values.get(node), is_leaf=_is_value):
                 self._hold(value, last)
-            if node is until:
+            if until is not None and node is until:
                 self._outputs = values[node]
                 break
             self._release(node, order, values)
@@ -87,17 +90,18 @@ class Plan:
 
     def buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory for a result of this shape, contiguous. It is the plan's until the last node that reads it."""
-        size = max(torch.Size(shape).numel() * dtype.itemsize, 1)
-        fits = [memory for memory in self._free if size <= memory.numel() <= 2 * size]
+        size = torch.Size(shape).numel() * dtype.itemsize
+        pages = max(1, -(-size // _PAGE)) * _PAGE
+        fits = [memory for memory in self._free if pages <= memory.numel() <= 2 * pages]
         if fits:
             memory = min(fits, key=Tensor.numel)
             self._free = [other for other in self._free if other is not memory]
         else:
-            memory = torch.empty(-(-size // 4096) * 4096, dtype=torch.uint8, device="cpu")
+            memory = torch.empty(pages, dtype=torch.uint8, device="cpu")
             self._memory[memory.data_ptr()] = memory.numel()
             self._kept.append(memory)
         self._buffers[memory.data_ptr()] = _Buffer(memory)
-        return memory[: torch.Size(shape).numel() * dtype.itemsize].view(dtype).reshape(tuple(shape))
+        return memory[:size].view(dtype).reshape(tuple(shape))
 
     def images(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The same for images (N, C, H, W), channels-last in memory."""
@@ -169,7 +173,8 @@ class Plan:
         """Adds a call of torch, whose results are new tensors in each run; arguments hold Values."""
         arguments, structure = pytree.tree_flatten((args, kwargs), is_leaf=_is_value)
         given = [leaf.tensor if isinstance(leaf, Value) else leaf for leaf in arguments]
-        moving = [(index, leaf.slot) for index, leaf in enumerate(arguments) if _is_value(leaf) and leaf.slot is not None]
+        slots_read = [leaf.slot if isinstance(leaf, Value) else None for leaf in arguments]
+        moving = [(index, slot) for index, slot in enumerate(slots_read) if slot is not None]
         first_args, first_kwargs = pytree.tree_unflatten(given, structure)
         result = function(*first_args, **first_kwargs)
         values = pytree.tree_map(self._new_value, result)
@@ -262,7 +267,8 @@ def _head(nodes: Sequence[fx.Node], order: dict[fx.Node, int], values: dict[fx.N
     reach = 0  # the last node that reads one of those before
     for index, node in enumerate(nodes):
         value = values.get(node)
-        vectors = _is_value(value) and isinstance(value.tensor, Tensor) and value.tensor.dim() == 2
+        tensor = value.tensor if isinstance(value, Value) else None
+        vectors = isinstance(tensor, Tensor) and tensor.dim() == 2
         if vectors and reach <= index and node.op != "placeholder":
             return node
         reach = max((order[user] for user in node.users), default=0) if reach <= index else max(

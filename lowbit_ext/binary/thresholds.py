@@ -30,6 +30,25 @@ class Chain:
         return self.doubled or any(not isinstance(step, Window) for step in self.steps)
 
     @property
+    def is_pointwise(self) -> bool:
+        """Whether each bit depends on one value of the source alone, and no other bit does."""
+        return not self.doubled and not any(isinstance(step, Window) for step in self.steps)
+
+    def behind(self, outer: Chain, channels: slice, count: int) -> Chain:
+        """This chain of some of the channels, and behind it the steps of a chain of all `count` channels."""
+
+        def on_part(step: Callable[[Tensor], Tensor]) -> Step:
+            def run(values: Tensor) -> Tensor:
+                everything = values.new_zeros(count)
+                everything[channels] = values
+                return step(everything)[channels]
+
+            return run
+
+        steps = [*self.steps, *(on_part(step) for step in outer.steps)]  # type: ignore[arg-type]
+        return Chain(self.source, steps, self.doubled, outer.spatial)
+
+    @property
     def copies(self) -> int:
         """Bits for each value of the source."""
         return 2 if self.doubled else 1

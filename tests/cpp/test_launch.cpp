@@ -46,9 +46,12 @@ void refuse(const char* what, const PoolShape& shape) {
   if (valid(shape)) fail(std::string(what) + " counts as valid");
   BinaryMaxPool2dArgs max_pool{};
   BinaryAvgPool2dArgs avg_pool{};
-  max_pool.shape = avg_pool.shape = shape;
+  PointwiseArgs pointwise{};
+  max_pool.shape = avg_pool.shape = pointwise.shape = shape;
+  pointwise.reduction = Reduction::maximum;
   expect_refused(what, launch::binary_max_pool2d(max_pool));
   expect_refused(what, launch::binary_avg_pool2d(avg_pool));
+  expect_refused(what, launch::pointwise(pointwise));
 }
 
 // An ordinary shape with one member set to `value`.
@@ -122,6 +125,19 @@ void accept_far_windows() {
   }
   const BinaryAvgPool2dArgs avg_pool{pool, Encoding::step, false, 0, input.data(), average.data()};
   if (launch::binary_avg_pool2d(avg_pool) != Status::ok || average[0] != 0.0625f) fail("mean over a window of 2^62");
+
+  Buffer<float> image(16);
+  for (int64_t i = 0; i < 16; ++i) image[i] = static_cast<float>(input[i]);
+  average[0] = 0;
+  const EpilogueStep store{static_cast<int64_t>(StepKind::store),
+                           static_cast<int64_t>(FloatType::float32),
+                           0,
+                           0,
+                           static_cast<int64_t>(reinterpret_cast<uintptr_t>(average.data())),
+                           1};
+  const PointwiseArgs pointwise{pool, Reduction::average, false,      0, image.data(), FloatType::float32, true,
+                                1,    {nullptr, 0},       {&store, 1}};
+  if (launch::pointwise(pointwise) != Status::ok || average[0] != 0.0625f) fail("float mean over a window of 2^62");
 }
 
 }  // namespace

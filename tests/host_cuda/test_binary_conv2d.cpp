@@ -2,6 +2,7 @@
 #include "cpu/binary_conv2d/binary_conv2d.h"
 
 #include "../cpp/conv_case.h"
+#include "../cpp/epilogue_case.h"
 #include "host_cuda.h"
 #include "tests.h"
 
@@ -38,6 +39,32 @@ void check_output(BinaryConv2dArgs args, const void* scalar_weight, const void* 
   }
 }
 
+// Accumulators of the scalar level.
+std::vector<float> accumulators(BinaryConv2dArgs args, const void* scalar_weight) {
+  Buffer<int32_t> acc(out_pixels(args.shape) * args.shape.filters);
+  args.weight = scalar_weight;
+  args.output_kind = ConvOutput::int32;
+  args.output = acc.data();
+  const BinaryConv2dPlan plan = scalar::binary_conv2d_plan(args);
+  Workspace workspace(plan.workspace_bytes);
+  scalar::binary_conv2d(args, plan, 0, plan.items, workspace.data());
+  return std::vector<float>(acc.data(), acc.data() + acc.size());
+}
+
+void check_program(BinaryConv2dArgs args, const void* scalar_weight, const void* weight, Random& random) {
+  EpilogueCase epilogue(random, accumulators(args, scalar_weight), args.shape.filters, args.shape.batch, true);
+  args.weight = weight;
+  args.output_kind = ConvOutput::program;
+  args.program = epilogue.program();
+  Buffer<int32_t> workspace(cuda::binary_conv2d_workspace_bytes(args) / 4);
+  args.workspace = workspace.data();
+  const cuda::ConvEngine engine = random.pick(kEngines);
+  const std::string what = "engine " + std::to_string(static_cast<int>(engine)) + ": " + describe(args);
+  expect_workspace(what, workspace.bytes(),
+                   [&](int64_t bytes) { return cuda::binary_conv2d(args, bytes, engine, kStream); });
+  epilogue.expect(what);
+}
+
 void check(Random& random) {
   const ConvShape s = random_conv_shape(random, kMostProducts);
   ConvCase operands(random, s, random_alignment(random));
@@ -54,6 +81,7 @@ void check(Random& random) {
   operands.for_each_output(random, [&](const BinaryConv2dArgs& of_kind, auto element) {
     check_output<decltype(element)>(of_kind, scalar_weight.data(), weight.data(), random);
   });
+  check_program(operands.args, scalar_weight.data(), weight.data(), random);
 }
 
 // Which architecture has which engines, and what becomes of a wish for another.

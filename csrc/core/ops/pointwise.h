@@ -33,7 +33,7 @@ LOWBIT_INLINE float later_maximum(float largest, float pixel) {
 }
 
 // Pixels without a window that are worked together.
-constexpr int64_t kPointwisePixels = 16;
+constexpr int64_t kPointwisePixels = 32;
 
 // Whether an item is a row of output pixels of an image, as with a window; else kPointwisePixels of an image or, of
 // channels_last input, of the batch.

@@ -110,8 +110,8 @@ struct ScalarEpilogue {
 constexpr int64_t kMostTilePixels = 32;
 
 // The steps of args.program on the accumulators of a tile.
-inline void store_program(const BinaryConv2dArgs& args, const int32_t* const* acc, const int64_t* pixels,
-                          int64_t count, int64_t filter, int64_t filters) {
+inline void store_program(const BinaryConv2dArgs& args, const int32_t* const* acc, const int64_t* pixels, int64_t count,
+                          int64_t filter, int64_t filters) {
   const void* rows[kMostTilePixels];
   for (int64_t i = 0; i < count; ++i) rows[i] = acc[i];
   const int64_t pixels_per_image = args.shape.out_height * args.shape.out_width;

@@ -7,11 +7,13 @@
 namespace lowbit::LOWBIT_LEVEL {
 namespace {
 
-constexpr int64_t kPixels = kPointwisePixels;
+// Output pixels of a tile with a window, 16 KiB of sums or maxima: rows of the input are read in long runs.
+constexpr int64_t kWindowPixels = 64;
+constexpr int64_t kMostPixels = max(kWindowPixels, kPointwisePixels);
 
-// Input pixels under the taps of a tile that are loaded together: the 33 columns of 16 windows of 3 with stride 2 in
-// one go, in 16 KiB.
-constexpr int64_t kSourcePixels = 64;
+// Input pixels that are loaded together, 8 KiB.
+constexpr int64_t kSourcePixels = 32;
+static_assert(kPointwisePixels <= kSourcePixels);
 
 // Channels of input pixels that follow each other, as rows of a tile.
 class Pixels {
@@ -28,7 +30,8 @@ class Pixels {
       return;
     }
     const int64_t image_pixels = args.shape.height * args.shape.width;
-    const int64_t element = (first / image_pixels * args.shape.channels + channel) * image_pixels + first % image_pixels;
+    const int64_t element =
+        (first / image_pixels * args.shape.channels + channel) * image_pixels + first % image_pixels;
     for_type(args.input_type, [&](auto type) {
       transpose(static_cast<const typename decltype(type)::type*>(args.input) + element, image_pixels, pixels, count,
                 type);
@@ -75,8 +78,8 @@ class OutputRun {
     if (shared_words) clear_bits(args_.after, s.channels, pixels_, count_);
     for (int64_t channel = 0; channel < s.channels; channel += kTileChannels) {
       const int64_t count = min(s.channels - channel, kTileChannels);
-      EpilogueTile tile = {nullptr, Source::float32, pixels_,    count_,
-                           channel, count,           s.channels, s.out_height * s.out_width,
+      EpilogueTile tile = {nullptr,      Source::float32, pixels_,    count_,
+                           channel,      count,           s.channels, s.out_height * s.out_width,
                            shared_words, nullptr};
       values(channel, count, tile);
       run_program(args_.after, tile);
@@ -86,18 +89,18 @@ class OutputRun {
  private:
   const PointwiseArgs& args_;
   const int64_t count_;
-  int64_t pixels_[kPixels];
+  int64_t pixels_[kMostPixels];
 };
 
 void run_pixels(const PointwiseArgs& args, int64_t item) {
   const int64_t image_pixels = args.shape.height * args.shape.width;
-  int64_t first = item * kPixels, end = args.shape.batch * image_pixels;
+  int64_t first = item * kPointwisePixels, end = args.shape.batch * image_pixels;
   if (!args.channels_last) {
-    const int64_t tiles = ceil_div(image_pixels, kPixels);
-    first = item / tiles * image_pixels + item % tiles * kPixels;
+    const int64_t tiles = ceil_div(image_pixels, kPointwisePixels);
+    first = item / tiles * image_pixels + item % tiles * kPointwisePixels;
     end = (item / tiles + 1) * image_pixels;
   }
-  const int64_t pixels = min(end - first, kPixels);
+  const int64_t pixels = min(end - first, kPointwisePixels);
   Pixels input;
   OutputRun(args, first, pixels).run([&](int64_t channel, int64_t count, EpilogueTile& tile) {
     input.take(args, first, pixels, channel, count);
@@ -121,53 +124,47 @@ inline void combine_taps(float* value, const float* tap, int64_t taps, int64_t s
   for (int j = 0; j < kVectors; ++j) sum[j].store(value + j * LanesF32::kLanes, kFloat);
 }
 
-// Windows of output pixels [x, x + pixels) of a row.
-struct WindowRow {
-  int64_t image, out_row, x, pixels;
-  TapRange rows;
-  int64_t begin, end;  // columns under them that are in the image
-};
-
-inline WindowRow window_row(const PoolShape& s, int64_t item, int64_t x) {
-  const int64_t image = item / s.out_height, out_row = item % s.out_height;
-  const int64_t pixels = min(s.out_width - x, kPixels);
-  const int64_t last = (x + pixels - 1) * s.stride_width - s.pad_left + (s.kernel_width - 1) * s.dilation_width;
-  return {image,  out_row,
-          x,      pixels,
-          valid_taps(out_row, s.stride_height, s.pad_top, s.dilation_height, s.kernel_height, s.height),
-          max(x * s.stride_width - s.pad_left, 0), min(last + 1, s.width)};
+// Taps of a window, from column `left` on, in columns [begin, end).
+inline TapRange taps_in(int64_t left, int64_t begin, int64_t end, int64_t kernel, int64_t dilation) {
+  if (dilation != 1) return valid_taps(0, 1, begin - left, dilation, kernel, end - begin);
+  const int64_t first = max(begin - left, 0);
+  return {first, max(min(end - left, kernel), first)};
 }
 
-// value[i] = combine(value[i], tap) of channels [channel, channel + count) for all taps of window i, in row-major order,
-// after the steps of `before`.
+// value[i] = combine(value[i], tap) of channels [channel, channel + count) for all taps of the window of output pixel
+// x + i of row `item`, in row-major order, after the steps of `before`.
 template <class Combine>
-inline void combine_windows(const PointwiseArgs& args, const WindowRow& windows, int64_t channel, int64_t count,
-                            float (*value)[kTileChannels], const Combine& combine) {
+inline void combine_windows(const PointwiseArgs& args, int64_t item, int64_t x, int64_t pixels, int64_t channel,
+                            int64_t count, float (*value)[kTileChannels], const Combine& combine) {
   const PoolShape& s = args.shape;
+  const int64_t image = item / s.out_height, out_row = item % s.out_height;
+  const TapRange rows = valid_taps(out_row, s.stride_height, s.pad_top, s.dilation_height, s.kernel_height, s.height);
+  const int64_t reach = (s.kernel_width - 1) * s.dilation_width;
+  const int64_t first_left = x * s.stride_width - s.pad_left;
+  const int64_t begin = max(first_left, 0);
+  const int64_t end = min(first_left + (pixels - 1) * s.stride_width + reach + 1, s.width);
   Pixels input;
   int64_t indices[kSourcePixels];
   alignas(64) float source[kSourcePixels][kTileChannels];
-  TapRange taps[kPixels];  // of each window, in the columns at hand
-  int64_t taps_column = -1;
-  for (int64_t tap = windows.rows.begin; tap < windows.rows.end; ++tap) {
-    const int64_t row = windows.out_row * s.stride_height - s.pad_top + tap * s.dilation_height;
-    for (int64_t column = windows.begin; column < windows.end; column += kSourcePixels) {
-      const int64_t columns = min(windows.end - column, kSourcePixels);
-      const int64_t first = (windows.image * s.height + row) * s.width + column;
+  for (int64_t tap = rows.begin; tap < rows.end; ++tap) {
+    const int64_t row = out_row * s.stride_height - s.pad_top + tap * s.dilation_height;
+    for (int64_t column = begin; column < end; column += kSourcePixels) {
+      const int64_t columns = min(end - column, kSourcePixels);
+      const int64_t first = (image * s.height + row) * s.width + column;
       for (int64_t i = 0; i < columns; ++i) indices[i] = first + i;
       input.take(args, first, columns, channel, count);
       run_program(args.before, {input.rows(), input.source(), indices, columns, channel, count, s.channels,
                                 s.height * s.width, false, source});
-      for (int64_t i = 0; i < windows.pixels; ++i) {
-        const int64_t x = windows.x + i;
-        if (taps_column != column) {
-          taps[i] = valid_taps(x, s.stride_width, s.pad_left + column, s.dilation_width, s.kernel_width, columns);
-        }
-        if (taps[i].begin == taps[i].end) continue;
-        const int64_t left = x * s.stride_width - s.pad_left - column + taps[i].begin * s.dilation_width;
-        combine_taps(value[i], source[left], taps[i].end - taps[i].begin, s.dilation_width * kTileChannels, combine);
+      // Windows that begin behind the columns or end before them have no taps in them.
+      const int64_t skipped = column - reach - first_left;
+      for (int64_t i = skipped <= 0 ? 0 : ceil_div(skipped, s.stride_width); i < pixels; ++i) {
+        const int64_t left = first_left + i * s.stride_width;
+        if (left >= column + columns) break;
+        const TapRange taps = taps_in(left, column, column + columns, s.kernel_width, s.dilation_width);
+        if (taps.begin == taps.end) continue;
+        combine_taps(value[i], source[left + taps.begin * s.dilation_width - column], taps.end - taps.begin,
+                     s.dilation_width * kTileChannels, combine);
       }
-      taps_column = column;
     }
   }
 }
@@ -180,28 +177,28 @@ inline void fill(float (*value)[kTileChannels], int64_t pixels, float number) {
 
 void run_row(const PointwiseArgs& args, int64_t item) {
   const PoolShape& s = args.shape;
-  alignas(64) float value[kPixels][kTileChannels];
-  const void* rows[kPixels];
-  for (int64_t i = 0; i < kPixels; ++i) rows[i] = value[i];
-  for (int64_t x = 0; x < s.out_width; x += kPixels) {
-    const WindowRow windows = window_row(s, item, x);
-    OutputRun(args, item * s.out_width + x, windows.pixels)
-        .run([&](int64_t channel, int64_t count, EpilogueTile& tile) {
-          tile.rows = rows;
-          if (args.reduction == Reduction::maximum) {
-            fill(value, windows.pixels, -__builtin_inff());
-            return combine_windows(args, windows, channel, count, value, [](LanesF32 largest, LanesF32 tap) {
-              return LanesF32::later_maximum(largest, tap);
-            });
-          }
-          fill(value, windows.pixels, 0);
-          combine_windows(args, windows, channel, count, value, [](LanesF32 sum, LanesF32 tap) { return sum + tap; });
-          for (int64_t i = 0; i < windows.pixels; ++i) {
-            const PoolWindow window = pool_window(args.count_include_pad, args.divisor_override,
-                                                  row_span(s, windows.out_row), column_span(s, x + i));
-            for (int64_t c = 0; c < kTileChannels; ++c) value[i][c] /= window.divisor;
-          }
-        });
+  alignas(64) float value[kWindowPixels][kTileChannels];
+  const void* rows[kWindowPixels];
+  for (int64_t i = 0; i < kWindowPixels; ++i) rows[i] = value[i];
+  for (int64_t x = 0; x < s.out_width; x += kWindowPixels) {
+    const int64_t pixels = min(s.out_width - x, kWindowPixels);
+    OutputRun(args, item * s.out_width + x, pixels).run([&](int64_t channel, int64_t count, EpilogueTile& tile) {
+      tile.rows = rows;
+      if (args.reduction == Reduction::maximum) {
+        fill(value, pixels, -__builtin_inff());
+        return combine_windows(args, item, x, pixels, channel, count, value,
+                               [](LanesF32 largest, LanesF32 tap) { return LanesF32::later_maximum(largest, tap); });
+      }
+      fill(value, pixels, 0);
+      combine_windows(args, item, x, pixels, channel, count, value,
+                      [](LanesF32 sum, LanesF32 tap) { return sum + tap; });
+      const PoolSpan row = row_span(s, item % s.out_height);
+      for (int64_t i = 0; i < pixels; ++i) {
+        const PoolWindow window =
+            pool_window(args.count_include_pad, args.divisor_override, row, column_span(s, x + i));
+        for (int64_t c = 0; c < kTileChannels; ++c) value[i][c] /= window.divisor;
+      }
+    });
   }
 }
 

@@ -66,7 +66,7 @@ struct EpilogueTile {
   int64_t channel, count;
   int64_t channels;  // C
   int64_t pixels_per_image;
-  bool shared_words;              // BitOutput
+  bool shared_words;               // BitOutput
   float (*result)[kTileChannels];  // where the values go behind the last step, lanes past `count` undefined; or null
 };
 
@@ -75,9 +75,24 @@ constexpr int kVectors = static_cast<int>(kTileChannels) / LanesF32::kLanes;  //
 // Pixels whose values fill half of the registers: 16 of 32 in AVX-512, 8 of 16 in AVX2.
 constexpr int kStripPixels = kVectors == 4 ? 4 : 1;
 
+// body(0), body(1), .. body(kCount - 1), the numbers known to the compiler, so that arrays which they index can be
+// registers: loops are unrolled too late for that, even where a pragma asks for it.
+template <int kIndex>
+struct Index {
+  constexpr operator int() const { return kIndex; }
+};
+template <int kCount, int kIndex = 0, class Body>
+[[gnu::always_inline]] inline void repeat(const Body& body) {
+  if constexpr (kIndex < kCount) {
+    body(Index<kIndex>{});
+    repeat<kCount, kIndex + 1>(body);
+  }
+}
+
 // `kPixels` pixels from tile.pixels[first] on; kWhole: of 64 channels.
 template <int kPixels, bool kWhole>
-[[gnu::noinline]] void run_strip(const EpilogueProgram& program, const EpilogueTile& tile, int64_t first) {
+[[gnu::noinline, gnu::flatten]] void run_strip(const EpilogueProgram& program, const EpilogueTile& tile,
+                                               int64_t first) {
   constexpr int kLanes = LanesF32::kLanes;
   LanesF32 value[kPixels][kVectors];
   const int64_t* const pixels = tile.pixels + first;
@@ -89,21 +104,15 @@ template <int kPixels, bool kWhole>
   const auto load_floats = [&](const float* from, int j) { return load(from, j, Stored<FloatType::float32>{}); };
   // body(value, pixel, vector)
   const auto for_each = [&](const auto& body) {
-#pragma GCC unroll 16
-    for (int j = 0; j < kVectors; ++j) {
-#pragma GCC unroll 16
-      for (int pixel = 0; pixel < kPixels; ++pixel) body(value[pixel][j], pixel, j);
-    }
+    repeat<kVectors>([&](auto j) { repeat<kPixels>([&](auto pixel) { body(value[pixel][j], pixel, j); }); });
   };
   // value = body(value, operand of its channels)
   const auto apply = [&](int64_t address, const auto& body) {
     const float* from = operand<const float>(address) + tile.channel;
-#pragma GCC unroll 16
-    for (int j = 0; j < kVectors; ++j) {
+    repeat<kVectors>([&](auto j) {
       const LanesF32 of_channels = load_floats(from, j);
-#pragma GCC unroll 16
-      for (int pixel = 0; pixel < kPixels; ++pixel) value[pixel][j] = body(value[pixel][j], of_channels);
-    }
+      repeat<kPixels>([&](auto pixel) { value[pixel][j] = body(value[pixel][j], of_channels); });
+    });
   };
   const auto load_rows = [&](auto type) {
     for_each([&](LanesF32& v, int pixel, int j) {
@@ -121,7 +130,7 @@ template <int kPixels, bool kWhole>
     case Source::float16:
       load_rows(Stored<FloatType::float16>{});
       break;
-    case Source::int32:
+    default:
       load_rows(Integers{});
       break;
   }
@@ -137,21 +146,17 @@ template <int kPixels, bool kWhole>
       case StepKind::multiply_add: {
         const float* factor = operand<const float>(step.first) + tile.channel;
         const float* summand = operand<const float>(step.second) + tile.channel;
-#pragma GCC unroll 16
-        for (int j = 0; j < kVectors; ++j) {
+        repeat<kVectors>([&](auto j) {
           const LanesF32 a = load_floats(factor, j), b = load_floats(summand, j);
-#pragma GCC unroll 16
-          for (int pixel = 0; pixel < kPixels; ++pixel) {
-            value[pixel][j] = LanesF32::multiply_add(value[pixel][j], a, b);
-          }
-        }
+          repeat<kPixels>([&](auto pixel) { value[pixel][j] = LanesF32::multiply_add(value[pixel][j], a, b); });
+        });
         break;
       }
       case StepKind::multiply_image: {
         const float* factor[kPixels];
         for (int pixel = 0; pixel < kPixels; ++pixel) {
-          factor[pixel] = operand<const float>(step.first) +
-                          pixels[pixel] / tile.pixels_per_image * tile.channels + tile.channel;
+          factor[pixel] =
+              operand<const float>(step.first) + pixels[pixel] / tile.pixels_per_image * tile.channels + tile.channel;
         }
         for_each([&](LanesF32& v, int pixel, int j) { v = v * load_floats(factor[pixel], j); });
         break;
@@ -189,16 +194,13 @@ template <int kPixels, bool kWhole>
           const float* threshold = operand<const float>(step.first) + channel;
           const uint8_t* flip = step.second == 0 ? nullptr : operand<const uint8_t>(step.second) + channel;
           uint64_t bits[kPixels] = {};
-#pragma GCC unroll 16
-          for (int j = 0; j < kVectors; ++j) {
+          repeat<kVectors>([&](auto j) {
             const LanesF32 limit = load_floats(threshold, j);
             const LanesF32 flips = flip == nullptr || lanes(j) == 0 ? LanesF32::broadcast(0)
                                                                     : LanesF32::flips(flip + j * kLanes, lanes(j));
-#pragma GCC unroll 16
-            for (int pixel = 0; pixel < kPixels; ++pixel) {
-              bits[pixel] |= LanesF32::reached(value[pixel][j], limit, flips) << (j * kLanes);
-            }
-          }
+            repeat<kPixels>(
+                [&](auto pixel) { bits[pixel] |= LanesF32::reached(value[pixel][j], limit, flips) << (j * kLanes); });
+          });
           for (int pixel = 0; pixel < kPixels; ++pixel) {
             output.put(pixels[pixel], channel, tile.count, bits[pixel] & low_mask(tile.count));
           }

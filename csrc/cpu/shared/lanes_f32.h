@@ -1,4 +1,5 @@
-// `LanesF32`: a vector of floats of the level that a file is compiled for. What epilogues (shared/epilogue.h) want of one:
+// `LanesF32`: a vector of floats of the level that a file is compiled for. What epilogues (shared/epilogue.h) want of
+// one:
 //   kLanes, broadcast, operators + * /, multiply_add (one rounding), prelu, at_least, at_most (core/epilogue.h),
 //   later_maximum(a, b): b where it is greater or NaN, else a;
 //   load and store of float32, bfloat16 and float16 (a Stored), and load of int32 (Integers), of kLanes elements or of

@@ -72,8 +72,8 @@ struct LanesF32 {
     return {_mm256_castsi256_ps(_mm256_andnot_si256(kept_i32x8, _mm256_set1_epi32(INT32_MIN)))};
   }
   static uint64_t reached(LanesF32 value, LanesF32 limit, LanesF32 flip) {
-    const __m256 reached_f32x8 = _mm256_cmp_ps(_mm256_xor_ps(value.f32x8, flip.f32x8),
-                                               _mm256_xor_ps(limit.f32x8, flip.f32x8), _CMP_GE_OQ);
+    const __m256 reached_f32x8 =
+        _mm256_cmp_ps(_mm256_xor_ps(value.f32x8, flip.f32x8), _mm256_xor_ps(limit.f32x8, flip.f32x8), _CMP_GE_OQ);
     return static_cast<uint64_t>(_mm256_movemask_ps(reached_f32x8));
   }
 

@@ -66,8 +66,7 @@ struct LanesF32 {
   // All bits of a lane's sign: (value ^ f) >= (limit ^ f) is value <= limit.
   static LanesF32 flips(const uint8_t* bytes, int64_t count) {
     const __m128i bytes_u8x16 = _mm_maskz_loadu_epi8(first(count), bytes);
-    const __m512i flips_u32x16 =
-        _mm512_maskz_set1_epi32(_mm_test_epi8_mask(bytes_u8x16, bytes_u8x16), INT32_MIN);
+    const __m512i flips_u32x16 = _mm512_maskz_set1_epi32(_mm_test_epi8_mask(bytes_u8x16, bytes_u8x16), INT32_MIN);
     return {_mm512_castsi512_ps(flips_u32x16)};
   }
   static uint64_t reached(LanesF32 value, LanesF32 limit, LanesF32 flip) {
