@@ -68,6 +68,16 @@ def pair(op: str, name: str, value: Any) -> tuple[int, int]:
     return sizes[0], sizes[-1]  # type: ignore[return-value]
 
 
+def sides(op: str, name: str, value: Any) -> tuple[Any, Any]:
+    """Padding of both dimensions: for each an int for both sides, or a pair of what is before and behind."""
+    if isinstance(value, (tuple, list)) and len(value) == 2 and any(isinstance(side, (tuple, list)) for side in value):
+        first, second = (
+            pair(op, name, side) if isinstance(side, (tuple, list)) else integer(op, name, side) for side in value
+        )
+        return first, second
+    return pair(op, name, value)
+
+
 def number(op: str, name: str, value: Any) -> float:
     """A real number."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
+import foreign_networks as foreign
 import fuzz_reference as reference
 from lowbit_ext import PackedTensor, antithetic, binary, cone, duo, helstrom, lowmem
 
@@ -118,7 +119,8 @@ def conv(r: random.Random, dims: int) -> Arguments:
     made = {"input": input, "weight": weight}
     if dims:
         made |= chosen(
-            r, stride=[1, 2], padding=[0, 1, 2, "valid"], dilation=[1, 1, 2], padding_value=[0, 1], groups=[groups]
+            r, stride=[1, 2], padding=[0, 1, 2, "valid", (0, 2) if dims == 1 else ((0, 1), (2, 0))],
+            dilation=[1, 1, 2], padding_value=[0, 1], groups=[groups],
         )
         made["groups"] = groups
         if made.get("dilation") == 2:
@@ -162,25 +164,31 @@ def layer_options(r: random.Random) -> Arguments:
     )
 
 
+def learned_scale(r: random.Random) -> Arguments:
+    return chosen(r, weight_scale=["learned"])
+
+
 def signs_or_floats(r: random.Random) -> Any:
     x = floats(r, 2, 4, 5, 5)
     return r.choice([x, binary.binarize(x)])
 
 
-def conv_layer(r: random.Random, binary_options: bool) -> Arguments:
+def conv_layer(r: random.Random, binary_options: bool, dims: int = 2) -> Arguments:
     groups = r.choice([1, 2])
     made = {"in_channels": 4 * groups, "out_channels": 3 * groups, "kernel_size": r.choice([1, 3]), "groups": groups}
     made |= chosen(r, stride=[1, 2], padding=[0, 1, "valid"], dilation=[1, 2], padding_mode=["zeros"])
     made |= layer_options(r)
     if binary_options:
-        return made | chosen(r, encoding=ENCODINGS, surrogate=["clip"], padding_value=[0, 1])
+        sides = chosen(r, padding=[((0, 1), (1, 0))] if dims == 2 else [(0, 1), ((0, 1),)])
+        return made | chosen(r, encoding=ENCODINGS, surrogate=["clip"], padding_value=[0, 1]) | learned_scale(r) | sides
     return made | chosen(r, save_codes=[True, False])
 
 
 def linear_layer(r: random.Random, binary_options: bool) -> Arguments:
     made = {"in_features": 5, "out_features": 3} | layer_options(r)
-    return made | chosen(r, **({"encoding": ENCODINGS, "surrogate": ["clip"]} if binary_options else
-                               {"save_codes": [True, False]}))
+    if binary_options:
+        return made | chosen(r, encoding=ENCODINGS, surrogate=["clip"]) | learned_scale(r)
+    return made | chosen(r, save_codes=[True, False])
 
 
 def binary_network() -> nn.Module:
@@ -188,6 +196,27 @@ def binary_network() -> nn.Module:
         nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), binary.BinaryConv2d(8, 8, 3), nn.BatchNorm2d(8), nn.MaxPool2d(2),
         binary.BinaryConv2d(8, 4, 1), nn.Flatten(), binary.BinaryLinear(16, 3),
     ).eval()
+
+
+def foreign_network() -> nn.Module:
+    return nn.Sequential(
+        foreign.BinaryActivation(), foreign.HardBinaryConv(4, 8), nn.BatchNorm2d(8),
+        foreign.BinaryActivation(), foreign.HardBinaryConv(8, 4),
+    ).eval()
+
+
+def two_level_conv() -> nn.Module:
+    return binary.BinaryConv2d(
+        4, 3, 3, bias=False, weight_scale="learned", padding=1, device="cpu", dtype=torch.float32
+    )
+
+
+def with_cached_weights(input: Any) -> Tensor:
+    """A layer's second call, on the weight that the first one has packed."""
+    layer = binary.BinaryConv2d(4, 3, 3, device="cpu", dtype=torch.float32)
+    with torch.no_grad(), binary.cached_weights():
+        layer(input)
+        return layer(input)
 
 
 def coupled_network() -> nn.Module:
@@ -354,7 +383,7 @@ TARGETS: dict[str, Target] = {
         method("__call__"),
         of(lambda r: binary.BinaryConv2d(4, 3, 3), input=signs_or_floats), says=CONV,
     ),
-    "binary.BinaryConv1d": Target(binary.BinaryConv1d, lambda r: conv_layer(r, True)),
+    "binary.BinaryConv1d": Target(binary.BinaryConv1d, lambda r: conv_layer(r, True, 1)),
     "binary.BinaryConv1d.forward": Target(
         method("__call__"),
         of(lambda r: binary.BinaryConv1d(4, 3, 3), input=lambda r: floats(r, 2, 4, 5)), says=("binary_conv1d", *CONV),
@@ -367,6 +396,32 @@ TARGETS: dict[str, Target] = {
     "binary.pack": Target(
         binary.pack, lambda r: {"model": binary_network(), "example_input": image(r)}, says=("example", "model"),
         share=2,
+    ),
+    "binary.TwoLevelConv2d": Target(
+        binary.TwoLevelConv2d, lambda r: {"conv": two_level_conv(), "offset": torch.randn(3)} | chosen(
+            r, alpha=[0.5, 2], beta=[-1, 0.5], bias=lambda: torch.randn(3)
+        ),
+    ),
+    "binary.TwoLevelConv2d.forward": Target(
+        method("__call__"), of(
+            lambda r: binary.TwoLevelConv2d(two_level_conv(), torch.randn(3), 0.5, 0.1),
+            x=lambda r: torch.randn(2, 4, 5, 5),
+        ),
+        says=("input", *CONV), raises=TORCH,
+    ),
+    "binary.cached_weights": Target(
+        with_cached_weights, lambda r: {"input": floats(r, 2, 4, 5, 5)}, says=("cached_weights", *CONV), share=2,
+    ),
+    "binary.convert": Target(
+        binary.convert, lambda r: {"model": foreign_network(), "example_input": torch.randn(2, 4, 7, 7)} | chosen(
+            r, rules=[{}, {foreign.BinaryActivation: lambda module: binary.BinaryActivation("sign", "approx_sign")}],
+            surrogate=["clip", "identity"],
+        ),
+        says=("example", "model"), share=2,
+    ),
+    "binary.conversions": Target(
+        binary.conversions,
+        lambda r: {"model": binary.convert(foreign_network(), torch.randn(2, 4, 7, 7))}, share=2,
     ),
     "binary.PackedModel": Target(
         binary.PackedModel, lambda r: {"body": binary.pack(binary_network(), image(r)).body}, share=2
@@ -582,7 +637,9 @@ TARGETS: dict[str, Target] = {
 }
 
 # Public, and only ever made by the functions above.
-RESULTS = {"duo.GradientMismatch", "duo.LayerMismatch", "lowmem.Conversion", "lowmem.LayerError"}
+RESULTS = {
+    "binary.LayerConversion", "duo.GradientMismatch", "duo.LayerMismatch", "lowmem.Conversion", "lowmem.LayerError",
+}
 
 
 def missing() -> set[str]:

@@ -139,16 +139,21 @@ def from_words(a: Arguments, result: binary.PackedWeight) -> str:
 def _geometry(a: Arguments, dims: int, kernel: tuple[int, ...]) -> tuple[Any, ...]:
     """Stride, (left, right) padding and dilation of each dimension."""
 
-    def each(value: Any) -> list[int]:
-        sizes = [int(size) for size in (value if isinstance(value, (tuple, list)) else (value,))]
+    def each(value: Any) -> list[Any]:
+        sizes = list(value) if isinstance(value, (tuple, list)) else [value]
         return sizes * dims if len(sizes) == 1 else sizes
 
-    stride, dilation, padding = each(a.get("stride", 1)), each(a.get("dilation", 1)), a.get("padding", 0)
+    def both(side: Any) -> tuple[int, int]:
+        return (int(side[0]), int(side[-1])) if isinstance(side, (tuple, list)) else (int(side), int(side))
+
+    stride, dilation = ([int(size) for size in each(a.get(name, 1))] for name in ("stride", "dilation"))
+    padding = a.get("padding", 0)
     if padding == "same":
         totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
         sides = [(total // 2, total - total // 2) for total in totals]
     else:
-        sides = [(side, side) for side in ([0] * dims if padding == "valid" else each(padding))]
+        padding = [padding] if dims == 1 else each(padding)
+        sides = [both(side) for side in ([0] * dims if isinstance(a.get("padding"), str) else padding)]
     return stride, sides, dilation
 
 

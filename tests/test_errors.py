@@ -114,6 +114,11 @@ WRONG_CALLS = [
        "stride=[1, 1], dilation=[1, 1], padding=[-1, -1, -1, -1]"),
     at("conv2d stride triple", lambda: conv2d(X, W, stride=(1, 1, 1)), TypeError,
        "binary_conv2d: stride must be an int or a pair of ints, got (1, 1, 1)"),
+    at("conv2d padding of three sides", lambda: conv2d(X, W, padding=((1, 1, 1), 0)), TypeError,
+       "binary_conv2d: padding must be an int or a pair of ints, got (1, 1, 1)"),
+    at("conv2d padding negative side", lambda: conv2d(X, W, padding=((1, -1), 0)), ValueError,
+       "binary_conv2d: kernel, stride and dilation must be at least 1 and padding at least 0, got kernel=[3, 3], "
+       "stride=[1, 1], dilation=[1, 1], padding=[1, 0, -1, 0]"),
     at("conv2d stride float", lambda: conv2d(X, W, stride=(1.0, 2.0)), TypeError,
        "binary_conv2d: stride must be an int or a pair of ints, got (1.0, 2.0)"),
     at("conv2d padding name", lambda: conv2d(X, W, padding="full"), ValueError,

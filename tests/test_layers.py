@@ -4,6 +4,7 @@ import copy
 import pickle
 import socket
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,23 +59,27 @@ def emulate(layer, x, dtype=torch.float64):
         None: torch.ones((), dtype=dtype),
         "layer": weight.detach().abs().mean(),
         "channel": weight.detach().abs().flatten(1).mean(1).reshape(-1, *(1,) * (weight.dim() - 1)),
-    }[layer.weight_scale]
+    }
     # Straight through: the quantised weight's value with the latent weight's gradient.
-    quantised = weight + (signs * scale - weight).detach()
+    if layer.weight_scale == "learned":
+        factor = layer.learned_scale.to(dtype).reshape(-1, *(1,) * (weight.dim() - 1))
+        quantised = factor * (weight + (signs - weight).detach())
+    else:
+        quantised = weight + (signs * scale[layer.weight_scale] - weight).detach()
     bits = StraightThrough.apply(x.to(dtype), layer.surrogate, layer.encoding)
     bias = None if layer.bias is None else layer.bias.to(dtype)
     if isinstance(layer, BinaryLinear):
         return F.linear(bits, quantised, bias)
     conv, padding = (F.conv2d, layer.padding) if weight.dim() == 4 else (F.conv1d, layer.padding)
     if not isinstance(padding, str):
-        bits = F.pad(bits, [side for pad in reversed(padding) for side in (pad, pad)], value=layer.padding_value)
+        sides = [side if isinstance(side, tuple) else (side, side) for side in padding]
+        bits = F.pad(bits, [size for side in reversed(sides) for size in side], value=layer.padding_value)
         padding = 0
     return conv(bits, quantised, bias, layer.stride, padding, layer.dilation, layer.groups)
 
 
 def gradients(output, x, layer, grad):
-    parameters = [x, layer.weight] + ([] if layer.bias is None else [layer.bias])
-    return torch.autograd.grad(output, parameters, grad.to(output.dtype))
+    return torch.autograd.grad(output, [x, *layer.parameters()], grad.to(output.dtype))
 
 
 def assert_equals_emulation(layer, shape):
@@ -92,11 +97,41 @@ def assert_equals_emulation(layer, shape):
 
 @pytest.mark.parametrize("encoding", ["sign", "step"])
 @pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("weight_scale", ["channel", "layer", None])
+@pytest.mark.parametrize("weight_scale", ["channel", "layer", "learned", None])
 def test_options_equal_emulation(device, encoding, surrogate, weight_scale):
     options = {"encoding": encoding, "surrogate": surrogate, "weight_scale": weight_scale}
     assert_equals_emulation(BinaryConv2d(45, 33, 3, padding=1, **options), (2, 45, 7, 6))
     assert_equals_emulation(BinaryLinear(70, 33, **options), (5, 70))
+
+
+@pytest.mark.parametrize(
+    ("layer", "arguments", "shape"),
+    [
+        (BinaryConv2d, (70, 33, 3, 2, 1), (2, 70, 7, 6)),
+        (BinaryConv1d, (70, 33, 3), (2, 70, 9)),
+        (BinaryLinear, (70, 33), (5, 70)),
+    ],
+)
+def test_a_learned_scale_of_any_sign(device, layer, arguments, shape):
+    """Against float64; its start, its place among the parameters, and its gradient through float64 itself."""
+    made = layer(*arguments, weight_scale="learned")
+    assert torch.equal(made.learned_scale, made.weight.detach().abs().flatten(1).mean(1))
+    assert [name for name, _ in made.named_parameters()] == ["weight", "bias", "learned_scale"]
+    nn.init.normal_(made.learned_scale)
+    made.learned_scale.data[::5] = 0
+    assert_equals_emulation(made, shape)
+    precise, x = copy.deepcopy(made).double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    outputs = precise(x), emulate(precise, x)
+    grad = torch.randn_like(outputs[0])
+    assert_as_good(outputs[0], outputs[0].float(), outputs[1])
+    for got, want in zip(*(gradients(output, x, precise, grad) for output in outputs), strict=True):
+        bound = sum_bound(70 * 9 + 100, 10 * float(want.abs().max()), torch.float64)
+        torch.testing.assert_close(got, want, rtol=0, atol=bound)
+    other = layer(*arguments, weight_scale="learned")
+    other.load_state_dict(made.state_dict())
+    assert torch.equal(other.learned_scale, made.learned_scale)
+    other.reset_parameters()
+    assert torch.equal(other.learned_scale, other.weight.detach().abs().flatten(1).mean(1))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +143,9 @@ def test_options_equal_emulation(device, encoding, surrogate, weight_scale):
         (BinaryConv2d, (48, 48, 3), {"groups": 48, "padding": 1}, (2, 48, 5, 5)),
         (BinaryConv2d, (64, 32, 3), {"padding": 1, "padding_value": -1}, (2, 64, 6, 6)),
         (BinaryConv2d, (33, 32, 3), {"padding": 1, "padding_value": 1, "encoding": "step"}, (2, 33, 6, 6)),
+        (BinaryConv2d, (45, 32, 3), {"stride": 2, "padding": ((0, 1), (0, 1))}, (2, 45, 8, 6)),
+        (BinaryConv2d, (45, 32, (2, 5)), {"padding": (1, (4, 2)), "padding_value": 1}, (2, 45, 6, 6)),
+        (BinaryConv1d, (45, 70, 4), {"stride": 2, "padding": (0, 3), "padding_value": -1}, (3, 45, 30)),
         (BinaryConv1d, (45, 70, 5), {"stride": 2, "padding": 3, "dilation": 2}, (3, 45, 30)),
         (BinaryConv1d, (64, 64, 4), {"groups": 2, "padding": "same", "padding_value": 0}, (3, 64, 13)),
         (BinaryLinear, (129, 65), {"bias": False}, (3, 4, 129)),
@@ -154,6 +192,52 @@ def test_memory_formats_give_the_same_bits(device):
         for other in (x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
             assert torch.equal(layer(other), expected)
         assert torch.equal(copy.deepcopy(layer).to(memory_format=torch.channels_last)(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(BinaryConv2d(45, 6, 3, padding=1), (45, 6, 7)), (BinaryConv1d(45, 6, 3), (45, 9))]
+)
+def test_unbatched_input(device, layer, shape):
+    """As torch's layers take it; hooks see one call."""
+    layer, x, calls = copy.deepcopy(layer).to(torch.get_default_device()), torch.randn(shape), []
+    layer.register_forward_hook(lambda module, arguments, output: calls.append(output.shape))
+    x.requires_grad_()
+    output = layer(x)
+    expected = layer(x.unsqueeze(0)).squeeze(0)
+    assert torch.equal(output, expected)
+    assert calls == [output.shape, (1, *output.shape)]
+    grad = torch.randn_like(output)
+    assert torch.equal(*(torch.autograd.grad(value, x, grad)[0] for value in (output, expected)))
+    with pytest.raises(ValueError, match="input must be"):
+        layer(x[0])
+
+
+def test_sizes_of_numpy():
+    two, three = np.int64(2), np.int32(3)
+    for made in (
+        BinaryConv2d(np.int64(6), np.uint8(4), (three, three), two, (np.int64(1), two), np.int64(1), two),
+        BinaryConv2d(6, 4, 3, padding=((np.int64(0), two), np.int16(1))), BinaryConv1d(np.int64(6), 4, three, two, two),
+        BinaryLinear(np.int64(6), three),
+    ):
+        x = torch.randn(2, 6, *(7,) * (made.weight.dim() - 2))
+        made(x).sum().backward()
+        assert made.weight.grad is not None
+        for sizes in (getattr(made, name, ()) for name in ("kernel_size", "stride", "padding", "dilation")):
+            assert all(type(size) in (int, tuple) for size in sizes)
+
+
+def test_padding_same_of_tensorflow():
+    """Its sides depend on the image: with stride 2 an even one has them at the bottom and right alone."""
+
+    def sides(size, kernel, stride):
+        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        return total // 2, total - total // 2
+
+    for size, kernel, stride in ((8, 3, 2), (7, 3, 2), (9, 5, 3), (6, 2, 1)):
+        padding = (sides(size, kernel, stride), sides(size + 1, kernel, stride))
+        layer = BinaryConv2d(5, 4, kernel, stride, padding, bias=False)
+        assert layer(torch.randn(1, 5, size, size + 1)).shape[2:] == (-(-size // stride), -(-(size + 1) // stride))
+        assert_equals_emulation(layer, (2, 5, size, size + 1))
 
 
 @pytest.mark.parametrize(
@@ -206,10 +290,13 @@ def test_stands_in_for_the_torch_layer(device, ours, theirs, arguments):
     [
         (lambda: BinaryConv2d(4, 4, 3, encoding="binary"), "encoding must be one of 'sign', 'step', got 'binary'"),
         (lambda: BinaryConv2d(4, 4, 3, surrogate="relu"), "surrogate must be one of 'clip'"),
-        (lambda: BinaryLinear(4, 4, weight_scale="filter"), "weight_scale must be one of 'channel', 'layer', None"),
+        (lambda: BinaryLinear(4, 4, weight_scale="filter"),
+         "weight_scale must be one of 'channel', 'layer', 'learned', None"),
         (lambda: BinaryConv2d(4, 4, 3, padding_value=2), "padding_value must be one of 0, 1, -1, got 2"),
         (lambda: BinaryConv1d(4, 4, 3, encoding="step", padding_value=-1), "padding_value must be one of 0, 1, got -1"),
         (lambda: BinaryConv2d(4, 4, 3, padding_mode="reflect"), "padding_mode must be 'zeros', got 'reflect'"),
+        (lambda: BinaryConv2d(4, 4, 3, padding=((1, 0), (0, -1))), "padding must be at least 0, got -1"),
+        (lambda: BinaryConv1d(4, 4, 3, padding=(-1, 1)), "padding must be at least 0, got -1"),
         (lambda: BinaryActivation("ternary"), "BinaryActivation: encoding"),
         (lambda: BinaryLinear(4, 4)(binarize(torch.zeros(1, 4), "step")), "encoding 'step', the layer 'sign'"),
         (lambda: BinaryLinear(4, 4)(torch.zeros(1, 5)), "4 input features"),
@@ -224,7 +311,7 @@ def small_network():
     return nn.Sequential(
         nn.Conv2d(3, 45, 3, padding=1),
         nn.BatchNorm2d(45),
-        BinaryConv2d(45, 64, 3, padding=1, bias=False),
+        BinaryConv2d(45, 64, 3, padding=1, bias=False, weight_scale="learned"),
         nn.BatchNorm2d(64),
         BinaryActivation("step"),
         BinaryConv2d(64, 32, 3, encoding="step", surrogate="identity", weight_scale="layer"),

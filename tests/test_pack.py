@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import stat
+import warnings
 
 import pytest
 import torch
@@ -69,6 +70,15 @@ def vgg(widths=(45, 90, 64), encoding="sign", **options):
             nn.Linear(33, 10),
         )
     )
+
+
+def learned(model):
+    """With learned scales of both signs and 0."""
+    for module in model.modules():
+        if getattr(module, "weight_scale", None) == "learned":
+            nn.init.normal_(module.learned_scale)
+            module.learned_scale.data[3] = 0
+    return model
 
 
 class Block(nn.Module):
@@ -139,12 +149,24 @@ def mlp(encoding="sign"):
     return shake(nn.Sequential(nn.Linear(20, 50), *body, nn.ReLU(), nn.Linear(64, 5)))
 
 
+def larq():
+    """Strided "same" padding of TensorFlow, of 1 and of values 0, +1."""
+    return shake(
+        nn.Sequential(
+            nn.Conv2d(3, 45, 3), nn.BatchNorm2d(45),
+            BinaryConv2d(45, 64, 3, 2, ((1, 1), (0, 1)), bias=False, padding_value=1), nn.BatchNorm2d(64),
+            BinaryConv2d(64, 33, 3, 2, ((0, 1), (0, 1)), bias=False), nn.BatchNorm2d(33),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(33, 4),
+        )
+    )
+
+
 def audio():
     return shake(
         nn.Sequential(
             nn.Conv1d(2, 45, 5),
             nn.BatchNorm1d(45),
-            BinaryConv1d(45, 90, 3, padding=2, dilation=2),
+            BinaryConv1d(45, 90, 3, padding=(4, 0), dilation=2),
             nn.MaxPool1d(2),
             nn.BatchNorm1d(90),
             BinaryActivation(),
@@ -161,6 +183,8 @@ IMAGE = (3, 17, 16)
 MODELS = {
     "vgg": (vgg, IMAGE),
     "vgg_wide_step": (lambda: vgg((64, 128, 64), "step", weight_scale="layer"), IMAGE),
+    "vgg_learned_scale": (lambda: learned(vgg((33, 64, 48), weight_scale="learned")), IMAGE),
+    "larq": (larq, IMAGE),
     "vgg_unscaled_padding": (lambda: vgg((33, 64, 48), weight_scale=None, padding_value=-1)[:13], IMAGE),
     "residual": (lambda: shake(Residual()), IMAGE),
     "doubled": (lambda: shake(Doubled()), IMAGE),
@@ -266,6 +290,71 @@ def test_what_is_not_packed_is_named(layer, shape, message):
     assert record[0].filename == __file__
     assert torch.equal(packed(x), model(x))
     assert [type(layer) for layer in packed.packed_layers().values()] == [PackedBinarize, PackedConv2d]
+
+class Functions(nn.Module):
+    """Binary layers as functions, with a scale by an expression of the weight, a parameter, or a number."""
+
+    def __init__(self, second="constant"):
+        super().__init__()
+        self.stem, self.bn1, self.bn2 = nn.Conv2d(3, 45, 3), nn.BatchNorm2d(45), nn.BatchNorm2d(64)
+        self.weight, self.bias = nn.Parameter(torch.randn(64, 45, 3, 3)), nn.Parameter(torch.randn(64))
+        self.register_buffer("grouped", torch.randn(32, 32, 2, 3))
+        self.alpha, self.bn3 = nn.Parameter(torch.randn(32)), nn.BatchNorm1d(32)
+        self.matrix, self.second = nn.Parameter(torch.randn(10, 32)), second
+
+    def forward(self, x):
+        x = self.bn1(self.stem(x))
+        scale = self.weight.abs().mean((1, 2, 3)).log2().round().exp2()
+        x = binary.conv2d(x, self.weight, stride=2, padding=((0, 1), 1), scale=scale, bias=self.bias)
+        x = F.hardtanh(self.bn2(x))
+        alpha = self.alpha if self.second == "constant" else self.alpha + x.mean()
+        x = binary.conv2d(x, self.grouped, groups=2, dilation=(2, 1), padding_value=1, padding=1, scale=alpha)
+        return binary.linear(self.bn3(x.flatten(2).amax(2)), self.matrix, scale=0.25)
+
+
+def test_functions_pack_as_layers():
+    model, x = shake(Functions()), torch.randn(3, *IMAGE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed = binary.pack(model, x)
+    other = torch.randn(5, *IMAGE)
+    assert torch.equal(packed(other), model(other))
+    assert [type(layer) for layer in packed.packed_layers().values()].count(PackedConv2d) == 3
+    assert all(not isinstance(module, BinaryConv2d) for module in model.modules()), "the model stays as it is"
+
+
+def test_functions_of_one_dimension_pack():
+    class Audio(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bn = nn.Parameter(torch.randn(40, 8, 3)), nn.BatchNorm1d(40)
+
+        def forward(self, x):
+            y = binary.conv1d(x, self.weight, stride=2, padding=(2, 0), dilation=2, groups=2, bias=self.bn.bias)
+            return binary.linear(self.bn(y).flatten(1), self.weight.reshape(24, 40).repeat(1, 4))
+
+    model = shake(Audio())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed = binary.pack(model, torch.randn(2, 16, 9))
+    x = torch.randn(3, 16, 9)
+    assert torch.equal(packed(x), model(x))
+    assert [type(layer) for layer in packed.packed_layers().values()].count(PackedConv2d) == 2
+
+
+def test_functions_that_no_layer_does_stay():
+    model, x = shake(Functions("varying")), torch.randn(3, *IMAGE)
+    with pytest.warns(UserWarning, match=r"conv2d_1 \(conv2d\) stays as it is: its scale is not constant"):
+        packed = binary.pack(model, x)
+    torch.testing.assert_close(packed(x), model(x))
+
+
+def test_layers_of_one_image_stay():
+    head = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, -1)), BinaryLinear(8 * 4, 4))
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), BinaryConv2d(8, 8, 3), *head), torch.randn(3, 6, 6)
+    with pytest.warns(UserWarning, match=r"pack: 1 \(BinaryConv2d\) stays as it is: its result is \(8, 2, 2\)"):
+        packed = binary.pack(model, x)
+    assert torch.equal(packed(x), model(x))
 
 
 @pytest.mark.parametrize("activation", [BinaryActivation(), nn.ReLU()])

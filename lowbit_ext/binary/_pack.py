@@ -15,6 +15,7 @@ from lowbit_ext._torch import pytree
 from lowbit_ext.binary.activation import DEFAULT_THRESHOLDS
 from lowbit_ext.binary.batches import is_by_image
 from lowbit_ext.binary.chains import Model
+from lowbit_ext.binary.functions import is_binary_call
 from lowbit_ext.binary.packed_model import Call, PackedModel
 from lowbit_ext.binary.packer import Packer
 from lowbit_ext.packed import unpack_op
@@ -26,6 +27,8 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 def pack(model: nn.Module, example_input: Any, *, float_dtype: torch.dtype | None = None) -> PackedModel:
     """Packs a trained model: binary layers on bits, thresholds in integers, float parts in fused passes.
+
+    conv2d, conv1d and linear of this package, called in a forward with a constant weight, are layers too.
 
     A copy of the model in evaluation mode is traced by torch.fx for the call that the example makes: arguments that are
     no tensors, those left out among them, are fixed. Activations stay packed between binary layers: scale, bias, batch
@@ -61,8 +64,6 @@ def pack(model: nn.Module, example_input: Any, *, float_dtype: torch.dtype | Non
     for value in pytree.tree_leaves(example_input):
         if isinstance(value, Tensor):
             _arguments.tensor("pack", "example_input", value)
-    if not any(has_binary_weight(module) for module in model.modules()):
-        raise ValueError("pack: the model has no BinaryConv2d, BinaryConv1d or BinaryLinear")
     device, dtype = _home(model)
     if float_dtype is None and dtype in _HALVES:
         float_dtype = dtype
@@ -73,6 +74,7 @@ def pack(model: nn.Module, example_input: Any, *, float_dtype: torch.dtype | Non
     with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         expected = _run(model, call)
         traced = Model(model, call)
+        _check_binary(traced)
         packer = Packer(traced)
         _check_packed(traced)
         body = fx.GraphModule(packer.modules, packer.graph, class_name="PackedGraph")
@@ -114,6 +116,13 @@ def _run(model: nn.Module, call: Call) -> Any:
     except Exception as error:
         shapes = ", ".join(str(tuple(value.shape)) for value in call.example())
         raise ValueError(f"pack: the model does not run on the example {shapes}: {first_line(error)}") from error
+
+
+def _check_binary(traced: Model) -> None:
+    """Refuses a model without binary layers."""
+    binary = any(has_binary_weight(module) for module in traced.modules.values())
+    if not binary and not any(map(is_binary_call, traced.graph.nodes)):
+        raise ValueError("pack: the model has no BinaryConv2d, BinaryConv1d or BinaryLinear, nor such a function")
 
 
 def _check_packed(traced: Model) -> None:

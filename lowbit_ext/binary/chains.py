@@ -22,6 +22,7 @@ from lowbit_ext._graph import (
     trace,
 )
 from lowbit_ext.binary import layers
+from lowbit_ext.binary.functions import is_binary_call, layer_of, reason_against
 from lowbit_ext.binary.packed_layers import Window
 from lowbit_ext.binary.packed_model import Call
 from lowbit_ext.binary.thresholds import Chain, Step
@@ -79,9 +80,12 @@ class Model(Traced):
         self._constants: dict[fx.Node, Any] = {}
         self._axes: dict[fx.Node, int] = {}
         self._run(call)
+        if self._take_functions_as_layers():
+            self._run(call)
         changed = self._take_bits_as_bits()
         if self._simplify_concatenations() or changed:
             self._run(call)
+        self._evaluate_constants()
         self._read_batch_size_from_input()
 
     def _run(self, call: Call) -> None:
@@ -92,6 +96,32 @@ class Model(Traced):
         self.shapes = {node: tuple(x.shape) for node, x in self.values.items() if isinstance(x, Tensor)}
         for node in self.graph.nodes:
             self._axes[node] = self._find_axis(node)
+
+    def _take_functions_as_layers(self) -> bool:
+        """Puts binary layers for calls of binary functions with constant weights: whether there are any."""
+        found = False
+        for node in self.graph.nodes:
+            if is_binary_call(node) and reason_against(node, self.constant, self.values) is None:
+                source, layer = layer_of(node, self.constant)
+                name = f"{node.name}_layer"
+                self.root.add_module(name, layer)
+                self.modules[name] = layer
+                node.op, node.target, node.args, node.kwargs = "call_module", name, (source,), {}
+                found = True
+        return found
+
+    def _evaluate_constants(self) -> None:
+        """Puts values for what is made of the model's own tensors alone, as a scale by an expression of weights."""
+        fixed = {node for node in self.graph.nodes if node.op == "get_attr"}
+        for node in self.graph.nodes:
+            inputs = node.all_input_nodes
+            if not node.op.startswith("call_") or not inputs or not fixed.issuperset(inputs):
+                continue
+            fixed.add(node)
+            if node in self.shapes:
+                name = f"{node.name}_value"
+                self.root.register_buffer(name, self.values[node].detach().clone())
+                node.op, node.target, node.args, node.kwargs = "get_attr", name, (), {}
 
     def _take_bits_as_bits(self) -> bool:
         """Puts binary layers for layers that take values as they are, where these are bits: whether there are any."""
@@ -222,6 +252,8 @@ class Model(Traced):
     def left_because(self, node: fx.Node) -> str | None:
         """Why a layer with a binary weight stays as it is; None of packed layers and all others."""
         layer = self.module(node)
+        if is_binary_call(node):
+            return reason_against(node, self.constant, self.values)
         if not has_binary_weight(layer) or self.binary_layer(node) is not None:
             return None
         if not reads_bits(layer):

@@ -23,7 +23,7 @@ from lowbit_ext.binary.activation import (
     wants_grad,
 )
 from lowbit_ext.binary.epilogue import channel_vector, scaled, thresholds_of
-from lowbit_ext.binary.ops.geometry import Geometry, Pair
+from lowbit_ext.binary.ops.geometry import Geometry, Pair, Sides
 from lowbit_ext.binary.surrogates import derivative
 from lowbit_ext.binary.weights import PackedWeight, pack_words, sign_words, straight_through_weight
 from lowbit_ext.packed import (
@@ -57,7 +57,7 @@ def _check_weight(op: str, weight: Any, shape: str) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _cached_geometry(
-    weight_shape: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair, groups: int
+    weight_shape: Sequence[int], stride: Pair, padding: Sides | str, dilation: Pair, groups: int
 ) -> Geometry:
     kernel = (weight_shape[2], weight_shape[3])
     stride = _arguments.pair("binary_conv2d", "stride", stride)
@@ -74,12 +74,16 @@ def _cached_geometry(
     elif isinstance(padding, str):
         raise ValueError(f"binary_conv2d: padding must be ints, 'same' or 'valid', got {padding!r}")
     else:
-        sides = _arguments.pair("binary_conv2d", "padding", padding) * 2
+        (top, bottom), (left, right) = (
+            side if isinstance(side, tuple) else (side, side)
+            for side in _arguments.sides("binary_conv2d", "padding", padding)
+        )
+        sides = (top, left, bottom, right)
     return Geometry(*kernel, *stride, *sides, *dilation, groups)
 
 
 def geometry_of(
-    weight_shape: Sequence[int], stride: Pair, padding: Pair | str, dilation: Pair, groups: int
+    weight_shape: Sequence[int], stride: Pair, padding: Sides | str, dilation: Pair, groups: int
 ) -> Geometry:
     """Checked and completed geometry of a call."""
     # The cache would take True and 1.0 for 1.
@@ -87,7 +91,7 @@ def geometry_of(
         stride = _arguments.pair("binary_conv2d", "stride", stride)
         dilation = _arguments.pair("binary_conv2d", "dilation", dilation)
         if not isinstance(padding, str):
-            padding = _arguments.pair("binary_conv2d", "padding", padding)
+            padding = _arguments.sides("binary_conv2d", "padding", padding)
     if torch.compiler.is_compiling():
         return _cached_geometry.__wrapped__(weight_shape, stride, padding, dilation, groups)
     return _cached_geometry(weight_shape, stride, padding, dilation, groups)
@@ -287,7 +291,7 @@ def conv2d(
     weight: Tensor | PackedWeight,
     *,
     stride: Pair = 1,
-    padding: Pair | str = 0,
+    padding: Sides | str = 0,
     dilation: Pair = 1,
     groups: int = 1,
     padding_value: int = 0,
@@ -307,7 +311,8 @@ def conv2d(
     Args:
         input: (N, C, H, W): a PackedTensor, or float32, bfloat16 or float16, binarized on the fly.
         weight: (O, C / groups, kh, kw) float, of which the signs count, or a PackedWeight.
-        stride, padding, dilation, groups: as torch.nn.functional.conv2d; padding also "same" or "valid".
+        stride, padding, dilation, groups: as torch.nn.functional.conv2d; padding also "same", "valid", or with sides of
+            their own ((top, bottom), (left, right)), as padding "same" of TensorFlow and Larq has them with a stride.
         padding_value: value of the activations in the padding: 0 (these taps add nothing), +1, or -1 (sign only).
         encoding, surrogate: of a float input: its bits ("sign" or "step") and its straight-through estimator
             (lowbit_ext.binary.surrogates). A PackedTensor brings its own encoding.
@@ -379,14 +384,15 @@ def conv1d(
     weight: Tensor | PackedWeight,
     *,
     stride: int = 1,
-    padding: int | str = 0,
+    padding: int | tuple[int, int] | str = 0,
     dilation: int = 1,
     residual: Tensor | None = None,
     **options: Any,
 ) -> Tensor | PackedTensor:
     """One-dimensional conv2d: input (N, C, L), weight (O, C / groups, k), result (N, O, L').
 
-    Takes conv2d's arguments with one number in place of each pair; the same exactness, gradients and errors.
+    Takes conv2d's arguments with one number in place of each pair, and padding also as a pair (left, right); the same
+    exactness, gradients and errors.
     """
     _check_input("binary_conv1d", input)
     _check_weight("binary_conv1d", weight, "(O, C / groups, k)")
@@ -394,13 +400,16 @@ def conv1d(
         raise ValueError(f"binary_conv1d: input must be (N, C, L), got {tuple(input.shape)}")
     if residual is not None and _arguments.tensor("binary_conv1d", "residual", residual).dim() != 3:
         raise ValueError(f"binary_conv1d: residual must be (N, O, L'), got {tuple(residual.shape)}")
-    if not isinstance(padding, str):
-        padding = (0, _arguments.integer("binary_conv1d", "padding", padding))  # type: ignore[assignment]
+    sides: Any = padding
+    if isinstance(padding, (tuple, list)):
+        sides = (0, _arguments.pair("binary_conv1d", "padding", padding))
+    elif not isinstance(padding, str):
+        sides = (0, _arguments.integer("binary_conv1d", "padding", padding))
     output = conv2d(
         _insert_axes(input, 1),
         _insert_axes(weight, 1),
         stride=(1, _arguments.integer("binary_conv1d", "stride", stride)),
-        padding=padding,
+        padding=sides,
         dilation=(1, _arguments.integer("binary_conv1d", "dilation", dilation)),
         residual=None if residual is None else residual.unsqueeze(2),
         **options,

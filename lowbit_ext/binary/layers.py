@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from lowbit_ext import _arguments
 from lowbit_ext._torch import Size1, Size2
 from lowbit_ext.binary import activation, convolution
+from lowbit_ext.binary.ops.geometry import Sides
 from lowbit_ext.binary.surrogates import SURROGATES, keeps_bits
+from lowbit_ext.binary.weight_cache import cached_operands
+from lowbit_ext.binary.weights import PackedWeight
 from lowbit_ext.packed import ENCODING_VALUES, PackedTensor
 
-WEIGHT_SCALES = ("channel", "layer", None)
+WEIGHT_SCALES = ("channel", "layer", None)  # that follow from the weight
+_LEARNED = "learned"  # that of a binary layer may also be a parameter
 
 _MOST_ELEMENTS = 2**48  # of a weight
 
@@ -34,9 +38,12 @@ def check_factory(layer: str, device: Any, dtype: Any) -> None:
 
 def check_conv(
     layer: str, dims: int, *, in_channels: Any, out_channels: Any, kernel_size: Any, stride: Any, padding: Any,
-    dilation: Any, groups: Any, bias: Any, device: Any, dtype: Any,
+    dilation: Any, groups: Any, bias: Any, device: Any, dtype: Any, own_sides: bool = False,
 ) -> dict[str, Any]:
-    """torch's arguments of a convolution, checked: torch itself fails in the midst of some of them."""
+    """torch's arguments of a convolution, checked: torch itself fails in the midst of some of them.
+
+    `own_sides`: padding may have other sizes on each side.
+    """
 
     def sizes(name: str, value: Any, least: int) -> Any:
         checked = _arguments.pair(layer, name, value) if dims == 2 else _one(layer, name, value)
@@ -57,6 +64,8 @@ def check_conv(
         )
     if isinstance(padding, str):
         _arguments.choice(layer, "padding", padding, ("same", "valid"))
+    elif own_sides:
+        padding = _check_sides(layer, dims, padding)
     else:
         padding = sizes("padding", padding, 0)
     stride = sizes("stride", stride, 1)
@@ -67,6 +76,21 @@ def check_conv(
         "dilation": sizes("dilation", dilation, 1), "bias": _arguments.flag(layer, "bias", bias), "device": device,
         "dtype": dtype,
     }
+
+
+def _check_sides(layer: str, dims: int, padding: Any) -> tuple[Any, ...]:
+    """Padding of each dimension: an int for both sides, or the pair of them where they differ."""
+    if dims == 2:
+        checked: tuple[Any, ...] = _arguments.sides(layer, "padding", padding)
+    else:
+        alone = isinstance(padding, (tuple, list)) and len(padding) == 1
+        only = padding[0] if alone else padding
+        checked = (_arguments.pair(layer, "padding", only),) if isinstance(only, (tuple, list)) else _one(
+            layer, "padding", only
+        )
+    for size in (size for side in checked for size in (side if isinstance(side, tuple) else (side,))):
+        _arguments.integer(layer, "padding", size, 0)
+    return checked
 
 
 def _check_elements(layer: str, names: str, *sizes: int) -> None:
@@ -116,16 +140,32 @@ class _BinaryLayer(nn.Module):
     encoding: str
     surrogate: str
     weight_scale: str | None
+    learned_scale: nn.Parameter  # of weight_scale "learned"
 
     def _configure(self, encoding: str, surrogate: str, weight_scale: str | None) -> None:
         layer = type(self).__name__
         _arguments.choice(layer, "encoding", encoding, tuple(ENCODING_VALUES))
         _arguments.choice(layer, "surrogate", surrogate, SURROGATES)
-        _arguments.choice(layer, "weight_scale", weight_scale, WEIGHT_SCALES)
+        _arguments.choice(layer, "weight_scale", weight_scale, (*WEIGHT_SCALES[:-1], _LEARNED, None))
         self.encoding, self.surrogate, self.weight_scale = encoding, surrogate, weight_scale
+        if weight_scale == _LEARNED:
+            self.learned_scale = nn.Parameter(self.weight.new_empty(self.weight.shape[0]))
+            self._reset_scale()
+
+    def _reset_scale(self) -> None:
+        with torch.no_grad():
+            self.learned_scale.copy_(self.weight.abs().flatten(1).mean(1))
+
+    def reset_parameters(self) -> None:
+        """As torch's layer; a learned scale becomes the mean |weight| of its filter."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "learned_scale" in self._parameters:
+            self._reset_scale()
 
     def scale(self) -> Tensor | None:
-        """Factor of the accumulator without gradient, (O,) or (1,), or None."""
+        """Factor of the accumulator, (O,) or (1,), or None. It has a gradient where it is learned."""
+        if self.weight_scale == _LEARNED:
+            return self.learned_scale
         return weight_scale_of(self.weight, self.weight_scale)
 
     @property
@@ -133,8 +173,8 @@ class _BinaryLayer(nn.Module):
         """Whether the layer keeps bits for its backward pass; otherwise its surrogate needs the input."""
         return self.surrogate in ("clip", "identity")
 
-    def _options(self, input: Tensor | PackedTensor) -> dict[str, Any]:
-        """Arguments that conv2d, conv1d and linear share."""
+    def _operands(self, input: Tensor | PackedTensor) -> tuple[Tensor | PackedWeight, dict[str, Any]]:
+        """The weight, and arguments that conv2d, conv1d and linear share."""
         out_dtype = None
         if isinstance(input, PackedTensor):
             if input.encoding != self.encoding:
@@ -142,10 +182,19 @@ class _BinaryLayer(nn.Module):
                     f"{type(self).__name__}: packed input has encoding {input.encoding!r}, the layer {self.encoding!r}"
                 )
             out_dtype = convolution.autocast_dtype(input.device, self.weight.dtype)
-        return {
+        precise = isinstance(input, Tensor) and input.dtype == torch.float64
+        cached = None if precise else cached_operands(self)
+        weight: Tensor | PackedWeight = self.weight
+        if cached is None:
+            scale = self.scale()
+        else:
+            weight, scale = cached
+            if self.weight_scale == _LEARNED or type(self).scale is not _BinaryLayer.scale:
+                scale = self.scale()  # of more than the weight
+        return weight, {
             "encoding": self.encoding,
             "surrogate": self.surrogate,
-            "scale": self.scale(),
+            "scale": scale,
             "bias": self.bias,
             "out_dtype": out_dtype,
         }
@@ -182,28 +231,40 @@ def _check_padding_mode(layer: str, padding_mode: Any) -> None:
         )
 
 
+def _is_unbatched(input: Any, dims: int) -> bool:
+    """Whether an input is one image or sequence; of what is no dense tensor the convolution itself says so."""
+    dense = isinstance(input, Tensor) and input.layout is torch.strided and not input.is_nested
+    return dense and input.dim() == dims
+
+
 class BinaryConv2d(_BinaryConv, nn.Conv2d):
     """Convolution of the input's bits with the weight's signs: scale * conv2d(binarize(x), sign(weight)) + bias.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
-            torch.nn.Conv2d; padding_mode only "zeros".
+            torch.nn.Conv2d; padding also with sides of their own ((top, bottom), (left, right)), as "same" of
+            TensorFlow and Larq has them with a stride; padding_mode only "zeros".
         encoding: "sign" (x >= 0 is +1, else -1) or "step" (x >= 1/2 is 1, else 0; BinaryDuo).
         surrogate: derivative that stands for the binarization's (lowbit_ext.binary.surrogates). Behind a
             BinaryActivation("step") use "identity": its 0 and 1 lie on the ends of the clipped mask 0 < x < 1, which
             would stop every gradient.
         padding_value: value of the padding's activations: 0, +1, or -1 (sign only). 0 is torch's padding.
-        weight_scale: "channel" (mean |weight| of each filter, XNOR-Net), "layer" (of the whole weight, BinaryDuo) or
-            None (1).
+        weight_scale: "channel" (mean |weight| of each filter, XNOR-Net), "layer" (of the whole weight, BinaryDuo),
+            "learned" (the parameter `learned_scale` (O,), which starts as mean |weight| of each filter and may take any
+            sign) or None (1).
 
     Shape:
-        input (N, C, H, W) float32, bfloat16, float16, float64 (by torch's operators, for comparisons; the layer in
-        float64 too) or a PackedTensor of the layer's encoding; output (N, O, H', W')
-        in the input's dtype (autocast's inside autocast; for packed input the weight's), channels-last in memory.
+        input (N, C, H, W) or (C, H, W) float32, bfloat16, float16, float64 (by torch's operators, for comparisons; the
+        layer in float64 too), or a PackedTensor (N, C, H, W) of the layer's encoding; output (N, O, H', W') or
+        (O, H', W') in the input's dtype (autocast's inside autocast; for packed input the weight's). It is
+        channels-last in memory: flatten(1), not view(n, -1), makes rows of it.
+
+    The weight's signs are packed anew at every call, but within cached_weights.
 
     Gradient:
         input: straight-through with `surrogate`. weight: the gradient of scale * sign(weight) as it is, with no
-        gradient through the scale. bias: exact.
+        gradient through the scale; with a learned scale that of sign(weight), which has the scale as a factor. bias and
+        learned_scale: exact.
 
     Raises:
         ValueError: an option outside those above, or a packed input of another encoding.
@@ -218,7 +279,7 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
         out_channels: int,
         kernel_size: Size2,
         stride: Size2 = 1,
-        padding: str | Size2 = 0,
+        padding: str | Sides = 0,
         dilation: Size2 = 1,
         groups: int = 1,
         bias: bool = True,
@@ -236,29 +297,33 @@ class BinaryConv2d(_BinaryConv, nn.Conv2d):
             **check_conv(
                 type(self).__name__, 2, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size,
                 stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias, device=device, dtype=dtype,
+                own_sides=True,
             ),
         )
         self._configure(encoding, surrogate, weight_scale)
         self._configure_padding(padding_value)
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
-        """Numbers (N, O, H', W'); the weight's signs are packed anew at every call."""
-        return convolution.conv2d(  # type: ignore[return-value]
-            input,
-            self.weight,
+        """Numbers (N, O, H', W') or (O, H', W')."""
+        alone = _is_unbatched(input, 3)
+        weight, options = self._operands(input)
+        output: Any = convolution.conv2d(
+            input.unsqueeze(0) if alone else input,  # type: ignore[union-attr]
+            weight,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
             padding_value=self.padding_value,
-            **self._options(input),
+            **options,
         )
+        return output.squeeze(0) if alone else output
 
 
 class BinaryConv1d(_BinaryConv, nn.Conv1d):
-    """BinaryConv2d in one dimension: input (N, C, L), output (N, O, L').
+    """BinaryConv2d in one dimension: input (N, C, L) or (C, L), output (N, O, L') or (O, L').
 
-    Arguments as torch.nn.Conv1d; the options, gradients and errors of BinaryConv2d.
+    Arguments as torch.nn.Conv1d, padding also (left, right); the options, gradients and errors of BinaryConv2d.
     """
 
     def __init__(
@@ -267,7 +332,7 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
         out_channels: int,
         kernel_size: Size1,
         stride: Size1 = 1,
-        padding: str | Size1 = 0,
+        padding: str | Size1 | tuple[int, int] = 0,
         dilation: Size1 = 1,
         groups: int = 1,
         bias: bool = True,
@@ -285,23 +350,27 @@ class BinaryConv1d(_BinaryConv, nn.Conv1d):
             **check_conv(
                 type(self).__name__, 1, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size,
                 stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias, device=device, dtype=dtype,
+                own_sides=True,
             ),
         )
         self._configure(encoding, surrogate, weight_scale)
         self._configure_padding(padding_value)
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
-        """Numbers (N, O, L'); the weight's signs are packed anew at every call."""
-        return convolution.conv1d(  # type: ignore[return-value]
-            input,
-            self.weight,
+        """Numbers (N, O, L') or (O, L')."""
+        alone = _is_unbatched(input, 2)
+        weight, options = self._operands(input)
+        output: Any = convolution.conv1d(
+            input.unsqueeze(0) if alone else input,  # type: ignore[union-attr]
+            weight,
             stride=self.stride[0],
             padding=self.padding if isinstance(self.padding, str) else self.padding[0],
             dilation=self.dilation[0],
             groups=self.groups,
             padding_value=self.padding_value,
-            **self._options(input),
+            **options,
         )
+        return output.squeeze(0) if alone else output
 
 
 class BinaryLinear(_BinaryLayer, nn.Linear):
@@ -332,8 +401,9 @@ class BinaryLinear(_BinaryLayer, nn.Linear):
         self._configure(encoding, surrogate, weight_scale)
 
     def forward(self, input: Tensor | PackedTensor) -> Tensor:
-        """Numbers (*, O); the weight's signs are packed anew at every call."""
-        return convolution.linear(input, self.weight, **self._options(input))  # type: ignore[return-value]
+        """Numbers (*, O)."""
+        weight, options = self._operands(input)
+        return convolution.linear(input, weight, **options)  # type: ignore[return-value]
 
 
 class BinaryActivation(nn.Module):

@@ -266,7 +266,7 @@ class Packer:
         if node.op in ("call_module", "get_attr"):
             target = str(node.target)
             self.modules[target] = operator.attrgetter(target)(model.root)
-            if isinstance(self.modules[target], nn.Conv2d):
+            if isinstance(self.modules[target], nn.Conv2d) and len(model.shape(node)) == 4:
                 _prefer_channels_last(self.modules[target], model.values[node.args[0]])  # type: ignore[index]
         if node.op.startswith("call_"):
             self._note(node, "as it was", model.left_because(node) or "")

@@ -16,6 +16,7 @@ ENCODINGS: dict[str, int] = _native.cpu.ENCODINGS
 MOST_STEP = 2**31  # csrc/core/checks.h
 
 Pair = int | Sequence[int]
+Sides = Pair | Sequence[Pair]  # of both dimensions, where a dimension may have a pair of its own
 Size = tuple[int, int, int, int]
 
 
