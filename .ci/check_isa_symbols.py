@@ -30,8 +30,8 @@ LEVEL_OF_TARGET = {
 }
 GLUE_TARGETS = {"lowbit_glue", "_cpu"}
 
-# What a kernel may call: the compiler puts memory functions in place of loops, libgcc's count in place of POPCNT, and the
-# C library's fused multiply-add, exact on every CPU, in place of VFMADD.
+# What a kernel may call: the compiler puts memory functions in place of loops, libgcc's count in place of POPCNT, and
+# the C library's fused multiply-add, exact on every CPU, in place of VFMADD.
 ALLOWED_CALLS = {"_GLOBAL_OFFSET_TABLE_", "__popcountdi2", "fmaf", "memcmp", "memcpy", "memmove", "memset"}
 
 # What the step from a level to the next brings, in objdump's spelling. Every mnemonic that starts with v is AVX or

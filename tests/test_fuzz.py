@@ -12,6 +12,12 @@ def test_every_public_function_has_a_target():
     assert fuzz_api.missing() == set()
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Calls of save write where they run."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("name", fuzz_api.TARGETS)
 def test_plain_calls_succeed(name):
     for index in range(2):

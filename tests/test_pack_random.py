@@ -160,7 +160,6 @@ def test_random_networks(first, monkeypatch):
             expected, graph = model(x), packed.body(x)
         for want, plain, got in zip(leaves(expected), leaves(graph), leaves(packed(x)), strict=True):
             assert torch.equal(got, plain), f"seed {seed}: a plan gives other bits than its graph"
-            scale = float(want.abs().max())
-            torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * scale, msg=lambda text, s=seed: f"seed {s}: {text}")
+            assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max()), f"seed {seed}"
         half = pack(model, torch.randn(2, 3, SIZE, SIZE), float_dtype=torch.bfloat16)
         assert all(value.dtype == torch.float32 for value in leaves(half(x)))

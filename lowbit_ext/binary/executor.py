@@ -65,7 +65,7 @@ class Executor:
         if len(bounds) < 3:
             return self._run_plan(inputs)
         count = len(bounds) - 1
-        slices = [[value[a:b] for value in inputs] for a, b in zip(bounds, bounds[1:], strict=False)]
+        slices = [[value[a:b] for value in inputs] for a, b in itertools.pairwise(bounds)]
         if threads == 1:
             results = [self._run_plan(part, until=head) for part in slices]
         else:
@@ -125,7 +125,7 @@ class Executor:
             return run.env
 
         whole = values(inputs)
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in itertools.pairwise(bounds):
             part = values([value[begin:end] for value in inputs])
             for node in self._body.graph.nodes:
                 if node.op == "output":
