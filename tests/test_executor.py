@@ -146,33 +146,32 @@ def test_several_threads_may_call_one_model(packed, small_slices):
     assert not wrong
 
 
-def _in_child(model, x, expected, results):
+def _in_child(model, x, results):
     torch.set_num_threads(2)
-    results.put(bool(torch.equal(model(x), expected)))
+    results.put(bool(torch.equal(model(x), without_plan(model, x))))
 
 
 def test_a_forked_child_runs_the_model(packed, small_slices):
     """The parent's threads are not in a child, which must not wait for them."""
     torch.set_num_threads(2)
     x = torch.randn(6, *IMAGE)
-    expected = packed(x)
     torch.set_num_threads(1)
     # OpenMP itself does not survive a fork of a process that has used several threads in a region, so that the parent
     # of this test is a fresh process.
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    child = context.Process(target=_fork_and_run, args=(packed, x, expected, results))
+    child = context.Process(target=_fork_and_run, args=(packed, x, results))
     child.start()
     assert results.get(timeout=120) is True
     child.join(60)
     torch.set_num_threads(os.cpu_count() or 1)
 
 
-def _fork_and_run(model, x, expected, results):
+def _fork_and_run(model, x, results):
     torch.set_num_threads(1)
     executor._workers().submit(int).result()  # the parent has worker threads
     context = multiprocessing.get_context("fork")
-    child = context.Process(target=_in_child, args=(model, x, expected, results))
+    child = context.Process(target=_in_child, args=(model, x, results))
     child.start()
     child.join(100)
 

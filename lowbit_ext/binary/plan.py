@@ -216,7 +216,7 @@ class Plan:
         if node.op == "call_method":
             return self.dynamic(functools.partial(_call_method, str(node.target)), args, kwargs)
         if node.target is operator.getitem and type(args[0]) is tuple:  # an item of a packed layer's results
-            return args[0][args[1]]
+            return args[0][args[1]]  # type: ignore[index]
         return self.dynamic(node.target, args, kwargs)  # type: ignore[arg-type]
 
     def _hold(self, value: Any, last: int) -> None:
