@@ -1,4 +1,4 @@
-"""Runs packed networks on the CPU: a batch in slices whose buffers stay in cache, whole slices given to threads.
+"""Runs packed networks on the CPU: a batch in slices whose buffers stay in cache, in half precision in several threads.
 
 A thread that has slices of its own meets no other before the end, where threads that share one image meet after each
 layer.
@@ -66,7 +66,7 @@ class Executor:
             return self._run_plan(inputs)
         count = len(bounds) - 1
         slices = [[value[a:b] for value in inputs] for a, b in itertools.pairwise(bounds)]
-        if threads == 1:
+        if threads == 1 or _is_exact(inputs):
             results = [self._run_plan(part, until=head) for part in slices]
         else:
             shares = [slices[count * i // threads : count * (i + 1) // threads] for i in range(threads)]
@@ -107,10 +107,9 @@ class Executor:
             batch = len(inputs[0])
             plan = Plan(self._body, [value[:1] for value in inputs])
             size = max(1, CACHES * cache_bytes() // plan.bytes)
-            count = max(threads, -(-batch // size))
+            count = -(-batch // size) if _is_exact(inputs) else max(threads, -(-batch // size))
             bounds = [batch * index // count for index in range(count + 1)]
-            exact = any(value.dtype == torch.float32 for value in inputs)
-            if exact and not self._rounds_alike(inputs, bounds, plan.head):
+            if _is_exact(inputs) and not self._rounds_alike(inputs, bounds, plan.head):
                 bounds = [0, batch]
             self._cuts[key] = bounds, plan.head
         return self._cuts[key]
@@ -126,8 +125,7 @@ class Executor:
 
         whole = values(inputs)
         for begin, end in itertools.pairwise(bounds):
-            with _one_thread():  # as slices run where there are several threads; else it changes nothing
-                part = values([value[begin:end] for value in inputs])
+            part = values([value[begin:end] for value in inputs])
             for node in self._body.graph.nodes:
                 if node.op == "output":
                     break
@@ -138,6 +136,15 @@ class Executor:
                 if node is head:
                     break
         return True
+
+
+def _is_exact(inputs: Sequence[Tensor]) -> bool:
+    """Whether results must have the model's own bits.
+
+    Then slices run one after the other in the caller's thread and share its threads: torch's convolutions were seen to
+    round otherwise in another thread.
+    """
+    return any(value.dtype == torch.float32 for value in inputs)
 
 
 @functools.cache
