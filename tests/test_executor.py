@@ -71,6 +71,19 @@ def test_slices_and_threads_give_the_same(packed, small_slices, batch, threads, 
         torch.testing.assert_close(got, expected, rtol=0, atol=0.1)
 
 
+def test_a_plan_serves_its_number_of_threads(isa):
+    """Kernels have a workspace for each thread: a plan made on one thread is not run on three."""
+    layers = [layer for _ in range(2) for layer in (BinaryConv2d(64, 64, 3, padding=1, encoding="step"), nn.Identity())]
+    model, x = pack(nn.Sequential(*layers).eval(), torch.rand(1, 64, 9, 9)), torch.rand(1, 64, 40, 40)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3, 1, 2):
+            torch.set_num_threads(threads)
+            assert torch.equal(model(x), without_plan(model, x))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_batch_is_cut_and_the_head_is_not(packed, small_slices, monkeypatch):
     shapes = []
     initialise = Plan.__init__

@@ -85,7 +85,9 @@ class Executor:
             return [self._run_plan(part, until=until) for part in slices]
 
     def _run_plan(self, inputs: Sequence[Tensor], after: fx.Node | None = None, until: fx.Node | None = None) -> Any:
-        key = (_native.cpu.level, after, until, *((value.shape, value.stride(), value.dtype) for value in inputs))
+        # A plan's workspaces are for so many threads.
+        made_for = (_native.cpu.level, torch.get_num_threads(), after, until)
+        key = (*made_for, *((value.shape, value.stride(), value.dtype) for value in inputs))
         plans = self._plans.get(key)
         if plans is None:
             while len(self._plans) >= _MOST_SHAPES:
