@@ -14,7 +14,7 @@ from torch import nn
 from flattens import SPELLINGS, Flattened
 from lowbit_ext import binary, duo, models
 from lowbit_ext.binary import BinaryConv2d, BinaryLinear
-from lowbit_ext.binary.packed_layers import PackedBinarize, PackedConv2d, PackedMaxPool2d, PackedUnpack
+from lowbit_ext.binary.packing.packed_layers import PackedBinarize, PackedConv2d, PackedMaxPool2d, PackedUnpack
 from lowbit_ext.duo import CoupledConv2d, CoupledLinear, StepActivation, TernaryActivation, decouple
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from lowbit_ext import models
-from lowbit_ext.binary import BinaryConv2d, BinaryLinear, executor, pack
-from lowbit_ext.binary.plan import Plan
+from lowbit_ext.binary import BinaryConv2d, BinaryLinear, pack
+from lowbit_ext.binary.packing import executor
+from lowbit_ext.binary.packing.plan import Plan
 
 
 def trained(model):

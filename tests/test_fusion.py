@@ -10,7 +10,7 @@ from torch import nn
 
 from lowbit_ext import models
 from lowbit_ext.binary import BinaryActivation, BinaryConv2d, BinaryLinear, pack
-from lowbit_ext.binary.packed_layers import PackedBinarize, PackedConv2d, PackedPointwise
+from lowbit_ext.binary.packing.packed_layers import PackedBinarize, PackedConv2d, PackedPointwise
 from lowbit_ext.duo import StepActivation
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from flattens import SPELLINGS, Flattened
 from lowbit_ext import _native, binary
 from lowbit_ext.binary import BinaryActivation, BinaryConv1d, BinaryConv2d, BinaryLinear
-from lowbit_ext.binary.packed_layers import (
+from lowbit_ext.binary.packing.packed_layers import (
     PackedAvgPool2d,
     PackedBinarize,
     PackedConv2d,
@@ -463,7 +463,7 @@ def test_pack_refuses(build, example, message):
 
 def test_pack_names_the_layer_that_differs(monkeypatch):
     # The package's attribute of this name is the function.
-    module = importlib.import_module("lowbit_ext.binary.packer")
+    module = importlib.import_module("lowbit_ext.binary.packing.packer")
     fold = module.fold_integers
 
     def wrong(*arguments):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit_ext.binary import BinaryActivation, BinaryConv2d, executor, pack
+from lowbit_ext.binary import BinaryActivation, BinaryConv2d, pack
+from lowbit_ext.binary.packing import executor
 from lowbit_ext.duo import StepActivation
 from test_fusion import shake
 

@@ -4,12 +4,12 @@ Source: Courbariaux et al., "Binarized Neural Networks" (2016); Rastegari et al.
 and double thresholds are those of Kim et al., "BinaryDuo" (ICLR 2020).
 """
 
-from lowbit_ext.binary._convert import LayerConversion, conversions, convert
-from lowbit_ext.binary._pack import pack
 from lowbit_ext.binary.activation import binarize, binary_activation, unpack
+from lowbit_ext.binary.conversion.convert import LayerConversion, conversions, convert
 from lowbit_ext.binary.convolution import conv1d, conv2d, linear
 from lowbit_ext.binary.layers import BinaryActivation, BinaryConv1d, BinaryConv2d, BinaryLinear
-from lowbit_ext.binary.packed_model import PackedModel, load, save
+from lowbit_ext.binary.packing.pack import pack
+from lowbit_ext.binary.packing.packed_model import PackedModel, load, save
 from lowbit_ext.binary.pooling import avg_pool2d, global_avg_pool, max_pool2d
 from lowbit_ext.binary.two_levels import TwoLevelConv2d
 from lowbit_ext.binary.weight_cache import cached_weights

@@ -17,8 +17,8 @@ from torch import Tensor
 from lowbit_ext import _arguments, _native
 from lowbit_ext.binary import ops
 from lowbit_ext.binary.activation import DEFAULT_THRESHOLDS
-from lowbit_ext.binary.packed_base import Epilogue, Layout, PackedLayer
-from lowbit_ext.binary.plan import Plan, Value
+from lowbit_ext.binary.packing.packed_base import Epilogue, Layout, PackedLayer
+from lowbit_ext.binary.packing.plan import Plan, Value
 from lowbit_ext.binary.weights import PackedWeight
 from lowbit_ext.packed import ENCODING_VALUES, FLOAT_TYPES, WORD_BITS, clear_tail, unpack_op, words_for
 

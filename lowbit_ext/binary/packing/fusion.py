@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowbit_ext._graph import Pool
-from lowbit_ext.binary.chains import PRODUCTS, SUBTRACTIONS, Model
 from lowbit_ext.binary.ops.steps import MOST_STEPS
+from lowbit_ext.binary.packing.chains import PRODUCTS, SUBTRACTIONS, Model
 
 FLOATS = "floats"  # a demand
 SCALE_AND_BIAS = 2  # steps of a binary layer's own

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_ext.binary import ops
-from lowbit_ext.binary.plan import Plan, Value
+from lowbit_ext.binary.packing.plan import Plan, Value
 from lowbit_ext.packed import FLOAT_TYPES, words_for
 
 

@@ -22,10 +22,10 @@ from lowbit_ext._graph import (
     trace,
 )
 from lowbit_ext.binary import layers
-from lowbit_ext.binary.functions import is_binary_call, layer_of, reason_against
-from lowbit_ext.binary.packed_layers import Window
-from lowbit_ext.binary.packed_model import Call
-from lowbit_ext.binary.thresholds import Chain, Step
+from lowbit_ext.binary.packing.functions import is_binary_call, layer_of, reason_against
+from lowbit_ext.binary.packing.packed_layers import Window
+from lowbit_ext.binary.packing.packed_model import Call
+from lowbit_ext.binary.packing.thresholds import Chain, Step
 
 _LIBRARY = __package__.split(".")[0] + "."
 BINARY_LAYERS = (layers.BinaryConv2d, layers.BinaryConv1d, layers.BinaryLinear)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from lowbit_ext.binary.activation import DEFAULT_THRESHOLDS
-from lowbit_ext.binary.packed_layers import Window
+from lowbit_ext.binary.packing.packed_layers import Window
 
 Step = Callable[[Tensor], Tensor] | Window
 

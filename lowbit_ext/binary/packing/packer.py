@@ -21,11 +21,11 @@ from torch import Tensor, fx, nn
 
 from lowbit_ext.binary import layers
 from lowbit_ext.binary.activation import invert_words
-from lowbit_ext.binary.chains import Model, chain_of, pixels_of
 from lowbit_ext.binary.convolution import geometry_of
-from lowbit_ext.binary.fusion import FLOATS, Fusion, Pass, window_of
 from lowbit_ext.binary.ops.steps import MOST_STEPS
-from lowbit_ext.binary.packed_layers import (
+from lowbit_ext.binary.packing.chains import Model, chain_of, pixels_of
+from lowbit_ext.binary.packing.fusion import FLOATS, Fusion, Pass, window_of
+from lowbit_ext.binary.packing.packed_layers import (
     Epilogue,
     FloatWindow,
     Layout,
@@ -37,8 +37,8 @@ from lowbit_ext.binary.packed_layers import (
     PackedUnpack,
     Window,
 )
-from lowbit_ext.binary.packed_model import Row
-from lowbit_ext.binary.thresholds import Chain, Fold, fold_floats, fold_integers
+from lowbit_ext.binary.packing.packed_model import Row
+from lowbit_ext.binary.packing.thresholds import Chain, Fold, fold_floats, fold_integers
 from lowbit_ext.binary.weights import pack_weight
 from lowbit_ext.packed import WORD_BITS
 

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 
 from lowbit_ext._graph import first_line, trace
 from lowbit_ext._rebuilt import Rebuilt
+from lowbit_ext.binary.conversion.recognition import Levels, is_sign, levels_of, surrogate_of
 from lowbit_ext.binary.layers import BinaryActivation
-from lowbit_ext.binary.recognition import Levels, is_sign, levels_of, surrogate_of
 
 _TRACING = threading.RLock()
 

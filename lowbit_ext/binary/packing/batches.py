@@ -9,8 +9,8 @@ from torch import fx, nn
 from torch.nn.modules import activation, batchnorm, conv, dropout, instancenorm, padding, pooling
 
 from lowbit_ext._graph import has_binary_weight
-from lowbit_ext.binary.chains import Model
 from lowbit_ext.binary.layers import BinaryActivation
+from lowbit_ext.binary.packing.chains import Model
 
 _MODULE_FILES = {file.__name__ for file in (activation, batchnorm, conv, dropout, instancenorm, padding, pooling)}
 _MODULES = (

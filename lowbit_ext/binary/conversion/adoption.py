@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_ext.binary import layers
-from lowbit_ext.binary.recognition import (
+from lowbit_ext.binary.conversion.recognition import (
     Product,
     Reason,
     Signs,

@@ -19,8 +19,8 @@ from lowbit_ext import _arguments
 from lowbit_ext._native import PLAIN_TENSORS
 from lowbit_ext._oplib import is_eager
 from lowbit_ext._torch import pytree
-from lowbit_ext.binary.executor import Executor
-from lowbit_ext.binary.packed_base import PackedLayer
+from lowbit_ext.binary.packing.executor import Executor
+from lowbit_ext.binary.packing.packed_base import PackedLayer
 
 FORMAT = "lowbit_ext.packed"
 FORMAT_VERSION = "2"

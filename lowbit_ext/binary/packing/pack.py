@@ -13,11 +13,11 @@ from lowbit_ext import _arguments
 from lowbit_ext._graph import first_line, has_binary_weight, is_own_layer
 from lowbit_ext._torch import pytree
 from lowbit_ext.binary.activation import DEFAULT_THRESHOLDS
-from lowbit_ext.binary.batches import is_by_image
-from lowbit_ext.binary.chains import Model
-from lowbit_ext.binary.functions import is_binary_call
-from lowbit_ext.binary.packed_model import Call, PackedModel
-from lowbit_ext.binary.packer import Packer
+from lowbit_ext.binary.packing.batches import is_by_image
+from lowbit_ext.binary.packing.chains import Model
+from lowbit_ext.binary.packing.functions import is_binary_call
+from lowbit_ext.binary.packing.packed_model import Call, PackedModel
+from lowbit_ext.binary.packing.packer import Packer
 from lowbit_ext.packed import unpack_op
 
 __all__ = ["pack"]

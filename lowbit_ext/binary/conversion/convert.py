@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lowbit_ext import _arguments
 from lowbit_ext._graph import first_line, has_binary_weight, is_own_layer
 from lowbit_ext._torch import pytree
-from lowbit_ext.binary.adoption import Adopted, adopt
-from lowbit_ext.binary.inline_signs import with_activations
+from lowbit_ext.binary.conversion.adoption import Adopted, adopt
+from lowbit_ext.binary.conversion.inline_signs import with_activations
+from lowbit_ext.binary.conversion.recognition import Visit, copied, is_sign, run, surrogate_of, visits
 from lowbit_ext.binary.layers import BinaryActivation
-from lowbit_ext.binary.recognition import Visit, copied, is_sign, run, surrogate_of, visits
 from lowbit_ext.binary.surrogates import SURROGATES
 
 __all__ = ["LayerConversion", "conversions", "convert"]

@@ -19,8 +19,8 @@ from torch import Tensor, fx
 
 from lowbit_ext import _native
 from lowbit_ext._torch import pytree
-from lowbit_ext.binary.packed_base import PackedLayer
-from lowbit_ext.binary.plan import Plan
+from lowbit_ext.binary.packing.packed_base import PackedLayer
+from lowbit_ext.binary.packing.plan import Plan
 
 _MOST_SHAPES = 8  # of which plans are kept
 _DEFAULT_CACHE = 1 << 20  # bytes, where the system does not tell

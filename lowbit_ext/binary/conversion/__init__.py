@@ -1,0 +1,1 @@
+"""Binary networks of other origin, made into layers of this package (convert)."""
