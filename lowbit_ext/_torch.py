@@ -40,6 +40,27 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch._dynamo")
 
 
+def mkldnn_convolution(module: nn.Conv2d, input: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The module's convolution by oneDNN, if that is where torch sends it; None otherwise.
+
+    torch decides by the sizes of the batch and by the number of threads as well, and its kernels round differently.
+    """
+    padding = module.padding
+    if module.padding_mode != "zeros" or isinstance(padding, str):
+        return None
+    geometry = (module.stride, padding, module.dilation)
+    backend = torch._C._select_conv_backend(input, module.weight, module.bias, *geometry, False, (0, 0), module.groups)
+    if backend != torch._C._ConvBackend.Mkldnn:  # type: ignore[attr-defined]
+        return None
+
+    def convolution(input: torch.Tensor) -> torch.Tensor:
+        return torch.mkldnn_convolution(
+            input, module.weight, module.bias, padding, module.stride, module.dilation, module.groups
+        )
+
+    return convolution
+
+
 def register_tree(
     kind: type[Any], tensors: Sequence[str], settings: Sequence[str], unflatten: Callable[[Any, Any], Any]
 ) -> None:
@@ -73,6 +94,6 @@ def register_tree(
 __all__ = [
     "MODULE_CALL", "BatchNorm", "Convolution", "Size1", "Size2", "StatisticsNorm", "batch_norm_impl_index",
     "below_write_counting", "current_cuda_stream", "dispatch_modes", "innermost_saved_tensors_hooks",
-    "innermost_transform", "is_compiled", "is_profiling", "jit_tracing_state", "keys_below_write_counting", "pytree",
-    "register_tree", "torch_function_modes",
+    "innermost_transform", "is_compiled", "is_profiling", "jit_tracing_state",
+    "keys_below_write_counting", "mkldnn_convolution", "pytree", "register_tree", "torch_function_modes",
 ]

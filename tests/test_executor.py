@@ -4,6 +4,7 @@ import copy
 import multiprocessing
 import os
 import threading
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -89,9 +90,9 @@ def test_a_batch_is_cut_and_the_head_is_not(packed, small_slices, monkeypatch):
     shapes = []
     initialise = Plan.__init__
 
-    def watch(plan, body, inputs, after=None, until=None):
+    def watch(plan, body, inputs, after=None, until=None, functions=MappingProxyType({})):
         shapes.append((tuple(inputs[0].shape), after is not None, until is not None))
-        initialise(plan, body, inputs, after, until)
+        initialise(plan, body, inputs, after, until, functions)
 
     monkeypatch.setattr(Plan, "__init__", watch)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Runs packed networks on the CPU: a batch in slices whose buffers stay in cache, in half precision in several threads.
+"""Runs packed networks on the CPU: a batch in slices whose buffers stay in cache, given to threads whole.
 
 A thread that has slices of its own meets no other before the end, where threads that share one image meet after each
 layer.
@@ -10,21 +10,38 @@ import concurrent.futures
 import functools
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from lowbit_ext import _native
-from lowbit_ext._torch import pytree
+from lowbit_ext._torch import mkldnn_convolution, pytree
 from lowbit_ext.binary.packing.packed_base import PackedLayer
 from lowbit_ext.binary.packing.plan import Plan
 
 _MOST_SHAPES = 8  # of which plans are kept
 _DEFAULT_CACHE = 1 << 20  # bytes, where the system does not tell
 CACHES = 2  # second-level caches that the buffers of a slice may fill
+
+
+class Cut(NamedTuple):
+    """How a batch is cut.
+
+    Attributes:
+        bounds: of the slices; fewer than three leave it whole.
+        head: the last node that runs on slices; what follows runs on the whole batch. None, all nodes run on slices.
+        functions: in place of nodes' modules, which would choose another kernel for a slice than for the batch.
+    """
+
+    bounds: tuple[int, ...]
+    head: fx.Node | None
+    functions: dict[fx.Node, Callable[..., Any]]
+
+
+_WHOLE = Cut((), None, {})
 
 
 class Executor:
@@ -46,7 +63,7 @@ class Executor:
     def clear(self) -> None:
         """Forgets the plans, whose arguments may have changed."""
         self._plans: dict[Any, list[Plan]] = {}  # those that no thread uses
-        self._cuts: dict[Any, tuple[list[int], fx.Node | None]] = {}  # of batches, and the head
+        self._cuts: dict[Any, Cut] = {}  # of batches
         self._version = self._layers_version()
 
     def _layers_version(self) -> int:
@@ -58,35 +75,33 @@ class Executor:
             self.clear()
         batch = inputs[0].shape[0] if inputs and inputs[0].dim() > 0 else 0
         threads = torch.get_num_threads()
-        cut = self._by_image and batch >= max(2, threads) and all(value.shape[:1] == (batch,) for value in inputs)
-        if not cut:
+        can_cut = self._by_image and batch >= max(2, threads) and all(value.shape[:1] == (batch,) for value in inputs)
+        cut = self._cut(inputs) if can_cut else _WHOLE
+        if len(cut.bounds) < 3:
             return self._run_plan(inputs)
-        bounds, head = self._slices(inputs)
-        if len(bounds) < 3:
-            return self._run_plan(inputs)
-        count = len(bounds) - 1
-        slices = [[value[a:b] for value in inputs] for a, b in itertools.pairwise(bounds)]
-        if threads == 1 or _is_exact(inputs):
-            results = [self._run_plan(part, until=head) for part in slices]
+        count = len(cut.bounds) - 1
+        slices = [[value[a:b] for value in inputs] for a, b in itertools.pairwise(cut.bounds)]
+        if threads == 1:
+            results = [self._run_plan(part, cut=cut) for part in slices]
         else:
             shares = [slices[count * i // threads : count * (i + 1) // threads] for i in range(threads)]
-            others = [_workers().submit(self._run_share, share, head) for share in shares[1:]]
-            results = self._run_share(shares[0], head)
+            others = [_workers().submit(self._run_share, share, cut) for share in shares[1:]]
+            results = self._run_share(shares[0], cut)
             for other in others:
                 results += other.result()
         joined = [torch.cat(parts) for parts in zip(*map(pytree.tree_leaves, results), strict=True)]
-        if head is not None:
-            return self._run_plan(joined, after=head)
+        if cut.head is not None:
+            return self._run_plan(joined, after=cut.head)
         return pytree.tree_unflatten(joined, pytree.tree_structure(results[0]))
 
-    def _run_share(self, slices: Sequence[Sequence[Tensor]], until: fx.Node | None) -> list[Any]:
+    def _run_share(self, slices: Sequence[Sequence[Tensor]], cut: Cut) -> list[Any]:
         """Slices one after the other, in one thread."""
         with torch.no_grad(), _one_thread():
-            return [self._run_plan(part, until=until) for part in slices]
+            return [self._run_plan(part, cut=cut) for part in slices]
 
-    def _run_plan(self, inputs: Sequence[Tensor], after: fx.Node | None = None, until: fx.Node | None = None) -> Any:
+    def _run_plan(self, inputs: Sequence[Tensor], after: fx.Node | None = None, cut: Cut = _WHOLE) -> Any:
         # A plan's workspaces are for so many threads.
-        made_for = (_native.cpu.level, torch.get_num_threads(), after, until)
+        made_for = (_native.cpu.level, torch.get_num_threads(), after, cut.head, *cut.functions)
         key = (*made_for, *((value.shape, value.stride(), value.dtype) for value in inputs))
         plans = self._plans.get(key)
         if plans is None:
@@ -96,57 +111,78 @@ class Executor:
         try:
             plan = plans.pop()
         except IndexError:
-            plan = Plan(self._body, inputs, after, until)
+            plan = Plan(self._body, inputs, after, cut.head, cut.functions)
         result = plan.run(inputs)
         plans.append(plan)
         return result
 
-    def _slices(self, inputs: Sequence[Tensor]) -> tuple[list[int], fx.Node | None]:
-        """Where a batch is cut, and where the head begins, which runs on the whole of it."""
+    def _cut(self, inputs: Sequence[Tensor]) -> Cut:
+        """How a batch is cut. float32 promises an image the same bits in its slice as in its batch."""
         threads = torch.get_num_threads()
         key = (_native.cpu.level, threads, *((value.shape, value.dtype) for value in inputs))
         if key not in self._cuts:
             batch = len(inputs[0])
-            plan = Plan(self._body, [value[:1] for value in inputs])
+            with _one_thread():
+                plan = Plan(self._body, [value[:1] for value in inputs])
             size = max(1, CACHES * cache_bytes() // plan.bytes)
-            count = -(-batch // size) if _is_exact(inputs) else max(threads, -(-batch // size))
-            bounds = [batch * index // count for index in range(count + 1)]
-            if _is_exact(inputs) and not self._rounds_alike(inputs, bounds, plan.head):
-                bounds = [0, batch]
-            self._cuts[key] = bounds, plan.head
+            count = max(threads, -(-batch // size))
+            cut = Cut(tuple(batch * index // count for index in range(count + 1)), plan.head, {})
+            if any(value.dtype == torch.float32 for value in inputs):
+                comparison = _Comparison(self._body, cut)
+                comparison.run(*inputs)
+                if not comparison.equal:
+                    cut = _WHOLE
+            self._cuts[key] = cut
         return self._cuts[key]
 
-    def _rounds_alike(self, inputs: Sequence[Tensor], bounds: Sequence[int], head: fx.Node | None) -> bool:
-        """Whether torch's own layers give an image the same bits in its slice as in its batch, as float32 promises."""
-        modules = dict(self._body.named_modules())
 
-        def values(given: Sequence[Tensor]) -> dict[fx.Node, Any]:
-            run = fx.Interpreter(self._body, garbage_collect_values=False)
-            run.run(*given)
-            return run.env
+class _Comparison(fx.Interpreter):
+    """Runs a graph on a batch and on its slices side by side: every node's value is a list, the batch's first.
 
-        whole = values(inputs)
-        for begin, end in itertools.pairwise(bounds):
-            part = values([value[begin:end] for value in inputs])
-            for node in self._body.graph.nodes:
-                if node.op == "output":
-                    break
-                ours = node.op == "call_module" and isinstance(modules[str(node.target)], PackedLayer)
-                tensor = not ours and isinstance(whole[node], Tensor)
-                if tensor and node.op != "get_attr" and not torch.equal(whole[node][begin:end], part[node]):
-                    return False
-                if node is head:
-                    break
-        return True
-
-
-def _is_exact(inputs: Sequence[Tensor]) -> bool:
-    """Whether results must have the model's own bits.
-
-    Then slices run one after the other in the caller's thread and share its threads: torch's convolutions were seen to
-    round otherwise in another thread.
+    Attributes:
+        equal: whether torch's own layers gave every image the same bits in both, up to the head.
     """
-    return any(value.dtype == torch.float32 for value in inputs)
+
+    def __init__(self, body: fx.GraphModule, cut: Cut) -> None:
+        super().__init__(body)
+        self._cut, self._ended, self.equal = cut, False, True
+
+    def run_node(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return [super().run_node(node)] * len(self._cut.bounds)
+        if node.op == "placeholder":
+            batch = super().run_node(node)
+            return [batch, *(batch[a:b].clone() for a, b in itertools.pairwise(self._cut.bounds))]
+        if self._ended or not self.equal or node.op == "output":
+            return None
+        module = self.submodules.get(node.target) if node.op == "call_module" else None
+        arguments = [self._arguments(node, index) for index in range(len(self._cut.bounds))]
+        if type(module) is nn.Conv2d:
+            function = mkldnn_convolution(module, *arguments[0][0])
+            if function is not None:
+                self._cut.functions[node] = function
+        batch = getattr(self, node.op)(node.target, *arguments[0])
+        with _one_thread():
+            slices = [self._on_slice(node, *part) for part in arguments[1:]]
+        if not isinstance(module, PackedLayer):
+            self.equal = self._agree(batch, slices)
+        self._ended = node is self._cut.head
+        return [batch, *slices]
+
+    def _arguments(self, node: fx.Node, index: int) -> tuple[Any, Any]:
+        return fx.map_arg((node.args, node.kwargs), lambda read: self.env[read][index])
+
+    def _on_slice(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        function = self._cut.functions.get(node)
+        return getattr(self, node.op)(node.target, args, kwargs) if function is None else function(*args)
+
+    def _agree(self, batch: Any, slices: Sequence[Any]) -> bool:
+        leaves = zip(*map(pytree.tree_leaves, (batch, *slices)), strict=True)
+        return all(
+            torch.equal(whole[a:b], part)
+            for whole, *parts in leaves if isinstance(whole, Tensor)
+            for part, (a, b) in zip(parts, itertools.pairwise(self._cut.bounds), strict=True)
+        )
 
 
 @functools.cache

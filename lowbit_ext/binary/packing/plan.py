@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ class Plan:
         inputs: on which it is run once.
         after: a node whose value is the input instead, and behind which the plan begins.
         until: a node whose value is the result, and with which the plan ends.
+        functions: called in place of these nodes' modules.
 
     Attributes:
         bytes: of the buffers, and of the largest result of a layer of torch.
@@ -54,8 +56,9 @@ class Plan:
 
     def __init__(
         self, body: fx.GraphModule, inputs: Sequence[Tensor], after: fx.Node | None = None,
-        until: fx.Node | None = None,
+        until: fx.Node | None = None, functions: Mapping[fx.Node, Callable[..., Any]] = MappingProxyType({}),
     ) -> None:
+        self._functions = functions
         self._calls: list[Callable[[list[Any]], None]] = []
         self._buffers: dict[int, _Buffer] = {}  # by address
         self._free: list[Tensor] = []
@@ -212,7 +215,7 @@ class Plan:
             module = modules[str(node.target)]
             if hasattr(module, "plan"):
                 return module.plan(self, *args)
-            return self.dynamic(module, args, kwargs)
+            return self.dynamic(self._functions.get(node, module), args, kwargs)
         if node.op == "call_method":
             return self.dynamic(functools.partial(_call_method, str(node.target)), args, kwargs)
         if node.target is operator.getitem and type(args[0]) is tuple:  # an item of a packed layer's results
