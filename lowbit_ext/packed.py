@@ -42,6 +42,31 @@ def clear_tail(words: Tensor, channels: int) -> Tensor:
     return words
 
 
+def join_channels(words: Sequence[Tensor], channels: Sequence[int]) -> Tensor:
+    """Words of several values side by side: the channels of each behind those of the one before.
+
+    Args:
+        words: int64 (..., ceil(channels / 64)) of each value, zeros past the last channel.
+        channels: of each value.
+
+    Returns:
+        int64 (..., ceil(sum of channels / 64)).
+    """
+    if all(count % WORD_BITS == 0 for count in channels[:-1]):
+        return torch.cat(list(words), -1)
+    joined = words[0].new_zeros(*words[0].shape[:-1], words_for(sum(channels)))
+    begin = 0
+    for part, count in zip(words, channels, strict=True):
+        first, shift = divmod(begin, WORD_BITS)
+        joined[..., first : first + part.shape[-1]] |= part << shift
+        overflows = joined.shape[-1] - first - 1  # words whose upper bits belong to the next one
+        if shift and overflows:
+            upper = (part[..., :overflows] >> (WORD_BITS - shift)) & ((1 << shift) - 1)  # the shift copies the sign
+            joined[..., first + 1 : first + 1 + upper.shape[-1]] |= upper
+        begin += count
+    return joined
+
+
 def unchecked(kind: type[Any], **fields: Any) -> Any:
     """An instance of a frozen dataclass from fields that are known to be right, as a kernel's results are."""
     made = object.__new__(kind)

@@ -12,6 +12,7 @@ from lowbit_ext import models
 from lowbit_ext.binary import BinaryActivation, BinaryConv2d, BinaryLinear, pack
 from lowbit_ext.binary.packing.packed_layers import PackedBinarize, PackedConv2d, PackedPointwise
 from lowbit_ext.duo import StepActivation
+from lowbit_ext.packed import join_channels
 
 
 @pytest.fixture(autouse=True)
@@ -268,16 +269,16 @@ class Dense(nn.Module):
         return self.last(self.norm(x))
 
 
-@pytest.mark.parametrize("channels", [64, 100, 128])
+@pytest.mark.parametrize(("channels", "growth"), [(64, 64), (100, 64), (128, 64), (9, 12), (63, 65), (130, 40)])
 @pytest.mark.parametrize("improve", [False, True])
-def test_concatenations_stay_bits(channels, improve):
-    packed = assert_packed(shake(Dense(channels, improve=improve)), torch.randn(2, 3, 6, 6))
+def test_concatenations_stay_bits(channels, growth, improve):
+    packed = assert_packed(shake(Dense(channels, growth, improve=improve)), torch.randn(2, 3, 6, 6))
     joined = []
 
     class Watch(torch.fx.Interpreter):
         def run_node(self, node):
             value = super().run_node(node)
-            joined.extend([value.dtype] if node.target is torch.cat else [])
+            joined.extend([value.dtype] if node.target in (torch.cat, join_channels) else [])
             return value
 
     Watch(packed.body).run(torch.randn(1, 3, 6, 6))
@@ -304,6 +305,34 @@ def test_slices_of_concatenations(split):
 
     packed = assert_packed(shake(Model()), torch.randn(2, 64, 5, 5))
     assert not any(node.target is torch.cat for node in packed.body.graph.nodes)
+
+
+class Doubling(nn.Module):
+    """ReActNet-A's pair: two sums side by side, the RPReLU behind them, whose floats and bits are both read."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.convs = nn.ModuleList(BinaryConv2d(channels, channels, 1) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(2))
+        self.before, self.after = (nn.Parameter(torch.randn(2 * channels, 1, 1)) for _ in range(2))
+        self.prelu = nn.PReLU(2 * channels)
+        self.last, self.norm = BinaryConv2d(2 * channels, 2 * channels, 3, padding=1), nn.BatchNorm2d(2 * channels)
+        self.gain = nn.Parameter(torch.randn(2 * channels, 1, 1))
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.cat([norm(conv(x)) + x for norm, conv in zip(self.norms, self.convs, strict=True)], 1)
+        x = self.prelu(x + self.before) * self.gain - self.after
+        return self.norm(self.last(F.hardtanh(x))) + x
+
+
+@pytest.mark.parametrize("channels", [5, 32, 63, 64, 65, 96])
+def test_steps_behind_a_concatenation_run_on_its_parts(channels):
+    torch.manual_seed(0)
+    packed = assert_packed(shake(Doubling(channels)), torch.randn(2, 3, 6, 6))
+    rows = {row.name: row.note for row in packed.report()}
+    assert {rows[f"convs.{index}"] for index in range(2)} == {"bits to bits and floats"}
 
 
 class Tokens(nn.Module):
@@ -496,7 +525,7 @@ def test_unknown_float_dtype_is_refused():
 NETWORKS = {
     "birealnet18": (64, {}, 15, 16), "reactnet18": (64, {}, 15, 16), "quicknet": (64, {}, 12, 16),
     "resnet20": (32, {}, 17, 18), "binary_densenet28": (64, {}, 19, 23), "meliusnet22": (64, {}, 30, 34),
-    "reactnet_a": (64, {}, 20, 31), "resnet18": (64, {}, 15, 16), "vgg7": (32, {}, 4, 5),
+    "reactnet_a": (64, {}, 30, 31), "resnet18": (64, {}, 15, 16), "vgg7": (32, {}, 4, 5),
 }
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lowbit_ext import PackedTensor, binary
 from lowbit_ext.binary import ops
-from lowbit_ext.packed import packed_words
+from lowbit_ext.packed import join_channels, packed_words
 
 CHANNELS = [1, 5, 63, 64, 65, 130]
 
@@ -190,3 +190,12 @@ def test_a_private_copy_of_a_weight_is_contiguous_bytes():
         ops.binary_conv2d(
             p.words, expanded, None, None, None, None, None, 5, 4, geometry, "sign", 0, torch.int32
         )
+
+
+@pytest.mark.parametrize("channels", [(1, 1), (63, 1, 5), (64, 3), (3, 64, 64), (65, 64, 63), (130, 127, 1, 200), (7,)])
+def test_channels_are_joined(channels):
+    torch.manual_seed(0)
+    bits = [torch.randint(2, (2, 3, 3, count)).float().movedim(-1, 1) for count in channels]
+    words = [binary.binarize(value, "step").words for value in bits]
+    wanted = binary.binarize(torch.cat(bits, 1), "step").words
+    assert torch.equal(join_channels(words, channels), wanted)

@@ -22,6 +22,7 @@ from lowbit_ext._graph import (
     trace,
 )
 from lowbit_ext.binary import layers
+from lowbit_ext.binary.packing import concatenations
 from lowbit_ext.binary.packing.functions import is_binary_call, layer_of, reason_against
 from lowbit_ext.binary.packing.packed_layers import Window
 from lowbit_ext.binary.packing.packed_model import Call
@@ -37,7 +38,6 @@ _MONOTONE = (
 ADDITIONS = (operator.add, torch.add, "add")
 SUBTRACTIONS = (operator.sub, torch.sub, "sub")
 PRODUCTS = (operator.mul, torch.mul, "mul")
-_SPLITS = (torch.split, torch.chunk, "split", "chunk")
 PARAMETRIC_RELUS = (nn.PReLU, F.prelu, torch.prelu, "prelu")
 _READ_LAST_AXIS = (nn.Linear, nn.LayerNorm, nn.Embedding)
 _FUNCTIONS_OF_LAST_AXIS = (F.linear, F.layer_norm, F.embedding)
@@ -83,19 +83,40 @@ class Model(Traced):
         if self._take_functions_as_layers():
             self._run(call)
         changed = self._take_bits_as_bits()
-        if self._simplify_concatenations() or changed:
+        if concatenations.simplify(self) or changed:
             self._run(call)
         self._evaluate_constants()
         self._read_batch_size_from_input()
 
     def _run(self, call: Call) -> None:
         """Records every node's value and shape."""
-        interpreter = fx.Interpreter(fx.GraphModule(self.root, self.graph), garbage_collect_values=False)
+        interpreter = fx.Interpreter(self.root, garbage_collect_values=False, graph=self.graph)
         interpreter.run(*call.example())
-        self.values = interpreter.env
-        self.shapes = {node: tuple(x.shape) for node, x in self.values.items() if isinstance(x, Tensor)}
+        self.values: dict[fx.Node, Any] = {}
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         for node in self.graph.nodes:
-            self._axes[node] = self._find_axis(node)
+            self.record(node, interpreter.env[node])
+
+    def add_module(self, name: str, module: nn.Module) -> str:
+        """Puts a module into the model; its name."""
+        parent, _, last = name.rpartition(".")
+        setattr(self.root.get_submodule(parent), last, module)
+        self.modules[name] = module
+        return name
+
+    def add_constant(self, name: str, value: Tensor) -> fx.Node:
+        """A node that gives a tensor, at the graph's insertion point."""
+        self.root.register_buffer(name, value)
+        node = self.graph.create_node("get_attr", name)
+        self.record(node, value)
+        return node
+
+    def record(self, node: fx.Node, value: Any) -> None:
+        """Takes a value for a node that has come into the graph."""
+        self.values[node] = value
+        if isinstance(value, Tensor):
+            self.shapes[node] = tuple(value.shape)
+        self._axes[node] = self._find_axis(node)
 
     def _take_functions_as_layers(self) -> bool:
         """Puts binary layers for calls of binary functions with constant weights: whether there are any."""
@@ -103,9 +124,7 @@ class Model(Traced):
         for node in self.graph.nodes:
             if is_binary_call(node) and reason_against(node, self.constant, self.values) is None:
                 source, layer = layer_of(node, self.constant)
-                name = f"{node.name}_layer"
-                self.root.add_module(name, layer)
-                self.modules[name] = layer
+                name = self.add_module(f"{node.name}_layer", layer)
                 node.op, node.target, node.args, node.kwargs = "call_module", name, (source,), {}
                 found = True
         return found
@@ -131,9 +150,7 @@ class Model(Traced):
             if not has_binary_weight(layer) or reads_bits(layer) or not type(layer).__module__.startswith(_LIBRARY):
                 continue
             if self.binary_values(node.args[0]) == "step" and getattr(layer, "padding_mode", "zeros") == "zeros":
-                parent, _, name = target.rpartition(".")
-                self.modules[target] = _binary_twin(layer)
-                setattr(self.root.get_submodule(parent), name, self.modules[target])
+                self.add_module(target, _binary_twin(layer))
                 found = True
         return found
 
@@ -268,68 +285,6 @@ class Model(Traced):
             return False
         tensors, axis, *_ = (*node.args, *node.kwargs.values(), 0)
         return bool(len(tensors) == 2 and axis == 1)  # type: ignore[arg-type]
-
-    def parts(self, node: fx.Node) -> list[tuple[fx.Node, int, int]]:
-        """The values that a concatenation along the channels joins, with their ranges of channels; [] of others."""
-        if node.target not in (torch.cat, torch.concat) or self.axis(node) != 1:
-            return []
-        tensors, axis, *_ = (*node.args, *node.kwargs.values(), 0)
-        if not isinstance(tensors, tuple | list) or axis not in (1, 1 - len(self.shape(node))):
-            return []
-        found, begin = [], 0
-        for part in tensors:
-            end = begin + self.shape(part)[1]  # type: ignore[arg-type]
-            found.append((part, begin, end))
-            begin = end
-        return found if len({part for part, _, _ in found}) == len(found) else []  # type: ignore[return-value]
-
-    def _channel_range(self, node: fx.Node) -> tuple[fx.Node, int, int] | None:
-        """Of a slice along the channels, the value it is taken of and its range; None of others."""
-        if self.kind(node) is operator.getitem and isinstance(node.args[1], tuple) and len(node.args[1]) > 1:
-            source: Any = node.args[0]
-            batch, channels, *others = node.args[1]
-            whole = all(index in (slice(None), ...) for index in (batch, *others))
-            if whole and isinstance(channels, slice) and self.shape(source):
-                begin, end, step = channels.indices(self.shape(source)[1])
-                return (source, begin, end) if step == 1 else None
-        if self.kind(node) is operator.getitem and isinstance(node.args[1], int):
-            pieces = node.args[0]
-            if isinstance(pieces, fx.Node) and self.kind(pieces) in _SPLITS and self._axis_of(pieces, 2) == 1:
-                sizes = [piece.shape[1] for piece in self.values[pieces]]
-                index = node.args[1] % len(sizes)
-                return pieces.args[0], sum(sizes[:index]), sum(sizes[: index + 1])  # type: ignore[return-value]
-        return None
-
-    def _axis_of(self, node: fx.Node, position: int) -> Any:
-        return node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
-
-    def _simplify_concatenations(self) -> bool:
-        """Concatenations of concatenations become one, slices of them their parts: whether there were any.
-
-        The value of a dense block grows by parts that then need no copy.
-        """
-        found = False
-        for node in self.graph.nodes:
-            taken = self._channel_range(node)
-            if taken is not None:
-                source, begin, end = taken
-                inside = [part for part in self.parts(source) if begin <= part[1] and part[2] <= end]
-                if not inside or inside[0][1] != begin or inside[-1][2] != end:
-                    continue
-                if len(inside) == 1:
-                    node.replace_all_uses_with(inside[0][0])
-                else:
-                    node.op, node.target, node.kwargs = "call_function", torch.cat, {}
-                    node.args = ([part for part, _, _ in inside], 1)
-                found = True
-            parts = self.parts(node)
-            if parts and any(self.parts(part) for part, _, _ in parts):
-                flat = [inner for part, _, _ in parts for inner, _, _ in self.parts(part) or [(part, 0, 0)]]
-                node.args, node.kwargs = (flat, 1), {}
-                found = True
-        if found:
-            self.graph.eliminate_dead_code()
-        return found
 
     def is_batch_norm(self, node: fx.Node) -> bool:
         """A batch norm that uses its running statistics."""

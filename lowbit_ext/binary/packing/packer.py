@@ -24,6 +24,7 @@ from lowbit_ext.binary.activation import invert_words
 from lowbit_ext.binary.convolution import geometry_of
 from lowbit_ext.binary.ops.steps import MOST_STEPS
 from lowbit_ext.binary.packing.chains import Model, chain_of, pixels_of
+from lowbit_ext.binary.packing.concatenations import parts
 from lowbit_ext.binary.packing.fusion import FLOATS, Fusion, Pass, window_of
 from lowbit_ext.binary.packing.packed_layers import (
     Epilogue,
@@ -40,7 +41,7 @@ from lowbit_ext.binary.packing.packed_layers import (
 from lowbit_ext.binary.packing.packed_model import Row
 from lowbit_ext.binary.packing.thresholds import Chain, Fold, fold_floats, fold_integers
 from lowbit_ext.binary.weights import pack_weight
-from lowbit_ext.packed import WORD_BITS
+from lowbit_ext.packed import WORD_BITS, join_channels
 
 
 class Bits(NamedTuple):
@@ -144,18 +145,17 @@ class Packer:
         chain = chain_of(model, bits.node, bits.axis, self._made_floats)
         if bits.part is None:
             return chain
-        (part,) = (part for part, begin, _ in model.parts(chain.source) if begin == bits.part[0])
+        (part,) = (part for part, begin, _ in parts(model, chain.source) if begin == bits.part[0])
         inner = chain_of(model, part, bits.axis, self._made_floats)
         return inner.behind(chain, slice(*bits.part), model.channels(chain.source))
 
     def _parts(self, bits: Bits) -> list[Bits]:
         """The bits of each value that a concatenation joins, where they can be made one by one; else []."""
         chain = self._chain(bits)
-        ranges = [(begin, end) for _, begin, end in self.model.parts(chain.source)]
-        if not bits.in_order:  # the one that does not fill its words goes to the end
+        ranges = [(begin, end) for _, begin, end in parts(self.model, chain.source)]
+        if not bits.in_order:  # those that do not fill their words go to the end
             ranges.sort(key=lambda part: (part[1] - part[0]) % WORD_BITS != 0)
-        whole_words = all((end - begin) % WORD_BITS == 0 for begin, end in ranges[:-1])
-        if bits.part is not None or chain.source in self._made_floats or not chain.is_pointwise or not whole_words:
+        if bits.part is not None or not chain.is_pointwise:
             return []
         return [bits._replace(part=part) for part in ranges]
 
@@ -392,11 +392,12 @@ class Packer:
             pixels = pixels_of(self.model.shape(node), bits.axis)
             self._words[bits] = before._replace(node=pooled, pixels=pixels)
             return self._words[bits]
-        parts = [self._bits(part) for part in self._parts(bits)]
-        if parts:
-            joined = self.graph.call_function(torch.cat, ([words.node for words in parts], -1))
+        of_parts = [self._bits(part) for part in self._parts(bits)]
+        if of_parts:
+            values, counts = [words.node for words in of_parts], [words.channels for words in of_parts]
+            joined = self.graph.call_function(join_channels, (values, counts))
             order = torch.cat([torch.arange(*key.part) for key in self._parts(bits)])  # type: ignore[misc]
-            self._words[bits] = Words(joined, len(order), parts[0].pixels, order)
+            self._words[bits] = Words(joined, len(order), of_parts[0].pixels, order)
             return self._words[bits]
         chain = self._chain(bits)
         channels = self.model.shape(chain.source)[bits.axis]
