@@ -35,7 +35,7 @@ _VIEWS = frozenset((
     "to", "float", "contiguous", nn.Identity, nn.Flatten, nn.Unflatten,
 ))
 _CURVED = "its derivative needs the value of its input: rounded, errors would build up with depth"
-_LEFT = {
+_LEFT: dict[type, str] = {
     nn.SyncBatchNorm: "its statistics are those of all processes",
     nn.GroupNorm: "only batch norms have codes by channel",
     nn.LayerNorm: "only batch norms have codes by channel",
