@@ -307,6 +307,41 @@ def test_slices_of_concatenations(split):
     assert not any(node.target is torch.cat for node in packed.body.graph.nodes)
 
 
+@pytest.mark.parametrize("upsample", [
+    nn.Upsample(scale_factor=2), nn.UpsamplingNearest2d(scale_factor=(1, 3)),
+    lambda x: F.interpolate(x, scale_factor=2.0),
+])
+@pytest.mark.parametrize("order", ["before", "between", "behind", "pooled"])
+def test_upsampling_of_bits(upsample, order):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = BinaryConv2d(8, 70, 3, padding=1), BinaryConv2d(70, 8, 3, padding=1)
+            self.norm, self.sign = nn.BatchNorm2d(70), BinaryActivation("step")
+            self.upsample = upsample
+
+        def forward(self, x):
+            x = self.a(x)
+            x = self.upsample(x) if order == "before" else x
+            x = self.sign(self.upsample(self.norm(x)) if order == "between" else self.norm(x))
+            x = F.max_pool2d(self.upsample(x), 2) if order == "pooled" else self.upsample(x) if order == "behind" else x
+            return self.b(x * 2 - 1)
+
+    packed = assert_packed(shake(Model()), torch.randn(2, 8, 5, 6))
+    assert {row.name: row.note for row in packed.report()}["a"] == "bits to bits"
+    larger = torch.randn(3, 8, 9, 4)
+    assert torch.equal(packed(larger), packed.body(larger))
+
+
+@pytest.mark.parametrize("upsample", [
+    nn.Upsample(scale_factor=1.5), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Upsample(size=(10, 12)),
+])
+def test_other_upsampling_is_of_floats(upsample):
+    layers = BinaryConv2d(8, 70, 3, padding=1), nn.BatchNorm2d(70), upsample, BinaryConv2d(70, 8, 3, padding=1)
+    packed = assert_packed(shake(nn.Sequential(*layers)), torch.randn(2, 8, 5, 6))
+    assert {row.name: row.note for row in packed.report()}["0"] == "bits to floats"
+
+
 class Doubling(nn.Module):
     """ReActNet-A's pair: two sums side by side, the RPReLU behind them, whose floats and bits are both read."""
 

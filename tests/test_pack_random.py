@@ -104,8 +104,8 @@ class RandomNetwork(nn.Module):
         fitting = [index for index, shape in enumerate(self.shapes) if index and shape[1:] == (height, width)]
         others = [draw.choice(fitting) for _ in range(draw.randint(1, 3))]
         kind = draw.choices(
-            ["convolution", "norm", "activation", "sum", "joined", "slice", "pool", "bits", "constant", "gate"],
-            [30, 20, 10, 12, 8, 4, 4, 4, 4, 4],
+            ["convolution", "norm", "activation", "sum", "joined", "slice", "pool", "upsample", "bits", "constant", "gate"],
+            [30, 20, 10, 12, 8, 4, 4, 3, 4, 4, 4],
         )[0]
         if kind == "convolution":
             return BinaryConv2d(
@@ -123,6 +123,8 @@ class RandomNetwork(nn.Module):
             return draw.choice([
                 nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.AvgPool2d(3, 2, 1, count_include_pad=False),
             ]), [source]
+        if kind == "upsample" and height <= 8:
+            return nn.Upsample(scale_factor=draw.choice([2, (1, 2), (3, 1)])), [source]
         if kind == "bits":
             return draw.choice([BinaryActivation(), StepActivation()]), [source]
         if kind == "constant":

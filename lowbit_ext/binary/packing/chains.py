@@ -24,7 +24,7 @@ from lowbit_ext._graph import (
 from lowbit_ext.binary import layers
 from lowbit_ext.binary.packing import concatenations
 from lowbit_ext.binary.packing.functions import is_binary_call, layer_of, reason_against
-from lowbit_ext.binary.packing.packed_layers import Window
+from lowbit_ext.binary.packing.packed_layers import Upsampling, Window
 from lowbit_ext.binary.packing.packed_model import Call
 from lowbit_ext.binary.packing.thresholds import Chain, Step
 
@@ -39,6 +39,7 @@ ADDITIONS = (operator.add, torch.add, "add")
 SUBTRACTIONS = (operator.sub, torch.sub, "sub")
 PRODUCTS = (operator.mul, torch.mul, "mul")
 PARAMETRIC_RELUS = (nn.PReLU, F.prelu, torch.prelu, "prelu")
+_UPSAMPLINGS = (nn.Upsample, nn.UpsamplingNearest2d, F.interpolate)
 _READ_LAST_AXIS = (nn.Linear, nn.LayerNorm, nn.Embedding)
 _FUNCTIONS_OF_LAST_AXIS = (F.linear, F.layer_norm, F.embedding)
 
@@ -366,6 +367,21 @@ class Model(Traced):
         kernel, stride = pair(pool.kernel, 1), pair(pool.stride, 1)
         return Window(kernel, stride, pair(pool.padding, 0), pair(pool.dilation, 1), pool.ceil_mode)
 
+    def upsampling(self, node: fx.Node) -> Upsampling | None:
+        """Nearest upsampling of a batch of images of one or two dimensions by whole numbers."""
+        options = self.options(node, ("size", "scale_factor", "mode")) if self.kind(node) in _UPSAMPLINGS else {}
+        dims, scale = len(self.shape(node)) - 2, options.get("scale_factor")
+        if scale is None or options.get("mode", "nearest") != "nearest" or dims not in (1, 2):
+            return None
+        scales = tuple(scale) if isinstance(scale, tuple | list) else (scale,) * dims
+        if not all(isinstance(each, int | float) and each == int(each) >= 1 for each in scales):
+            return None
+        return Upsampling((*(1,) * (2 - dims), *map(int, scales)))  # type: ignore[arg-type]
+
+    def spatial(self, node: fx.Node) -> Window | Upsampling | None:
+        """A max-pooling or upsampling, which bits can go through as well."""
+        return self.max_pool(node) or self.upsampling(node)
+
     def avg_pool(self, node: fx.Node) -> Pool | None:
         """A two-dimensional average of a batch, over windows or over the whole image."""
         pool = self.pool(node)
@@ -379,7 +395,7 @@ class Model(Traced):
             module = self.module(node)
             if isinstance(module, layers.BinaryActivation):
                 return module.encoding if len(self.shape(node)) <= 4 else None
-            if not (self.is_transparent(node) or self.is_flatten(node) or self.max_pool(node)):
+            if not (self.is_transparent(node) or self.is_flatten(node) or self.spatial(node)):
                 return None
             node = node.args[0]  # type: ignore[assignment]
 
@@ -404,7 +420,7 @@ def chain_of(model: Model, node: fx.Node, axis: int, made: Set[fx.Node] = frozen
     doubled = normed = False
     layout = node
     while model.binary_layer(node) is None and model.axis(node) == axis:
-        window = model.max_pool(node)
+        spatial = model.spatial(node)
         if node in made and not model.is_transparent(node) and not model.is_flatten(node):
             break
         if model.is_flatten(node):
@@ -412,8 +428,8 @@ def chain_of(model: Model, node: fx.Node, axis: int, made: Set[fx.Node] = frozen
             if (normed or doubled) and not one_pixel:
                 break  # One pixel's channel and another's have thresholds of their own.
             layout = node.args[0]  # type: ignore[assignment]
-        elif window is not None:
-            steps.append(window)
+        elif spatial is not None:
+            steps.append(spatial)
         elif model.is_batch_norm(node):
             steps.append(_batch_norm_step(model, node))
             normed = True

@@ -301,6 +301,30 @@ class Window:
     ceil_mode: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Upsampling:
+    """Nearest upsampling by whole numbers: height, width."""
+
+    scale: tuple[int, int]
+
+
+class PackedUpsample2d(PackedLayer):
+    """Every pixel's words as often as the scale says."""
+
+    def __init__(self, upsampling: Upsampling) -> None:
+        super().__init__()
+        self.upsampling = upsampling
+
+    def forward(self, words: Tensor) -> Tensor:
+        batch, height, width, count = words.shape
+        down, across = self.upsampling.scale
+        pixels = words[:, :, None, :, None].expand(batch, height, down, width, across, count)
+        return pixels.reshape(batch, height * down, width * across, count)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.upsampling.scale}"
+
+
 class PackedMaxPool2d(PackedLayer):
     """Maximum over windows of words; the minimum in the channels whose bit of `invert` is set."""
 

@@ -36,6 +36,8 @@ from lowbit_ext.binary.packing.packed_layers import (
     PackedMaxPool2d,
     PackedPointwise,
     PackedUnpack,
+    PackedUpsample2d,
+    Upsampling,
     Window,
 )
 from lowbit_ext.binary.packing.packed_model import Row
@@ -118,14 +120,14 @@ class Packer:
 
     # What is needed
 
-    def _bits_source(self, node: fx.Node, encoding: str) -> tuple[fx.Node, Window | None]:
-        """The value with the same bits furthest up the graph, and the pooling it is the result of."""
+    def _bits_source(self, node: fx.Node, encoding: str) -> tuple[fx.Node, Window | Upsampling | None]:
+        """The value with the same bits furthest up the graph, and the pooling or upsampling it is the result of."""
         model = self.model
         while True:
             module = model.module(node)
             same = isinstance(module, layers.BinaryActivation) and module.encoding == encoding
             if not (same or model.is_transparent(node) or model.is_flatten(node)):
-                return node, model.max_pool(node)
+                return node, model.spatial(node)
             node = node.args[0]  # type: ignore[assignment]
 
     def _reads(self, node: fx.Node) -> Bits | None:
@@ -161,9 +163,9 @@ class Packer:
 
     def _sources_of(self, bits: Bits) -> list[tuple[Bits, fx.Node]]:
         """The bits behind which no others stand, and the nodes whose floats or accumulators they are made of."""
-        node, window = self._bits_source(bits.node, bits.encoding)
+        node, spatial = self._bits_source(bits.node, bits.encoding)
         bits = bits._replace(node=node)
-        if window is not None and node not in self._made_floats:
+        if spatial is not None and node not in self._made_floats:
             return self._sources_of(bits._replace(node=node.args[0]))  # type: ignore[arg-type]
         return [(part, self._chain(part).source) for part in self._parts(bits) or [bits]]
 
@@ -245,6 +247,14 @@ class Packer:
             name += "_"
         self.modules[name] = module
         return self.graph.call_module(name, inputs)
+
+    def _add_spatial(
+        self, node: fx.Node, suffix: str, channels: int, step: Window | Upsampling, words: fx.Node,
+        invert: Tensor | None = None,
+    ) -> fx.Node:
+        upsamples = isinstance(step, Upsampling)
+        module = PackedUpsample2d(step) if upsamples else PackedMaxPool2d(channels, step, invert)  # type: ignore[arg-type]
+        return self._add(node, suffix, module, words)
 
     def _note(self, node: fx.Node, how: str, note: str = "") -> None:
         self.rows[node] = Row(self.model.name(node), self.model.kind_name(node), how, note)
@@ -368,13 +378,15 @@ class Packer:
                 self._floats[key] = result
 
     def _finish_bits(self, bits: Bits, chain: Chain, fold: Fold | None, output: fx.Node) -> Words:
-        """The chain's poolings behind its bits."""
+        """The chain's poolings and upsamplings behind its bits."""
         channels = self.model.shape(chain.source)[bits.axis] * chain.copies
         inverts = iter(fold.inverts if fold is not None else ())
         for step in chain.steps:
             if isinstance(step, Window):
                 invert = invert_words(next(inverts)) if fold is not None else None
-                output = self._add(bits.node, "_pool", PackedMaxPool2d(channels, step, invert), output)
+                output = self._add_spatial(bits.node, "_pool", channels, step, output, invert)
+            elif isinstance(step, Upsampling):
+                output = self._add_spatial(bits.node, "_upsample", channels, step, output)
         words = Words(output, channels, chain.spatial)
         self._words[bits] = words
         self.points.append((words, bits))
@@ -382,15 +394,15 @@ class Packer:
 
     def _bits(self, bits: Bits) -> Words:
         """The bits of a value, packed once for all that read them."""
-        node, window = self._bits_source(bits.node, bits.encoding)
+        node, spatial = self._bits_source(bits.node, bits.encoding)
         bits = bits._replace(node=node)
         if bits in self._words:
             return self._words[bits]
-        if window is not None and node not in self._made_floats:
+        if spatial is not None and node not in self._made_floats:
             before = self._bits(bits._replace(node=node.args[0]))  # type: ignore[arg-type]
-            pooled = self._add(node, "_bits", PackedMaxPool2d(before.channels, window), before.node)
+            moved = self._add_spatial(node, "_bits", before.channels, spatial, before.node)
             pixels = pixels_of(self.model.shape(node), bits.axis)
-            self._words[bits] = before._replace(node=pooled, pixels=pixels)
+            self._words[bits] = before._replace(node=moved, pixels=pixels)
             return self._words[bits]
         of_parts = [self._bits(part) for part in self._parts(bits)]
         if of_parts:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from lowbit_ext.binary.activation import DEFAULT_THRESHOLDS
-from lowbit_ext.binary.packing.packed_layers import Window
+from lowbit_ext.binary.packing.packed_layers import Upsampling, Window
 
-Step = Callable[[Tensor], Tensor] | Window
+Step = Callable[[Tensor], Tensor] | Window | Upsampling
+SPATIAL = (Window, Upsampling)  # steps that leave values as they are
 
 
 @dataclasses.dataclass
@@ -26,13 +27,13 @@ class Chain:
 
     @property
     def folds(self) -> bool:
-        """Whether anything but pooling happens on the way."""
-        return self.doubled or any(not isinstance(step, Window) for step in self.steps)
+        """Whether values change on the way."""
+        return self.doubled or any(not isinstance(step, SPATIAL) for step in self.steps)
 
     @property
     def is_pointwise(self) -> bool:
         """Whether each bit depends on one value of the source alone, and no other bit does."""
-        return not self.doubled and not any(isinstance(step, Window) for step in self.steps)
+        return not self.doubled and not any(isinstance(step, SPATIAL) for step in self.steps)
 
     def behind(self, outer: Chain, channels: slice, count: int) -> Chain:
         """This chain of some of the channels, and behind it the steps of a chain of all `count` channels."""
@@ -68,7 +69,7 @@ def _fold(chain: Chain, encoding: str, low: Tensor, high: Tensor, value: Callabl
     """Bisection for the threshold of a chain, all channels at once.
 
     Args:
-        chain: its steps; pooling compares values and leaves them as they are.
+        chain: its steps; pooling compares values, upsampling repeats them.
         encoding: what binarizes the chain's result.
         low, high: int64 (C,), ends of the range of positions.
         value: monotone map of positions to the source's values.
@@ -80,7 +81,7 @@ def _fold(chain: Chain, encoding: str, low: Tensor, high: Tensor, value: Callabl
         for step in chain.steps:
             if isinstance(step, Window):
                 pooled.append(values)
-            else:
+            elif not isinstance(step, Upsampling):
                 values = step(values)
         return values >= threshold, pooled
 
