@@ -246,9 +246,15 @@ _OUT_OF_PLACE: dict[Any, Any] = {
 def out_of_place(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
     """Puts out-of-place calls for those that write into their first argument, in graph and modules.
 
-    What reads the argument afterwards reads the result. Views of an argument do not see it change: whoever runs the
-    graph compares it with the model.
+    What reads the argument afterwards, by itself or through nn.Identity, reads the result. Views of an argument do not
+    see it change: whoever runs the graph compares it with the model.
     """
+
+    def root(node: fx.Node) -> fx.Node:
+        while node.op == "call_module" and type(modules[str(node.target)]) is nn.Identity:
+            node = node.args[0]  # type: ignore[assignment]
+        return node
+
     position = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         module = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -260,7 +266,8 @@ def out_of_place(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
             if module is None:
                 node.update_kwarg("inplace", False)
         if written and isinstance(node.args[0], fx.Node):
-            node.args[0].replace_all_uses_with(node, lambda user, at=position[node]: position[user] > at)  # type: ignore
+            for same in [other for other in graph.nodes if root(other) is root(node.args[0])]:
+                same.replace_all_uses_with(node, lambda user, at=position[node]: position[user] > at)
     for module in modules.values():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]

@@ -150,6 +150,27 @@ def test_in_place_forms():
     assert_packed(shake(InPlace()), torch.randn(2, 8, 9, 9))
 
 
+class IdentityShortcut(nn.Module):
+    """A shortcut that is the same tensor, which a ReLU in place then changes."""
+
+    def __init__(self, writes_into_shortcut):
+        super().__init__()
+        self.a, self.b = BinaryConv2d(8, 8, 3, padding=1), BinaryConv2d(8, 8, 3, padding=1)
+        self.shortcut, self.relu = nn.Identity(), nn.ReLU(inplace=True)
+        self.writes_into_shortcut = writes_into_shortcut
+
+    def forward(self, x):
+        x = self.a(x)
+        shortcut = self.shortcut(x)
+        written = self.relu(shortcut if self.writes_into_shortcut else x)
+        return self.b(written) + shortcut + x
+
+
+@pytest.mark.parametrize("writes_into_shortcut", [False, True])
+def test_in_place_through_identity(writes_into_shortcut):
+    assert_packed(shake(IdentityShortcut(writes_into_shortcut)), torch.randn(2, 8, 9, 9))
+
+
 class TwoNorms(nn.Module):
     """Two batch norms that read one value: bits for each reader, one convolution."""
 

@@ -104,7 +104,9 @@ class RandomNetwork(nn.Module):
         fitting = [index for index, shape in enumerate(self.shapes) if index and shape[1:] == (height, width)]
         others = [draw.choice(fitting) for _ in range(draw.randint(1, 3))]
         kind = draw.choices(
-            ["convolution", "norm", "activation", "sum", "joined", "slice", "pool", "upsample", "bits", "constant", "gate"],
+            [
+                "convolution", "norm", "activation", "sum", "joined", "slice", "pool", "upsample", "bits", "constant", "gate",
+            ],
             [30, 20, 10, 12, 8, 4, 4, 3, 4, 4, 4],
         )[0]
         if kind == "convolution":
