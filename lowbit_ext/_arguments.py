@@ -88,6 +88,20 @@ def number(op: str, name: str, value: Any) -> float:
         raise ValueError(f"{op}: {name} must be a number that float64 holds, got {value}") from None
 
 
+def fresh_seed(op: str, like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """A seed for one call on the device of `like`, int64 of no dimensions, drawn by the generator or torch's own.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, every replay of which would draw the same bits.
+    """
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{op}: a CUDA graph is being captured, and each of its replays would draw the same bits; call it outside "
+            "the graph, or give the seed that is to be repeated"
+        )
+    return torch.randint(2**63 - 1, (), generator=generator, device="cpu" if generator is None else generator.device)
+
+
 def flag(op: str, name: str, value: Any) -> bool:
     """True or False, and nothing that is like them."""
     if not isinstance(value, (bool, torch.SymBool)):

@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # First: torch loads the OpenMP runtime whose symbols the kernels use (csrc/cpu/parallel.h).
@@ -79,6 +79,31 @@ def cuda_module() -> Any:
         raise RuntimeError(f"lowbit_ext: the module of the CUDA kernels could not be loaded: {error}") from error
 
 
+def code_of(architecture: int, built: Sequence[str], virtual: Sequence[str]) -> str | None:
+    """The architecture whose code a device runs, of those that the module has; None if it can run none.
+
+    Machine code serves later minor versions of its major version, that of a specific architecture ("90a") itself alone.
+    PTX is compiled by the driver for all later devices.
+    """
+
+    def number(name: str) -> int:
+        return int(name.rstrip("af"))
+
+    def serves(name: str) -> bool:
+        minors = number(name) // 10 == architecture // 10 and number(name) <= architecture
+        return minors if name.isdigit() else number(name) == architecture
+
+    fitting = [name for name in built if serves(name)] or [
+        name for name in virtual if name.isdigit() and number(name) <= architecture
+    ]
+    return max(fitting, key=number, default=None)
+
+
+def _has_code(engine: str, code: str) -> bool:
+    """Whether code for an architecture contains an engine of the convolution, of which others have an empty shell."""
+    return engine == "popcount" or code == "90a" or (engine == "mma" and 80 <= int(code.rstrip("af")) <= 90)
+
+
 class CudaKernels:
     """The functions of _cuda on one device, called like those of _cpu: the device and its current stream are added.
 
@@ -98,11 +123,11 @@ class CudaKernels:
         architecture = module.architecture(index)
         if architecture < 0:
             raise RuntimeError(f"lowbit_ext: no CUDA device {index}: {module.last_error_text()}")
-        oldest = int(module.architectures().split()[0].rstrip("af"))
-        if architecture < oldest:
+        code = code_of(architecture, module.architectures().split(), module.virtual_architectures().split())
+        if code is None:
             raise RuntimeError(
                 f"lowbit_ext: cuda:{index} has compute capability {architecture / 10}, this installation was built for "
-                f"{oldest / 10} and later"
+                f"{module.architectures()}, with PTX of {module.virtual_architectures()} for others"
             )
         self.level = f"cuda:{index} sm_{architecture}"
         for name, function in vars(module).items():
@@ -110,9 +135,11 @@ class CudaKernels:
                 asks = name.endswith(("_bytes", "_engine", "_operations"))  # enqueues nothing
                 setattr(self, name, _with(function, index) if asks else _with_stream(function, index, stream))
         self.engines = tuple(
-            name for number, name in enumerate(CUDA_ENGINES) if module.binary_conv2d_has_engine(number, index)
+            name for number, name in enumerate(CUDA_ENGINES)
+            if module.binary_conv2d_has_engine(number, index) and _has_code(name, code)
         )
-        self.engine = engine or CUDA_ENGINES[module.binary_conv2d_default_engine(index)]
+        default = CUDA_ENGINES[module.binary_conv2d_default_engine(index)]
+        self.engine = engine or (default if default in self.engines else "popcount")
         if self.engine not in self.engines:
             raise RuntimeError(
                 f"LOWBIT_CUDA_ENGINE: {self.level} cannot run {self.engine}; it can run {', '.join(self.engines)}"

@@ -36,6 +36,11 @@ def is_eager() -> bool:
     )
 
 
+def may_read(values: torch.Tensor) -> bool:
+    """Whether a check may look at values: on a GPU a look waits for all work before it and cannot be captured."""
+    return values.is_cpu and is_eager()
+
+
 def define(schema: str, *, outputs: Callable[..., Any], launcher: Callable[..., Any]) -> Callable[..., Any]:
     """Registers `lowbit::<schema>` and returns the function that calls it.
 

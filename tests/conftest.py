@@ -148,6 +148,18 @@ def sum_bound(terms, magnitude, dtype=torch.float32):
     return error / (1 - error) * magnitude
 
 
+def assert_gradient(got, plain, exact, terms, what=""):
+    """A gradient of a binary convolution: our kernels' is as good as torch's.
+
+    On a GPU torch's own convolution sums `terms` products, in an order of its choice.
+    """
+    if hasattr(_native.kernels(got), "binary_conv2d_input_grad"):
+        assert_as_good(got, plain, exact, what)
+    else:
+        bound = sum_bound(terms, 4 * float(exact.abs().max()) if exact.numel() else 0.0)
+        torch.testing.assert_close(got.double(), exact, rtol=0, atol=bound, msg=lambda text: f"{what}: {text}")
+
+
 def surrogate_tolerances(surrogate, dtype, grad=1.0):
     """Of a surrogate's derivative at x times gradients up to `grad`: two roundings to the type, and that of 2x - 1.
 

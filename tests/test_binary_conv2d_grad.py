@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from conftest import assert_as_good, sum_bound, surrogate_tolerances
+from conftest import assert_as_good, assert_gradient, sum_bound, surrogate_tolerances
+from lowbit_ext import _native
 from lowbit_ext.binary import binarize, conv1d, conv2d, linear, ops, pack_weight
 from lowbit_ext.packed import unpack_op
 from reference import binary as reference
@@ -48,7 +49,7 @@ def test_kernels(backend, call, encoding, padding_value, rng):
     shape = (filters, ops.Geometry(*kernel, *stride, *sides, *dilation, groups))
     words = binarize(x, encoding).words
     weight = ops.binary_conv2d_weight_grad(g, words, channels, *shape, encoding, padding_value)
-    assert_as_good(weight, plain[1], exact[1], f"{backend} weight")
+    assert_gradient(weight, plain[1], exact[1], g[:, 0].numel(), f"{backend} weight")
     scale = torch.rand(filters, generator=rng)
     packed = pack_weight(w, groups)
     mask = binarize(torch.randn(x.shape, generator=rng), "step").words
@@ -60,10 +61,47 @@ def test_kernels(backend, call, encoding, padding_value, rng):
             inside = unpack_op(bits, channels, 0.0, 1.0, torch.float32).movedim(-1, 1)
             exact_input, plain_input = exact_input * inside, plain_input * inside
         got = ops.binary_conv2d_input_grad(g, packed.words, factor, bits, list(x.shape), *shape)
-        assert_as_good(got, plain_input, exact_input, f"{backend} input")
+        assert_gradient(got, plain_input, exact_input, w[:, 0].numel(), f"{backend} input")
 
 
-def test_threads_do_not_change_gradients(backend, rng):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padding_value", [0, 1])
+def test_gradients_of_expanded_bits(dtype, padding_value, rng, monkeypatch):
+    """What a GPU does, on the CPU: no kernel of ours, the gradient's own type, padding a side, mask and scale."""
+
+    class NoKernels:
+        def __getattr__(self, name):
+            if name.endswith("_grad"):
+                raise AttributeError(name)
+            return getattr(_native.cpu, name)
+
+    x, w = torch.randn(2, 33, 7, 6, generator=rng), torch.randn(6, 11, 3, 2, generator=rng)
+    geometry = ops.Geometry(3, 2, 2, 1, 1, 0, 2, 1, 1, 1, 3)
+    a, s = reference.activation(x, "sign", 0.0), reference.sign(w)
+    options = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    out = reference.conv2d(a, s, *options, padding_value)
+    g = torch.randn(out.shape, generator=rng).to(dtype)
+    scale, inside = torch.rand(6, generator=rng).to(dtype).float(), torch.randn(x.shape, generator=rng) > 0
+    inside[0, 0, 0, 0], mask = False, None
+    with monkeypatch.context() as patch:
+        patch.setattr(ops.gradients._native, "kernels", lambda tensor: NoKernels())
+        patch.setattr(ops.gradients, "_check_grad_output", lambda grad, size: None)
+        mask = binarize(inside.float(), "step").words
+        got_input = ops.binary_conv2d_input_grad(g, pack_weight(w, 3).words, scale, mask, list(x.shape), 6, geometry)
+        got_weight = ops.binary_conv2d_weight_grad(g, binarize(x).words, 33, 6, geometry, "sign", padding_value)
+    assert got_input.dtype == got_weight.dtype == dtype
+    assert got_input.is_contiguous(memory_format=torch.channels_last)
+    scaled = g.double() * scale.double().view(-1, 1, 1)
+    exact_input = float_gradients(a, s, scaled, *options, padding_value, torch.float64)[0] * inside
+    exact_weight = float_gradients(a, s, g.double(), *options, padding_value, torch.float64)[1]
+    epsilon = torch.finfo(dtype).eps
+    for got, exact in ((got_input, exact_input), (got_weight, exact_weight)):
+        # Products of the given type are exact or rounded once; the sum is rounded to it at the end.
+        bound = 2 * epsilon * float(exact.abs().max()) + sum_bound(200, 4 * float(exact.abs().max()))
+        torch.testing.assert_close(got.double(), exact, rtol=0, atol=bound)
+
+
+def test_threads_do_not_change_gradients(isa, rng):
     g, x, w = (torch.randn(size, generator=rng) for size in [(4, 64, 14, 14), (4, 96, 14, 14), (64, 96, 3, 3)])
     shape = (64, ops.Geometry(3, 3, *(1,) * 9))
     results = []
@@ -114,7 +152,7 @@ def test_straight_through(device, encoding, surrogate, rng):
         plain, exact = (
             float_gradients(a, s, through_weight, *geometry, dtype)[1] for dtype in (torch.float32, torch.float64)
         )
-        assert_as_good(w.grad, plain, exact)
+        assert_gradient(w.grad, plain, exact, g[:, 0].numel())
 
 
 def test_gradients_reach_one_dimension_and_linear(device, rng):

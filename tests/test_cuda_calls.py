@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from conftest import DEVICES, running_on
-from lowbit_ext import _native
+from lowbit_ext import _arguments, _native, _oplib
 from lowbit_ext.antithetic import ops as antithetic_ops
 from lowbit_ext.binary import binarize, conv2d, ops, pack_weight
+from lowbit_ext.binary.epilogue import integer_threshold
 from lowbit_ext.lowmem import ops as lowmem_ops
 from lowbit_ext.packed import unpack_op
 
@@ -26,9 +27,10 @@ def operands(where="cpu", seed=0):
     """Tensors of the calls of every_operator, the same on every device."""
     rng = torch.Generator().manual_seed(seed)
     tensors = {
-        "x": torch.randn(16, 70, 9, 8, generator=rng),  # 1152 pixels: more than one partial sum of the weight gradient
+        "x": torch.randn(16, 70, 9, 8, generator=rng),
         "weight": torch.randn(66, 70, 3, 3, generator=rng),
         "grad": torch.randn(16, 66, 9, 8, generator=rng),
+        "integers": torch.randint(-4, 5, (16, 66, 9, 8), generator=rng).float(),  # whose sums every order gives
         "scale": torch.rand(66, generator=rng),
         "threshold": torch.randint(-9, 9, (2, 66), generator=rng, dtype=torch.int32),
         "logits": torch.randn(16, 70, generator=rng),
@@ -71,9 +73,9 @@ def every_operator(t):
         "float": ops.binary_conv2d(words, weight.blocked, t["scale"], t["scale"], t["grad"], no, no, *conv,
                                    torch.float32),
         "bits": ops.binary_conv2d(words, weight.blocked, no, no, no, t["threshold"], no, *conv, torch.int32),
-        "input gradient": ops.binary_conv2d_input_grad(t["grad"], weight.words, t["scale"], mask, list(t["x"].shape),
+        "input gradient": ops.binary_conv2d_input_grad(t["integers"], weight.words, no, mask, list(t["x"].shape),
                                                        *SHAPE),
-        "weight gradient": ops.binary_conv2d_weight_grad(t["grad"], words, *conv),
+        "weight gradient": ops.binary_conv2d_weight_grad(t["integers"], words, *conv),
         "max": ops.binary_max_pool2d(words, no, 70, HALF),
         "mean": ops.binary_avg_pool2d(words, 70, ops.Window(3, 3, 2, 2, 1, 1, 1, 1, 0), True, 0, "sign"),
         "levels": levels,
@@ -190,11 +192,38 @@ def test_tensors_of_different_devices_are_refused():
     with pytest.raises(ValueError, match=f"binary_conv2d: scale {here}"):
         ops.binary_conv2d(words, weight.blocked, t["scale"].cpu(), None, None, None, None, *conv, torch.float32)
     with pytest.raises(ValueError, match=f"binary_conv2d_weight_grad: input {here}"):
-        ops.binary_conv2d_weight_grad(t["grad"], words.cpu(), *conv)
+        ops.binary_conv2d_weight_grad(t["integers"], words.cpu(), *conv)
     with pytest.raises(ValueError, match=f"antithetic_gradient: weight must be on the CPU .* got {t['x'].device}"):
         antithetic_ops.antithetic_gradient(torch.zeros(16, 70, dtype=torch.uint8), t["values"], None, 70, "sample")
     with pytest.raises(ValueError, match=f"must be on the CPU like the input, got {t['x'].device}"):
         conv2d(t["x"].cpu(), weight, padding=1)
+
+
+class OfDevice(torch.Tensor):
+    """Stands in for a tensor of a GPU before a check."""
+
+    is_cuda, is_cpu = True, False
+
+
+def test_seeds_are_not_captured(monkeypatch):
+    """A seed is a constant of a CUDA graph: all replays would draw the same bits."""
+    logits = torch.zeros(3).as_subclass(OfDevice)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"^sample: a CUDA graph is being captured, and each of its replays"):
+        _arguments.fresh_seed("sample", logits, None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert _arguments.fresh_seed("sample", logits, None).dtype == torch.int64
+
+
+def test_checks_do_not_wait_for_a_gpu():
+    """They look at values of the CPU alone; a NaN threshold is never met then, whichever the comparison."""
+    assert not _oplib.may_read(torch.zeros(3).as_subclass(OfDevice))
+    assert not _oplib.may_read(torch.zeros(3, device="meta"))
+    assert _oplib.may_read(torch.zeros(3, device="cpu"))
+    nan, limits = torch.full((2,), torch.nan), torch.iinfo(torch.int32)
+    got = integer_threshold(torch.cat((nan, torch.tensor([1.5, 1.5]))), torch.tensor([False, True, False, True]))
+    assert got.tolist() == [limits.max, limits.min, 2, 1]
+    assert integer_threshold(nan, None).tolist() == [limits.max] * 2
 
 
 @needs_two_gpus

@@ -15,9 +15,9 @@ from lowbit_ext import _native
 class Module:
     """Stands in for lowbit_ext._cuda on a machine with one device."""
 
-    def __init__(self, architecture):
+    def __init__(self, architecture, built="75 80 90a", virtual="90a"):
         self.architecture = lambda index: architecture if index == 0 else -1
-        self.architectures = lambda: "75 80 90a"
+        self.architectures, self.virtual_architectures = (lambda: built), (lambda: virtual)
         self.last_error_text = lambda: "invalid device ordinal"
         self.binary_conv2d = self.binary_conv2d_epilogue = lambda *arguments: arguments
         self.binary_conv2d_default_engine = lambda index: 1 if architecture >= 80 else 0
@@ -84,8 +84,35 @@ def test_device_that_is_too_old():
     with pytest.raises(RuntimeError) as raised:
         _native.CudaKernels(Module(61), 0, lambda index: 0)
     assert str(raised.value) == (
-        "lowbit_ext: cuda:0 has compute capability 6.1, this installation was built for 7.5 and later"
+        "lowbit_ext: cuda:0 has compute capability 6.1, this installation was built for 75 80 90a, with PTX of 90a for "
+        "others"
     )
+
+
+ALL, PTX = ["75", "80", "86", "89", "90a", "100", "120"], ["100", "120"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "built", "virtual", "code"),
+    [
+        (75, ALL, PTX, "75"), (87, ALL, PTX, "86"), (89, ALL, PTX, "89"), (90, ALL, PTX, "90a"), (103, ALL, PTX, "100"),
+        (110, ALL, PTX, "100"), (121, ALL, PTX, "120"), (130, ALL, PTX, "120"), (70, ALL, PTX, None),
+        (90, ["75"], ["75"], "75"), (90, ["80"], ["80"], "80"), (100, ["90a"], ["90a"], None),
+        (80, ["86"], ["86"], None),
+    ],
+)
+def test_code_that_a_device_runs(architecture, built, virtual, code):
+    assert _native.code_of(architecture, built, virtual) == code
+
+
+@pytest.mark.parametrize(
+    ("built", "engines"), [("75", ("popcount",)), ("80", ("popcount", "mma")), ("90a", ("popcount", "mma"))]
+)
+def test_engines_are_those_of_the_code(built, engines):
+    """On a 9.0 that a module for older devices serves by its PTX, an engine that it has none of would give garbage."""
+    kernels = _native.CudaKernels(Module(90, built, built), 0, lambda index: 0)
+    assert kernels.engines == engines
+    assert kernels.engine == engines[-1]
 
 
 def test_module_that_was_not_built(monkeypatch):

@@ -105,7 +105,8 @@ class RandomNetwork(nn.Module):
         others = [draw.choice(fitting) for _ in range(draw.randint(1, 3))]
         kind = draw.choices(
             [
-                "convolution", "norm", "activation", "sum", "joined", "slice", "pool", "upsample", "bits", "constant", "gate",
+                "convolution", "norm", "activation", "sum", "joined", "slice", "pool", "upsample", "bits", "constant",
+                "gate",
             ],
             [30, 20, 10, 12, 8, 4, 4, 3, 4, 4, 4],
         )[0]

@@ -76,6 +76,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(#op, on_threads(op##_args, launch::op), unlocked); \
   m.def(#op "_workspace_bytes", asks(op##_plan_args, launch::op##_workspace_bytes));
   LOWBIT_WORKSPACE_OPS(LOWBIT_BIND)
+  LOWBIT_CPU_WORKSPACE_OPS(LOWBIT_BIND)
   LOWBIT_BIND(binary_conv2d, BinaryConv2dArgs)
 #undef LOWBIT_BIND
 

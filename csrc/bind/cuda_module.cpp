@@ -54,6 +54,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("last_error_text", [] { return std::string(cuda::last_error_text()); });
   // As the compiler was given them, such as "80 90a 120".
   m.def("architectures", [] { return std::string(LOWBIT_CUDA_ARCHS); });
+  m.def("virtual_architectures", [] { return std::string(LOWBIT_CUDA_PTX); });  // those with PTX
 
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
 

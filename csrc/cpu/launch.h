@@ -17,6 +17,7 @@ LOWBIT_OPS(LOWBIT_DECLARE)
   int64_t op##_workspace_bytes(const Args& args) noexcept; \
   Status op(const Args& args, int64_t workspace_bytes) noexcept;
 LOWBIT_WORKSPACE_OPS(LOWBIT_DECLARE)
+LOWBIT_CPU_WORKSPACE_OPS(LOWBIT_DECLARE)
 LOWBIT_DECLARE(binary_conv2d, BinaryConv2dArgs)
 #undef LOWBIT_DECLARE
 

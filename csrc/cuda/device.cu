@@ -17,8 +17,20 @@ int attribute(int device, cudaDeviceAttr which) {
 
 Status status_of(cudaError_t error) noexcept {
   if (error == cudaSuccess) return Status::ok;
-  snprintf(error_text, sizeof error_text, "%s (%s)", cudaGetErrorString(error), cudaGetErrorName(error));
+  int written = snprintf(error_text, sizeof error_text, "%s (%s)", cudaGetErrorString(error), cudaGetErrorName(error));
   cudaGetLastError();  // or the next call would return it again
+  int driver = 0, runtime = 0;  // 1000 * major + 10 * minor
+  if (error == cudaErrorInsufficientDriver && cudaDriverGetVersion(&driver) == cudaSuccess &&
+      cudaRuntimeGetVersion(&runtime) == cudaSuccess) {
+    char* end = error_text + written;
+    const size_t room = sizeof error_text - static_cast<size_t>(written);
+    if (driver == 0) {
+      snprintf(end, room, ": no driver was found");
+    } else {
+      snprintf(end, room, ": the driver is for CUDA %d.%d, this module needs one for %d.%d or later", driver / 1000,
+               driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+    }
+  }
   return Status::cuda_error;
 }
 

@@ -15,15 +15,24 @@ set(gencode "")
 foreach(arch IN LISTS LOWBIT_CUDA_ARCHS)
   list(APPEND gencode -gencode=arch=compute_${arch},code=sm_${arch})
 endforeach()
-list(GET LOWBIT_CUDA_ARCHS -1 newest)
-list(APPEND gencode -gencode=arch=compute_${newest},code=compute_${newest})  # for what comes after
+# PTX for what has no machine code: what comes after the last, and 11.0, which is between.
+list(GET LOWBIT_CUDA_ARCHS -1 virtual_archs)
+if(100 IN_LIST LOWBIT_CUDA_ARCHS)
+  list(PREPEND virtual_archs 100)
+endif()
+list(REMOVE_DUPLICATES virtual_archs)
+foreach(arch IN LISTS virtual_archs)
+  list(APPEND gencode -gencode=arch=compute_${arch},code=compute_${arch})
+endforeach()
 
 # The kernels know nothing of pybind11 and Python: another version of them compiles the bindings alone.
 file(GLOB kernels CONFIGURE_DEPENDS csrc/cuda/*.cu)
 string(REPLACE ";" " " architectures "${LOWBIT_CUDA_ARCHS}")
+string(REPLACE ";" " " virtual_architectures "${virtual_archs}")
 add_library(lowbit_cuda OBJECT ${kernels})
 target_include_directories(lowbit_cuda PUBLIC csrc)
-target_compile_definitions(lowbit_cuda PUBLIC "LOWBIT_CUDA_ARCHS=\"${architectures}\"")
+target_compile_definitions(lowbit_cuda PUBLIC
+  "LOWBIT_CUDA_ARCHS=\"${architectures}\"" "LOWBIT_CUDA_PTX=\"${virtual_architectures}\"")
 # --fmad=false: every float operation rounds on its own, as on the CPU.
 target_compile_options(lowbit_cuda PRIVATE
   -O3 --fmad=false --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra --threads=2 ${gencode})

@@ -214,11 +214,7 @@ def sample(
             raise TypeError(f"sample: generator must be a torch.Generator, got {type(generator).__name__}")
         if seed is not None:
             raise ValueError("sample: give generator or seed, not both")
-    if seed is None:
-        device = "cpu" if generator is None else generator.device
-        seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
-    else:
-        seed = seed_tensor("sample", seed)
+    seed = _arguments.fresh_seed("sample", logits, generator) if seed is None else seed_tensor("sample", seed)
     rows = logits.detach().float().reshape(logits.shape[:-1].numel(), logits.shape[-1])
     quantile = normal_quantile(rows) if coupling == "gaussian" else None
     bits, ratio = ops.antithetic_sample(

@@ -177,7 +177,7 @@ class _BinaryConv2d(torch.autograd.Function):
         words, mask, weight_words, scale, kept_input = ctx.saved_tensors
         channels, geometry, encoding, surrogate, padding_value = ctx.call
         filters = weight_words.shape[0]
-        grad = grad_output.to(torch.float32)
+        grad = grad_output.to(ops.gradient_dtype(grad_output.device, grad_output.dtype))
         grad_input = grad_weight = grad_bias = grad_residual = None
         if ctx.needs_input_grad[0]:
             size = (words.shape[0], channels, words.shape[1], words.shape[2])
@@ -192,7 +192,7 @@ class _BinaryConv2d(torch.autograd.Function):
             dtype, weight_shape = ctx.weight_like
             grad_weight = grad_weight.to(dtype).reshape(weight_shape)
         if ctx.needs_input_grad[4]:
-            grad_bias = grad.sum((0, 2, 3))
+            grad_bias = grad.sum((0, 2, 3), dtype=torch.float32)
         if ctx.needs_input_grad[5]:
             grad_residual = grad_output.to(ctx.residual_dtype)
         return (grad_input, grad_weight, None, None, grad_bias, grad_residual, *(None,) * 6)

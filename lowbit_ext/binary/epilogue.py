@@ -30,7 +30,7 @@ def integer_threshold(threshold: Tensor, flip: Tensor | None) -> Tensor:
     """Threshold on an integer accumulator equal to a real one: ceil for acc >= t, floor for acc <= t, int32.
 
     Args:
-        threshold: float or integer tensor; infinities become the ends of int32, always or never met.
+        threshold: float or integer tensor; infinities become the ends of int32, always or never met. NaN is never met.
         flip: bool of the same shape, or None.
     """
     if threshold.dtype == torch.int32:
@@ -38,6 +38,9 @@ def integer_threshold(threshold: Tensor, flip: Tensor | None) -> Tensor:
     rounded = threshold.to(torch.float64).ceil()
     if flip is not None:
         rounded = torch.where(flip, threshold.to(torch.float64).floor(), rounded)
+    if threshold.is_floating_point():
+        never = torch.inf if flip is None else torch.where(flip, -torch.inf, torch.inf)
+        rounded = torch.where(threshold.isnan(), never, rounded)
     limits = torch.iinfo(torch.int32)
     return rounded.clamp(limits.min, limits.max).to(torch.int32)
 

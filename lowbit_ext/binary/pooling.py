@@ -68,7 +68,7 @@ def max_pool2d(
     """
     op = "binary_max_pool2d"
     _check_packed(op, input)
-    if input.scale is not None and not input.scale.is_meta and _oplib.is_eager() and bool((input.scale < 0).any()):
+    if input.scale is not None and _oplib.may_read(input.scale) and bool((input.scale < 0).any()):
         raise ValueError(f"{op}: input's scale must not be negative, which makes a maximum of bits a minimum of values")
     if invert is not None:
         _arguments.tensor_like(op, "invert", invert, input.words)

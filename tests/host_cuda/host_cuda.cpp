@@ -34,6 +34,7 @@ constexpr size_t kStackBytes = 256 * 1024;
 
 int current_device = 0;
 int device_architecture = 90;
+int driver_version = 13000;
 Order order = Order::forward;
 std::mt19937_64 engine;
 
@@ -217,6 +218,8 @@ void set_order(Order new_order, uint64_t seed) {
 
 void set_architecture(int architecture) { device_architecture = architecture; }
 
+void set_driver(int version) { driver_version = version; }
+
 cudaError_t run(dim3 blocks, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {
   if (blocks.x > 0x7fffffff || blocks.y > 65535 || blocks.z > 65535) return cudaErrorInvalidConfiguration;
   if (threads.x == 0 || threads.y == 0 || threads.z == 0 || threads.z > 64 || shared_bytes > kMostShared ||
@@ -372,15 +375,27 @@ cudaError_t cudaSetDevice(int device) {
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = driver_version;
+  return cudaSuccess;
+}
+
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+
 const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaErrorInvalidDevice          ? "cudaErrorInvalidDevice"
          : error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration"
+         : error == cudaErrorInsufficientDriver   ? "cudaErrorInsufficientDriver"
                                                   : "cudaErrorInvalidValue";
 }
 
 const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidDevice          ? "invalid device ordinal"
          : error == cudaErrorInvalidConfiguration ? "invalid configuration argument"
+         : error == cudaErrorInsufficientDriver   ? "CUDA driver version is insufficient for CUDA runtime version"
                                                   : "invalid argument";
 }
 

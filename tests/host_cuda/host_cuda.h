@@ -51,6 +51,7 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorInsufficientDriver = 35,
   cudaErrorInvalidDevice = 101
 };
 enum cudaDeviceAttr {
@@ -64,6 +65,8 @@ using cudaStream_t = struct CUstream_st*;
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetLastError();
+cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaRuntimeGetVersion(int* version);
 const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
@@ -77,6 +80,7 @@ enum class Order { forward, reverse, shuffled };
 
 void set_order(Order order, uint64_t seed = 0);
 void set_architecture(int architecture);  // of every device, 90 for 9.0
+void set_driver(int version);             // 12040 for CUDA 12.4, 0 for none
 
 // Runs body() for every thread of every block.
 cudaError_t run(dim3 blocks, dim3 threads, size_t shared_bytes, const std::function<void()>& body);

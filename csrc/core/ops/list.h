@@ -39,10 +39,14 @@
   OP(unpack,               UnpackArgs)
 
 // int64_t op_workspace_bytes(args) and Status op(args, workspace_bytes)
-#define LOWBIT_WORKSPACE_OPS(OP)                            \
-  OP(batch_norm_relu_backward,  BatchNormReluBackwardArgs)  \
-  OP(batch_norm_relu_quantize,  BatchNormReluQuantizeArgs)  \
-  OP(binary_conv2d_input_grad,  BinaryConv2dInputGradArgs)  \
-  OP(binary_conv2d_weight_grad, BinaryConv2dWeightGradArgs) \
-  OP(channel_dequantize,        ChannelDequantizeArgs)
+#define LOWBIT_WORKSPACE_OPS(OP)                          \
+  OP(batch_norm_relu_backward, BatchNormReluBackwardArgs) \
+  OP(batch_norm_relu_quantize, BatchNormReluQuantizeArgs) \
+  OP(channel_dequantize,       ChannelDequantizeArgs)
+
+// The same, of the CPU alone: a GPU's tensor cores make the gradients of expanded bits faster than any kernel that has
+// the bits one by one.
+#define LOWBIT_CPU_WORKSPACE_OPS(OP)                       \
+  OP(binary_conv2d_input_grad,  BinaryConv2dInputGradArgs) \
+  OP(binary_conv2d_weight_grad, BinaryConv2dWeightGradArgs)
 // clang-format on

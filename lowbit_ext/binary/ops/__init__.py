@@ -18,7 +18,7 @@ from lowbit_ext.binary.ops.convolution import (
     output_kind,
 )
 from lowbit_ext.binary.ops.geometry import ENCODINGS, Geometry, Window, conv_shape, conv_size
-from lowbit_ext.binary.ops.gradients import binary_conv2d_input_grad, binary_conv2d_weight_grad
+from lowbit_ext.binary.ops.gradients import binary_conv2d_input_grad, binary_conv2d_weight_grad, gradient_dtype
 from lowbit_ext.binary.ops.pointwise import REDUCTIONS, pointwise
 from lowbit_ext.binary.ops.pooling import binary_avg_pool2d, binary_max_pool2d
 from lowbit_ext.binary.ops.steps import MOST_STEPS, STEP_KINDS, Step, step_table
@@ -44,6 +44,7 @@ __all__ = [
     "check_residual",
     "conv_shape",
     "conv_size",
+    "gradient_dtype",
     "masked_gradient",
     "output_kind",
     "pointwise",
