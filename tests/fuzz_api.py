@@ -262,7 +262,7 @@ def estimate(r: random.Random) -> Arguments:
 
 
 def bound(r: random.Random) -> Arguments:
-    return {"log_weight": lambda b: -b.sum(-1), "logits": torch.randn(2, 3), "importance_samples": 2} | chosen(
+    return {"log_joint": lambda b: -b.sum(-1), "logits": torch.randn(2, 3), "importance_samples": 2} | chosen(
         r, estimator=["arms_d", "loorf", "disarm", "vimco"], n=[2]
     )
 
@@ -550,7 +550,7 @@ TARGETS: dict[str, Target] = {
         antithetic.expectation, estimate, says=("sample", "antithetic_sample", "values"), share=4, functions=("f",)
     ),
     "antithetic.multi_sample_bound": Target(
-        antithetic.multi_sample_bound, bound, says=("sample", "antithetic_sample"), share=4, functions=("log_weight",)
+        antithetic.multi_sample_bound, bound, says=("sample", "antithetic_sample"), share=4, functions=("log_joint",)
     ),
     "cone.Cone": Target(
         cone.Cone, lambda r: {"A": [[1, -1, 0], [0, 1, -1]]}

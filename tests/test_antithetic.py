@@ -194,30 +194,36 @@ def test_expectation_is_unbiased(monkeypatch, estimator, n):
     assert torch.allclose(leaf.grad.double(), reference.exact_gradient(quadratic, leaf), rtol=1e-5, atol=5e-6)
 
 
-@pytest.mark.parametrize("estimator", bounds.BOUND_ESTIMATORS)
-def test_multi_sample_bound_is_unbiased(monkeypatch, estimator):
-    count, n = 2, 2
+def log_joint(b):
+    """Of two bits."""
+    return b[..., 0] * b[..., 1] - 0.7 * b[..., 0] + 0.2
+
+
+BOUNDS = [
+    (name, slots, n) for name in bounds.BOUND_ESTIMATORS for slots in (1, 2, 3) for n in (2, 3)
+    if not (name == "disarm" and n == 3) and not (name == "vimco" and (slots == 1 or n == 3))
+]
+
+
+@pytest.mark.parametrize(("estimator", "slots", "n"), BOUNDS)
+def test_multi_sample_bound_is_unbiased(monkeypatch, estimator, slots, n):
+    """All samples of all slots: value and gradient of the mean are those of the bound of `slots` samples."""
     leaf = torch.tensor([0.4, -1.1]).requires_grad_()
+    vimco = estimator == "vimco"
+    coupling, each = ("independent", slots) if vimco else (antithetic.ESTIMATORS[estimator], n)
+    bits, chance = reference.configurations(coupling, each, leaf.tolist())
+    choices = [torch.arange(len(bits))] * (1 if vimco else slots)
+    chosen = torch.cartesian_prod(*choices).reshape(-1, len(choices))
 
-    def log_joint(b):
-        return b[..., 0] * b[..., 1] - 0.7 * b[..., 0] + 0.2
+    def drawn(logits, count, name, **_):
+        samples = given_samples(name, bits[chosen.t().flatten()], leaf)  # slots outermost
+        parts = {"bits": samples.bits, "ratio": samples.ratio, "logits": samples.logits}
+        return dataclasses.replace(samples, **{key: part.reshape(logits.shape) for key, part in parts.items()})
 
-    def log_weight(b):
-        return log_joint(b) - (b * leaf - torch.nn.functional.softplus(leaf)).sum(-1)
-
-    independent, chance = reference.configurations("independent", count, leaf.tolist())
-    if estimator == "vimco":
-        coupled, coupled_chance = independent[:1], torch.ones(1, dtype=torch.float64)
-    else:
-        coupled, coupled_chance = reference.configurations(antithetic.ESTIMATORS[estimator], n, leaf.tolist())
-    pairs = torch.cartesian_prod(torch.arange(len(independent)), torch.arange(len(coupled)))
-    drawn = iter([(independent[pairs[:, 0]]), (coupled[pairs[:, 1]])])
-    monkeypatch.setattr(bounds, "sample", lambda logits, m, name, **_: given_samples(name, next(drawn), logits))
-    rows = leaf.expand(len(pairs), -1)
-    result = multi_sample_bound(log_weight, rows, count, estimator, n=n)
-    probability = chance[pairs[:, 0]] * coupled_chance[pairs[:, 1]]
-    (result.double() * probability).sum().backward()
-    exact = reference.exact_bound_gradient(log_joint, leaf, count)
+    monkeypatch.setattr(bounds, "sample", drawn)
+    result = multi_sample_bound(log_joint, leaf.expand(len(chosen), -1), slots, estimator, n=n)
+    (result.double() * chance[chosen].prod(1)).sum().backward()
+    exact = reference.exact_bound_gradient(log_joint, leaf, slots)
     assert torch.allclose(leaf.grad.double(), exact, rtol=1e-5, atol=2e-6)
 
 
@@ -226,7 +232,24 @@ def test_multi_sample_bound_of_one_sample_is_the_evidence_lower_bound():
     value = multi_sample_bound(quadratic, logits, 1, "arms_d", n=3, generator=torch.Generator().manual_seed(1))
     value.sum().backward()
     mean, error = logits.grad.mean(0), logits.grad.std(0) / math.sqrt(50_000)
-    assert ((mean - reference.exact_gradient(quadratic, logits[0])).abs() / error).max() < 5
+    assert ((mean - reference.exact_bound_gradient(quadratic, logits[0], 1)).abs() / error).max() < 5
+
+
+def test_bound_and_pathwise_gradient_are_their_definition():
+    """The mean over r of the bound of the r-th samples, and its derivative for the parameters of log_joint."""
+    logits, theta = torch.randn(5, 7), torch.randn(7, requires_grad=True)
+    seen = []
+
+    def joint(b):
+        seen.append(b)
+        return b @ theta
+
+    bound = multi_sample_bound(joint, logits, 4, "arms_s", n=3, generator=torch.Generator().manual_seed(2))
+    (drawn,) = seen
+    log_w = drawn @ theta - (drawn * logits - torch.nn.functional.softplus(logits)).sum(-1)
+    wanted = (log_w.reshape(3, 4, 5).logsumexp(1) - math.log(4)).mean(0)
+    torch.testing.assert_close(bound, wanted)
+    torch.testing.assert_close(torch.autograd.grad(bound.sum(), theta), torch.autograd.grad(wanted.sum(), theta))
 
 
 def test_straight_through_differentiates_the_function():
@@ -432,34 +455,35 @@ def test_vimco_signal_is_its_definition(count):
             if sum(weights) == 0:
                 assert math.isnan(signal[k])
             else:
-                wanted = math.log(sum(weights) / baseline) if baseline else 0.0
+                wanted = (math.log(sum(weights) / baseline) if baseline else 0.0) - weights[k] / sum(weights)
                 assert signal[k] == pytest.approx(wanted, rel=1e-14, abs=1e-14)
 
 
 @pytest.mark.parametrize("estimator", bounds.BOUND_ESTIMATORS)
 def test_bound_with_weights_of_zero(estimator):
-    """All ways in which K = 3 weights and two replacements are 0 or positive, one a row."""
-    count, n = 3, 0 if estimator == "vimco" else 2
-    zero = torch.tensor(list(itertools.product((False, True), repeat=count + n))).t()
+    """All ways in which the weights of three slots, two samples each, are 0 or positive, one a row."""
+    slots, n = 3, 1 if estimator == "vimco" else 2
+    zero = torch.tensor(list(itertools.product((False, True), repeat=slots * n))).t()
     finite = torch.randn(zero.shape, dtype=torch.float64)
 
     def run(log_of_zero, select=None):
         leaf = torch.zeros(zero.shape[1], 70, requires_grad=True)
-        log_w = torch.where(zero, log_of_zero, finite).requires_grad_()
+        log_p = torch.where(zero, log_of_zero, finite).requires_grad_()
         generator = torch.Generator().manual_seed(0)
-        bound = multi_sample_bound(lambda b: log_w, leaf, count, estimator, n=2, generator=generator)
+        bound = multi_sample_bound(lambda b: log_p, leaf, slots, estimator, n=2, generator=generator)
         (bound if select is None else torch.where(select, bound, 0)).sum().backward()
-        return bound.detach(), leaf.grad, log_w.grad
+        return bound.detach(), leaf.grad, log_p.grad
 
     bound, grad, pathwise = run(-math.inf)
-    some = ~zero[:count].all(0)  # a weight is positive
+    by_slot = zero.unflatten(0, (n, slots))
+    some = ~by_slot.all(1).any(0)  # every bound has a positive weight
     assert torch.equal(bound.isfinite(), some)
     assert grad[some].isfinite().all()
     assert grad[~some].isnan().any(1).all()
-    shares = torch.where(zero[:count], -math.inf, finite[:count]).softmax(0).nan_to_num()
-    torch.testing.assert_close(pathwise[:count], shares, rtol=1e-14, atol=0)
+    shares = torch.where(zero, -math.inf, finite).unflatten(0, (n, slots)).softmax(1).nan_to_num() / n
+    torch.testing.assert_close(pathwise.unflatten(0, (n, slots)), shares, rtol=1e-13, atol=0)
     _, limit, _ = run(-1e6)
-    two = zero[:count].sum(0) <= count - 2  # no comparison with log 0: the limit of small weights
+    two = (by_slot.sum(1) <= slots - 2).all(0)  # no comparison with log 0: the limit of small weights
     torch.testing.assert_close(grad[two], limit[two], rtol=1e-6, atol=1e-6)
     _, grad, _ = run(-math.inf, some)
     assert grad.isfinite().all()
@@ -471,7 +495,7 @@ def test_bound_with_weights_that_are_infinite_or_nan(estimator):
     patterns = torch.tensor(NOT_FINITE).double()
     bad = ((patterns == math.inf) | patterns.isnan()).any(1)
     leaf = torch.zeros(len(bad), 70, requires_grad=True)
-    more = torch.zeros(0 if estimator == "vimco" else 2, len(bad), dtype=torch.float64)
+    more = torch.zeros(0 if estimator == "vimco" else 3, len(bad), dtype=torch.float64)
     bound = multi_sample_bound(lambda b: torch.cat([patterns.t(), more]), leaf, 3, estimator)
     bound.sum().backward()
     assert not bound[bad].isfinite().any()
@@ -644,7 +668,9 @@ WRONG_CALLS = [
     (lambda: multi_sample_bound(quadratic, X, 1, "vimco"), ValueError,
      "multi_sample_bound: vimco needs importance_samples >= 2, got 1"),
     (lambda: multi_sample_bound(lambda b: b.sum(), X, 2), ValueError,
-     "multi_sample_bound: log_weight must return shape (4, 3), got ()"),
+     "multi_sample_bound: log_joint must return shape (4, 3), got ()"),
+    (lambda: multi_sample_bound(quadratic, X, 2, n=1), ValueError,
+     "multi_sample_bound: arms_d needs n >= 2 samples a slot, got 1"),
     (lambda: ops.antithetic_gradient(S.bits, torch.zeros(3, 4), None, 6, "sample"), ValueError,
      "antithetic_gradient: bits must be torch.uint8 (3, 6) for 4 samples and 6 dimensions, got torch.uint8 (3, 5)"),
 ]

@@ -17,7 +17,7 @@ BOUND_ESTIMATORS = ("arms_d", "arms_n", "arms_s", "loorf", "disarm", "vimco")
 
 
 def multi_sample_bound(
-    log_weight: Callable[[Tensor], Tensor],
+    log_joint: Callable[[Tensor], Tensor],
     logits: Tensor,
     importance_samples: int,
     estimator: str = "arms_d",
@@ -25,105 +25,124 @@ def multi_sample_bound(
     n: int = 2,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """E log 1/K sum_k w(b_k), w = p(x, b) / q(b), K independent samples of q: one estimate a row, unbiased gradient.
+    """E log 1/K sum_k w(b_k), w = p(x, b) / q(b), K independent samples of q = Bernoulli(sigmoid(logits)).
 
-    For each k the bound is a function of b_k given the others. Its gradient through b_k is estimated from n coupled
-    samples t_j that take b_k's place: sum_k ratio / (n - 1) sum_j (F_kj - mean_j F_kj) t_j with
-    F_kj = log 1/K (w(t_j) + sum_{i != k} w(b_i)). How w depends directly on its parameters, the logits included, is
-    differentiated by torch.
+    Each of the K samples has a slot, and each slot n coupled samples b_kr: K n evaluations, n bounds L_r of K
+    independent samples each, whose mean is the result. Given the other slots, L_r is a function of the sample in
+    slot k, which the slot's samples evaluate: the gradient through q is
+
+        sum_k ratio / (n - 1) sum_j (F_kj - mean_j F_kj) b_kj,
+        F_kj = mean_r (log 1/K (w(b_kj) + W_kr) - w(b_kj) / (w(b_kj) + W_kr)), W_kr = sum_{i != k} w(b_ir).
+
+    The second term is the weights' own dependence on q, as a score: it is coupled like the first.
 
     Args:
-        log_weight: maps samples (m, *batch, D) of 0 and 1 in the logits' dtype to log w, (m, *batch); log q(b) in it is
-            differentiated through the logits. Called once, with m = K + n (K for vimco).
+        log_joint: maps samples (m, *batch, D) of 0 and 1 in the logits' dtype to log p(x, b), (m, *batch). Called once,
+            with m = K n (K for vimco).
         logits: (*batch, D) of q.
         importance_samples: K, 1 to 64; 2 or more for vimco.
-        estimator: "arms_d", "arms_n", "arms_s", "loorf", "disarm" (couplings of the t_j) or "vimco" (no t_j; the
-            baseline of each sample is the bound with the geometric mean of the other weights in its place).
-        n: coupled samples t_j.
+        estimator: "arms_d", "arms_n", "arms_s", "loorf", "disarm" (couplings of the n samples of a slot) or "vimco"
+            (one sample a slot; its baseline is the bound with the geometric mean of the other weights in its place).
+        n: samples of a slot; more train on less variance, more slots on a tighter bound.
         generator: draws the seeds.
 
     Returns:
-        (*batch): the bound from the K independent samples.
+        (*batch): the mean of n bounds.
 
     Gradient:
-        logits: unbiased. Parameters of log_weight: pathwise.
-        A sample of weight 0, log w = -inf, contributes nothing: the gradient is finite where the bound is and no w(t_j)
-        is infinite. A k beside which all other weights are 0 is left out where its bounds would be compared with log 0;
-        its exact gradient, given the others, is infinite. In a row whose bound is infinite or NaN the estimate for the
+        logits: unbiased. Parameters of log_joint: pathwise, through the result.
+        A sample of weight 0, log_joint = -inf, contributes nothing: the gradient is finite where the result is. A slot
+        beside which all other weights of an L_r are 0 is left out of that L_r where one of the slot's own is 0 too; the
+        exact gradient, given the others, is infinite. In a row whose result is infinite or NaN the estimate for the
         logits is NaN (0 as in gradient()); a row that the loss leaves out counts for nothing.
 
     Raises:
-        TypeError, ValueError: as sample(); unknown estimator; log_weight returns another shape.
+        TypeError, ValueError: as sample(); unknown estimator; log_joint returns another shape.
 
     Source:
         Burda, Grosse and Salakhutdinov, "Importance weighted autoencoders", ICLR 2016; Dimitriev and Zhou, "ARMS", ICML
-        2021 (its multi-sample extension: summed over k, with the pathwise term); Mnih and Rezende, "Variational
-        inference for Monte Carlo objectives", ICML 2016 (vimco).
+        2021 (its multi-sample extension, each slot with samples of its own); Mnih and Rezende, "Variational inference
+        for Monte Carlo objectives", ICML 2016 (vimco).
     """
     op = "multi_sample_bound"
-    _arguments.function(op, "log_weight", log_weight)
+    _arguments.function(op, "log_joint", log_joint)
     estimator = _arguments.choice(op, "estimator", estimator, BOUND_ESTIMATORS)
-    importance_samples = _arguments.integer(op, "importance_samples", importance_samples, 1, MOST_SAMPLES)
+    slots = _arguments.integer(op, "importance_samples", importance_samples, 1, MOST_SAMPLES)
     n = _arguments.integer(op, "n", n)
-    if estimator == "vimco" and importance_samples < 2:
-        raise ValueError(f"multi_sample_bound: vimco needs importance_samples >= 2, got {importance_samples}")
-    independent = sample(logits, importance_samples, "independent", generator=generator)
-    drawn = independent.unpack(logits.dtype)
-    coupled = None
-    if estimator != "vimco":
-        coupled = sample(logits, n, ESTIMATORS[estimator], generator=generator)
-        drawn = torch.cat([drawn, coupled.unpack(logits.dtype)])
-    log_w = _arguments.tensor_like(op, "the result of log_weight", log_weight(drawn), logits)
-    if log_w.shape != (drawn.shape[0], *logits.shape[:-1]):
+    logits = _arguments.tensor(op, "logits", logits, _arguments.FLOATS)
+    if estimator == "vimco" and slots < 2:
+        raise ValueError(f"multi_sample_bound: vimco needs importance_samples >= 2, got {slots}")
+    if estimator != "vimco" and n < 2:
+        raise ValueError(f"multi_sample_bound: {estimator} needs n >= 2 samples a slot, got {n}")
+    if logits.dim() < 1:
+        raise ValueError("multi_sample_bound: logits must have at least one dimension, got a scalar")
+    if estimator == "vimco":
+        samples = sample(logits, slots, "independent", generator=generator)
+        drawn = samples.unpack(logits.dtype).unsqueeze(0)
+    else:
+        every_slot = logits.detach().expand(slots, *logits.shape)
+        samples = sample(every_slot, n, ESTIMATORS[estimator], generator=generator)
+        drawn = samples.unpack(logits.dtype)  # (n, slots, *batch, D)
+    given = drawn.flatten(0, 1)
+    joint = _arguments.tensor_like(op, "the result of log_joint", log_joint(given), logits)
+    if joint.shape != given.shape[:-1]:
         raise ValueError(
-            f"multi_sample_bound: log_weight must return shape {(drawn.shape[0], *logits.shape[:-1])}, "
-            f"got {tuple(log_w.shape)}"
+            f"multi_sample_bound: log_joint must return shape {tuple(given.shape[:-1])}, got {tuple(joint.shape)}"
         )
-    fixed = log_w[:importance_samples]
-    bound = _log_sum(fixed) - math.log(importance_samples)
+    constant = logits.detach().float()
+    log_w = (joint - _log_likelihood(given, constant)).unflatten(0, drawn.shape[:2])
+    bound = _log_sum(log_w) - math.log(slots)
     with torch.no_grad():
-        if coupled is None:
-            score = drawn.double() - torch.sigmoid(logits.detach().double())
-            estimate = (_vimco_signal(fixed.double()).unsqueeze(-1) * score).sum(0).float()
+        if estimator == "vimco":
+            score = given.double() - torch.sigmoid(constant.double())
+            estimate = (_vimco_signal(log_w[0].double()).unsqueeze(-1) * score).sum(0).float()
         else:
-            estimate = gradient(coupled, _replaced_bounds(fixed.double(), log_w[importance_samples:].double()))
+            estimate = gradient(samples, _slot_values(log_w.double())).sum(0)
     # The pathwise part of the bound, and the score part with value 0.
-    zero = surrogate_rows(independent, torch.zeros_like(fixed), estimate)
-    return bound + zero
+    return bound.mean(0) + surrogate_rows(logits, torch.zeros_like(bound), estimate)
+
+
+def _log_likelihood(bits: Tensor, logits: Tensor) -> Tensor:
+    """log of the probability of bits (m, *batch, D) of 0 and 1, (m, *batch)."""
+    return (bits * logits).sum(-1) - torch.nn.functional.softplus(logits).sum(-1)
 
 
 def _log_sum(log_w: Tensor) -> Tensor:
-    """log of the sum over the samples. Where all are 0 the derivative is 0; torch.logsumexp's is NaN."""
-    some = (log_w != -math.inf).any(0)
-    return torch.where(some, torch.where(some, log_w, 0).logsumexp(0), -math.inf)
+    """log of the sum over the slots, (n, *batch). Where all are 0 the derivative is 0; torch.logsumexp's is NaN."""
+    some = (log_w != -math.inf).any(1)
+    return torch.where(some, torch.where(some.unsqueeze(1), log_w, 0).logsumexp(1), -math.inf)
 
 
 def _others(log_w: Tensor, in_place: float) -> Tensor:
-    """The weights beside each one, (K, K, *batch): entry [k, i] is log_w[i], entry [k, k] is in_place."""
+    """The weights beside each slot's, (K, K, *batch): entry [k, i] is log_w[i], entry [k, k] is in_place."""
     count = log_w.shape[0]
     others = log_w.unsqueeze(0).expand(count, *log_w.shape).clone()
     others[range(count), range(count)] = in_place
     return others
 
 
-def _replaced_bounds(fixed: Tensor, replacing: Tensor) -> Tensor:
-    """Sum over k of F_kj, the bound with sample k replaced by replacement j: (n, *batch).
+def _slot_values(log_w: Tensor) -> Tensor:
+    """F_kj of the docstring above, (n, K, *batch), of log_w (n, K, *batch).
 
-    The sum may come before the gradient, which is linear. Left out is a k with F_kj = -inf at some j.
+    A pair of k and r is left out where the bound with one of the slot's samples is log 0.
     """
-    rest = _others(fixed, -math.inf).logsumexp(1)
-    replaced = torch.logaddexp(replacing.unsqueeze(1), rest) - math.log(fixed.shape[0])
+    rest = torch.stack([_others(each, -math.inf).logsumexp(1) for each in log_w])  # (n, K, *batch)
+    own = log_w.unsqueeze(1)
+    replaced = torch.logaddexp(own, rest)  # [j, r, k]
+    values = replaced - math.log(log_w.shape[1]) - (own - replaced).exp()
     empty = (replaced == -math.inf).any(0)
-    bound = torch.logsumexp(fixed, 0)
-    return torch.where(empty, 0, replaced).sum(1) + (bound - bound)  # + 0, or NaN where the bound is infinite
+    bound = torch.logsumexp(log_w, 1).sum(0)
+    return torch.where(empty, 0, values).mean(1) + (bound - bound)  # + 0, or NaN where a bound is infinite
 
 
 def _vimco_signal(log_w: Tensor) -> Tensor:
-    """The bound minus the bound with each weight replaced by the geometric mean of the others, (K, *batch).
+    """The factor of each sample's score, (K, *batch).
 
-    0 where the others are 0, and the geometric mean says nothing; NaN where the bound is infinite.
+    It is the bound minus the bound with each weight replaced by the geometric mean of the others, and minus the
+    weight's share, its own dependence on q. The difference is 0 where the others are 0, and the geometric mean says
+    nothing; NaN where the bound is infinite.
     """
     geometric = _others(log_w, 0.0).sum(1) / (log_w.shape[0] - 1)  # of the others' logarithms
     baseline = torch.logaddexp(geometric, _others(log_w, -math.inf).logsumexp(1))
     bound = torch.logsumexp(log_w, 0)
-    return bound - torch.where(baseline == -math.inf, bound, baseline)
+    return bound - torch.where(baseline == -math.inf, bound, baseline) - (log_w - bound).exp()

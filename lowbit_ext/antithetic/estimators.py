@@ -108,10 +108,9 @@ class _Surrogate(torch.autograd.Function):
         return logits_grad, values_grad, None
 
 
-def surrogate_rows(samples: AntitheticSamples, values: Tensor, estimate: Tensor | None = None) -> Tensor:
-    """As surrogate(), one value a row, (*batch). estimate: a gradient other than gradient(samples, values)."""
-    estimate = gradient(samples, values) if estimate is None else estimate
-    return _Surrogate.apply(samples.logits, values, estimate)
+def surrogate_rows(logits: Tensor, values: Tensor, estimate: Tensor) -> Tensor:
+    """The mean of values (n, *batch) over the samples, (*batch), whose gradient for the logits is the estimate."""
+    return _Surrogate.apply(logits, values, estimate)
 
 
 def surrogate(samples: AntitheticSamples, values: Tensor) -> Tensor:
@@ -131,7 +130,8 @@ def surrogate(samples: AntitheticSamples, values: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: as gradient().
     """
-    return surrogate_rows(samples, values).sum()
+    estimate = gradient(samples, values)  # checks both
+    return surrogate_rows(samples.logits, values, estimate).sum()
 
 
 def expectation(
@@ -190,8 +190,9 @@ def expectation(
     if estimator == "reinforce":
         score = b.float() - torch.sigmoid(logits.detach().float())
         estimate = (undefined_as_nan(values.detach().float()).unsqueeze(-1) * score).mean(0)
-        return surrogate_rows(samples, values, estimate)
-    return surrogate_rows(samples, values)
+    else:
+        estimate = gradient(samples, values)
+    return surrogate_rows(logits, values, estimate)
 
 
 def _double_control_variate(f: Callable[[Tensor], Tensor], samples: AntitheticSamples, b: Tensor) -> Tensor:
@@ -215,4 +216,4 @@ def _double_control_variate(f: Callable[[Tensor], Tensor], samples: AntitheticSa
     baseline = (reduced.sum(0) - reduced) / (n - 1)
     advantage = heights - (others_slope * centred).sum(-1) - baseline
     estimate = (advantage.unsqueeze(-1) * centred + others_slope * p * (1 - p)).mean(0)
-    return surrogate_rows(samples, values, estimate.float())
+    return surrogate_rows(samples.logits, values, estimate.float())

@@ -66,10 +66,13 @@ class BernoulliVAE(nn.Module):
         """Logits of p(x | b): (*, latents) of 0 and 1 to (*, pixels)."""
         return self.decoder(2 * b - 1)
 
+    def log_joint(self, x: Tensor, b: Tensor) -> Tensor:
+        """log p(x, b), (samples, *batch), for b (samples, *batch, latents)."""
+        return _log_likelihood(x, self.decode(b)) + _log_likelihood(b, self.prior_logits)
+
     def log_weight(self, x: Tensor, b: Tensor, logits: Tensor) -> Tensor:
         """log p(x, b) - log q(b | x), (samples, *batch), for b (samples, *batch, latents)."""
-        joint = _log_likelihood(x, self.decode(b)) + _log_likelihood(b, self.prior_logits)
-        return joint - _log_likelihood(b, logits)
+        return self.log_joint(x, b) - _log_likelihood(b, logits)
 
     def evidence_lower_bound(
         self, x: Tensor, n: int, estimator: str = "arms_d", *, generator: torch.Generator | None = None
@@ -92,9 +95,8 @@ class BernoulliVAE(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Importance-weighted bound in nats, (*batch): see lowbit_ext.antithetic.multi_sample_bound."""
-        logits = self.encode(x)
         return multi_sample_bound(
-            lambda b: self.log_weight(x, b, logits), logits, importance_samples, estimator, n=n, generator=generator
+            lambda b: self.log_joint(x, b), self.encode(x), importance_samples, estimator, n=n, generator=generator
         )
 
     @torch.no_grad()
