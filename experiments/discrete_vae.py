@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -34,7 +35,14 @@ COLOURS = {
     "reinforce": "#999999", "loorf": "#7f8c9a", "disarm": "#d1863a", "arms_d": "#1f5fa8", "arms_n": "#8fbbe0",
     "arms_s": "#2a8f5b", "vimco": "#8a4fa3", "straight_through": "#c0504d", "double_cv": "#b8a12e",
 }
-BOUND_ESTIMATORS = ("vimco", "disarm", "arms_d", "arms_s")  # of the importance-weighted bound
+# Runs of the importance-weighted bound: estimator, K, samples n of each of the K. VIMCO has one; it runs with as many
+# evaluations as the others and with their K.
+BOUND_RUNS = (
+    ("vimco", 9, 1), ("vimco", 10, 1), ("vimco", 3, 1), ("loorf", 3, 3), ("disarm", 5, 2), ("arms_d", 3, 3),
+    ("arms_s", 3, 3),
+)
+BOUND_COUNTS = (1, 5, 10, 100)  # samples of the bounds in the table
+BOUND_BASE = BOUND_RUNS[0]
 CURVE_POINTS, CURVE_IMAGES = 25, 1000  # evaluations along a run, of as many images
 EVALUATION_SAMPLES = 16  # of the bounds in the tables
 VARIANCE_DATA, VARIANCE_REPEATS = 50, 400  # images, and estimates of each one's gradient, on the trained model
@@ -50,21 +58,27 @@ class Setting:
     model: str
     objective: str  # "elbo", or "bound": the importance-weighted bound
     estimator: str
-    n: int  # samples of the elbo; coupled samples of the bound
-    importance_samples: int  # of the bound; vimco takes n more, to have as many evaluations as the others
+    n: int  # samples of the elbo, or of each of the bound's K
+    importance_samples: int  # K of the bound; 1 of the elbo
     seed: int
 
     @property
     def evaluations(self) -> int:
         """Decoder evaluations a datum and step."""
-        return self.importance_samples + self.n
+        return self.importance_samples * self.n
 
     @property
     def group(self) -> str:
         """What the runs of one table share."""
+        return f"{self.data}, {self.model}, " + (f"n = {self.n}" if self.objective == "elbo" else "importance-weighted")
+
+    @property
+    def label(self) -> str:
+        """Name within the table."""
+        name = LABELS[self.estimator]
         if self.objective == "elbo":
-            return f"{self.data}, {self.model}, n = {self.n}"
-        return f"{self.data}, {self.model}, bound of {self.importance_samples} samples"
+            return name
+        return f"{name}, K = {self.importance_samples}" + (f", n = {self.n}" if self.n > 1 else "")
 
 
 @dataclasses.dataclass
@@ -75,6 +89,7 @@ class Result:
     steps: list[int]
     train_curve: list[float]
     test_curve: list[float]
+    bounds: dict[str, float]  # on the test set, by the number of samples, of runs of the bound
     running_variance: float
     milliseconds_per_step: float
     variances: dict[str, dict[str, float]]  # variances_on the trained model, for the first run on a data set and model
@@ -89,18 +104,18 @@ def binarized(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def bound(model: BernoulliVAE, images: Tensor, setting: Setting, seed: int) -> float:
-    """Mean bound over a set in nats, from independent samples."""
+def bound(model: BernoulliVAE, images: Tensor, count: int, seed: int) -> float:
+    """Mean bound of `count` independent samples over a set, in nats; of 1 sample from EVALUATION_SAMPLES of them."""
     generator = torch.Generator().manual_seed(seed)
     total = 0.0
     for part in images.split(500):
         x = binarized(part, generator)
-        if setting.objective == "elbo":
-            rows = model.evidence_lower_bound(x, EVALUATION_SAMPLES, "loorf", generator=generator)
-        else:
-            count = setting.importance_samples
-            rows = model.multi_sample_bound(x, count, "vimco", generator=generator)
-        total += float(rows.double().sum())
+        logits = model.encode(x)
+        drawn = EVALUATION_SAMPLES if count == 1 else count
+        p = torch.sigmoid(logits).expand(drawn, *logits.shape)
+        log_w = model.log_weight(x, torch.bernoulli(p, generator=generator), logits).double()
+        rows = log_w.mean(0) if count == 1 else log_w.logsumexp(0) - math.log(count)
+        total += float(rows.sum())
     return total / len(images)
 
 
@@ -109,8 +124,6 @@ def objective(model: BernoulliVAE, x: Tensor, setting: Setting, generator: torch
     if setting.objective == "elbo":
         return model.evidence_lower_bound(x, setting.n, setting.estimator, generator=generator).mean()
     count, n = setting.importance_samples, setting.n
-    if setting.estimator == "vimco":
-        count += n
     return model.multi_sample_bound(x, count, setting.estimator, n=n, generator=generator).mean()
 
 
@@ -150,7 +163,8 @@ def train(
         torch.optim.SGD([model.prior_logits], lr=options.prior_learning_rate),
     ]
     running = RunningVariance()
-    result = Result(setting, [], [], [], 0.0, 0.0, {})
+    result = Result(setting, [], [], [], {}, 0.0, 0.0, {})
+    count = 1 if setting.objective == "elbo" else 10
     every = max(1, options.steps // CURVE_POINTS)
     batch = options.batch
     probe = train_images[:CURVE_IMAGES]
@@ -168,11 +182,13 @@ def train(
         running.add(model.encoder[-1].weight.grad)  # type: ignore[arg-type]
         if step % every == 0:
             result.steps.append(step)
-            result.train_curve.append(bound(model, probe, setting, 1))
-            result.test_curve.append(bound(model, test_images[:CURVE_IMAGES], setting, 2))
+            result.train_curve.append(bound(model, probe, count, 1))
+            result.test_curve.append(bound(model, test_images[:CURVE_IMAGES], count, 2))
             bar.advance(every)
-    result.train_curve[-1] = bound(model, train_images[:10000], setting, 1)
-    result.test_curve[-1] = bound(model, test_images, setting, 2)
+    result.train_curve[-1] = bound(model, train_images[:10000], count, 1)
+    result.test_curve[-1] = bound(model, test_images, count, 2)
+    if setting.objective == "bound":
+        result.bounds = {str(count): bound(model, test_images, count, 2) for count in BOUND_COUNTS}
     result.running_variance = running.mean()
     result.milliseconds_per_step = elapsed / options.steps * 1e3
     return model, result
@@ -214,42 +230,47 @@ def variances_on(model: BernoulliVAE, images: Tensor, estimators: Sequence[str],
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
+def identity(setting: Setting) -> tuple[str, int, int]:
+    """A row of BOUND_RUNS."""
+    return setting.estimator, setting.importance_samples, setting.n
+
+
 def groups_of(results: Sequence[Result]) -> dict[str, dict[str, list[Result]]]:
-    """Results by group and estimator."""
+    """Results by group and label."""
     groups: dict[str, dict[str, list[Result]]] = {}
     for result in results:
-        groups.setdefault(result.setting.group, {}).setdefault(result.setting.estimator, []).append(result)
+        groups.setdefault(result.setting.group, {}).setdefault(result.setting.label, []).append(result)
     return groups
 
 
 def print_group(group: str, runs: dict[str, list[Result]]) -> None:
     """One table: a line an estimator."""
-    headings = ("evaluations", "train bound", "test bound", "running variance", "ms a step")
-    table = common.table(group, "estimator", *headings)
-    base = runs.get("loorf") or runs.get("vimco")
+    counts = list(next(iter(runs.values()))[0].bounds)
+    tests = [f"test bound of {count}" for count in counts] or ["test bound"]
+    table = common.table(group, "estimator", "evaluations", "train bound", *tests, "running variance", "ms a step")
+    base = runs.get(LABELS["loorf"]) or next((r for r in runs.values() if identity(r[0].setting) == BOUND_BASE), None)
     base_variance = statistics.fmean(run.running_variance for run in base) if base else None
-    for estimator, results in runs.items():
+    for label, results in runs.items():
         variance = statistics.fmean(run.running_variance for run in results)
         relative = f"{variance / base_variance:.3f}" if base_variance else f"{variance:.3g}"
         table.add_row(
-            LABELS[estimator],
+            label,
             str(results[0].setting.evaluations),
             spread([run.train_curve[-1] for run in results]),
-            spread([run.test_curve[-1] for run in results]),
+            *(spread([run.bounds[count] for run in results]) for count in counts),
+            *([] if counts else [spread([run.test_curve[-1] for run in results])]),
             relative,
             f"{statistics.fmean(run.milliseconds_per_step for run in results):.2f}",
         )
     console.print(table)
     wins = []
-    for estimator in runs:
-        if base is None or estimator in ("loorf", "vimco"):
+    for label, results in runs.items():
+        if base is None or results is base:
             continue
-        better = sum(
-            mine.test_curve[-1] > theirs.test_curve[-1] for mine, theirs in zip(runs[estimator], base, strict=True)
-        )
-        wins.append(f"{LABELS[estimator]} {better} of {len(base)}")
+        better = sum(mine.test_curve[-1] > theirs.test_curve[-1] for mine, theirs in zip(results, base, strict=True))
+        wins.append(f"{label} {better} of {len(base)}")
     if wins and base is not None:
-        name = LABELS[base[0].setting.estimator]
+        name = base[0].setting.label
         console.print(f"better test bound than {name} with the same seed: {', '.join(wins)}\n", style="dim")
 
 
@@ -273,18 +294,21 @@ def plot_curves(path: Path, groups: dict[str, dict[str, list[Result]]]) -> None:
         axis.set_axis_off()
     for axis, (group, runs) in zip(axes.flat, groups.items(), strict=False):
         best = -float("inf")
-        for estimator, results in runs.items():
+        for label, results in runs.items():
+            setting = results[0].setting
+            colour, dashed = COLOURS[setting.estimator], ":" if setting.evaluations < BOUND_BASE[1] else "-"
             curves = np.array([run.test_curve for run in results])
             steps, mean = results[0].steps, curves.mean(0)
-            axis.plot(steps, mean, label=LABELS[estimator], color=COLOURS[estimator], linewidth=1.5)
-            axis.fill_between(steps, curves.min(0), curves.max(0), color=COLOURS[estimator], alpha=0.15, linewidth=0)
+            axis.plot(steps, mean, label=label, color=colour, linestyle=dashed, linewidth=1.5)
+            axis.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
             best = max(best, float(mean.max()))
             start = float(mean[len(mean) // 8])
         axis.set_ylim(start, best + 0.06 * (best - start))
         axis.set_title(group, fontsize=10)
         axis.set_xlabel("steps")
         axis.set_ylabel("test bound, nats")
-    axes.flat[0].legend(frameon=False, fontsize=8)
+    for axis in axes.flat[: len(groups)]:
+        axis.legend(frameon=False, fontsize=7)
     figure.tight_layout()
     common.save(figure, path)
 
@@ -324,8 +348,8 @@ def parse_arguments() -> argparse.Namespace:
                         help=f"of {', '.join(antithetic.ESTIMATORS)}")
     parser.add_argument("--samples", nargs="+", type=common.positive, metavar="N",
                         help="samples n of each estimator: default 4, with --full 2 and 4")
-    parser.add_argument("--importance-samples", type=common.positive, default=5,
-                        help="K of the importance-weighted bound")
+    parser.add_argument("--objectives", nargs="+", choices=("elbo", "bound"), default=["elbo", "bound"],
+                        help="the evidence lower bound, the importance-weighted one, or both (default)")
     parser.add_argument("--seeds", nargs="+", type=int, help="default 0, with --full 0 1 2")
     parser.add_argument("--steps", type=common.positive, help="of every run: default 3000, with --full 5000")
     parser.add_argument("--batch", type=common.positive, default=50, help="images in a step")
@@ -346,11 +370,10 @@ def settings_of(options: argparse.Namespace, name: str, model: str) -> list[Sett
     """The runs on one data set with one model, seeds outermost."""
     runs = []
     for seed in options.seeds:
-        for n in options.samples:
-            runs += [Setting(name, model, "elbo", estimator, n, 0, seed) for estimator in options.estimators]
-        count = options.importance_samples
-        n = options.samples[-1]
-        runs += [Setting(name, model, "bound", estimator, n, count, seed) for estimator in BOUND_ESTIMATORS]
+        for n in options.samples if "elbo" in options.objectives else ():
+            runs += [Setting(name, model, "elbo", estimator, n, 1, seed) for estimator in options.estimators]
+        if "bound" in options.objectives:
+            runs += [Setting(name, model, "bound", estimator, n, count, seed) for estimator, count, n in BOUND_RUNS]
     return runs
 
 
@@ -358,13 +381,13 @@ def make_runs(
     name: str, model_name: str, sets: tuple[Tensor, Tensor], options: argparse.Namespace, record: common.Record,
     bar: common.Bar,
 ) -> list[Result]:
-    """The runs on one data set with one model. The first one's model stands for all: its variances and pictures."""
+    """The runs on one data set with one model. The first one's stands for all: its variances and pictures."""
     results = []
     shaping = {key: getattr(options, key) for key in SHAPING}
     first = {"estimators": options.estimators, "counts": sorted({*options.samples, 8})}
     for setting in settings_of(options, name, model_name):
-        analysis = None if results else first
-        bar.label(f"{setting.group}: {LABELS[setting.estimator]}, seed {setting.seed}")
+        analysis = None if results or setting.objective == "bound" else first
+        bar.label(f"{setting.group}: {setting.label}, seed {setting.seed}")
 
         def make(setting: Setting = setting, analysis: dict[str, Any] | None = analysis) -> dict[str, Any]:
             model, result = train(setting, sets, options, bar)
@@ -394,7 +417,8 @@ def main() -> None:
             (train_images, _), (test_images, _) = loaded[name]
             sets = (train_images.flatten(1), test_images.flatten(1))
             runs = make_runs(name, model_name, sets, options, record, bar)
-            variances[f"{name}, {model_name}"] = runs[0].variances
+            if runs[0].variances:
+                variances[f"{name}, {model_name}"] = runs[0].variances
             results += runs
     groups = groups_of(results)
     for group, by_estimator in groups.items():
