@@ -363,6 +363,49 @@ def test_other_upsampling_is_of_floats(upsample):
     assert {row.name: row.note for row in packed.report()}["0"] == "bits to floats"
 
 
+def shuffle_by_views(x):
+    """As torchvision's ShuffleNet spells it."""
+    batch, channels, height, width = x.size()
+    return x.view(batch, 4, channels // 4, height, width).transpose(1, 2).contiguous().view(batch, -1, height, width)
+
+
+@pytest.mark.parametrize(("move", "channels"), [
+    (nn.ChannelShuffle(4), 140), (shuffle_by_views, 140), (lambda x: F.channel_shuffle(x, 2), 140),
+    (nn.PixelUnshuffle(2), 560), (lambda x: F.pixel_shuffle(x, 2), 35),
+])
+@pytest.mark.parametrize("groups", [1, 5])
+@pytest.mark.parametrize("signs_first", [False, True])
+def test_shuffles_of_bits(move, channels, groups, signs_first):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = BinaryConv2d(8, 140, 3, padding=1), BinaryConv2d(channels, 10, 3, padding=1, groups=groups)
+            self.norm, self.sign, self.move = nn.BatchNorm2d(140), BinaryActivation(), move
+
+        def forward(self, x):
+            x = self.norm(self.a(x))
+            return self.b(self.move(self.sign(x) if signs_first else x))
+
+    packed = assert_packed(shake(Model()), torch.randn(2, 8, 6, 4))
+    assert {row.name: row.note for row in packed.report()}["a"] == "bits to bits"
+    larger = torch.randn(3, 8, 8, 10)
+    assert torch.equal(packed(larger), packed.body(larger))
+
+
+def test_other_views_are_no_shuffle():
+    """A transposition of pixels, and views whose middle axes stay."""
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = BinaryConv2d(8, 12, 3, padding=1), BinaryConv2d(12, 10, 3, padding=1)
+
+        def forward(self, x):
+            x = self.a(x).transpose(2, 3)
+            return self.b(x.reshape(-1, 3, 4, 6, 6).reshape(-1, 12, 6, 6))
+
+    assert_packed(shake(Model()), torch.randn(2, 8, 6, 6))
+
+
 class Doubling(nn.Module):
     """ReActNet-A's pair: two sums side by side, the RPReLU behind them, whose floats and bits are both read."""
 

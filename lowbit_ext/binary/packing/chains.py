@@ -22,9 +22,9 @@ from lowbit_ext._graph import (
     trace,
 )
 from lowbit_ext.binary import layers
-from lowbit_ext.binary.packing import concatenations
+from lowbit_ext.binary.packing import concatenations, rearrangements
 from lowbit_ext.binary.packing.functions import is_binary_call, layer_of, reason_against
-from lowbit_ext.binary.packing.packed_layers import Upsampling, Window
+from lowbit_ext.binary.packing.packed_layers import Rearrangement, Upsampling, Window
 from lowbit_ext.binary.packing.packed_model import Call
 from lowbit_ext.binary.packing.thresholds import Chain, Step
 
@@ -82,6 +82,8 @@ class Model(Traced):
         self._axes: dict[fx.Node, int] = {}
         self._run(call)
         if self._take_functions_as_layers():
+            self._run(call)
+        if rearrangements.name_channel_shuffles(self):
             self._run(call)
         changed = self._take_bits_as_bits()
         if concatenations.simplify(self) or changed:
@@ -382,6 +384,10 @@ class Model(Traced):
         """A max-pooling or upsampling, which bits can go through as well."""
         return self.max_pool(node) or self.upsampling(node)
 
+    def moves_bits(self, node: fx.Node) -> Window | Upsampling | Rearrangement | None:
+        """What bits can go through as well as the values that they are made of."""
+        return self.spatial(node) or rearrangements.rearrangement(self, node)
+
     def avg_pool(self, node: fx.Node) -> Pool | None:
         """A two-dimensional average of a batch, over windows or over the whole image."""
         pool = self.pool(node)
@@ -395,7 +401,7 @@ class Model(Traced):
             module = self.module(node)
             if isinstance(module, layers.BinaryActivation):
                 return module.encoding if len(self.shape(node)) <= 4 else None
-            if not (self.is_transparent(node) or self.is_flatten(node) or self.spatial(node)):
+            if not (self.is_transparent(node) or self.is_flatten(node) or self.moves_bits(node)):
                 return None
             node = node.args[0]  # type: ignore[assignment]
 

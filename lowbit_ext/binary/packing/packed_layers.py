@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -323,6 +323,35 @@ class PackedUpsample2d(PackedLayer):
 
     def extra_repr(self) -> str:
         return f"scale={self.upsampling.scale}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rearrangement:
+    """A function of torch that only moves the values of images, and its arguments behind the first."""
+
+    function: Callable[..., Tensor]
+    arguments: tuple[Any, ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.function(images, *self.arguments)
+
+
+class PackedRearrange(PackedLayer):
+    """Words of images whose values have been moved.
+
+    Between channels, bits have no better way than through values: half-precision ones are a half of what floats take.
+    """
+
+    def __init__(self, channels: int, rearrangement: Rearrangement) -> None:
+        super().__init__()
+        self.channels, self.rearrangement = channels, rearrangement
+
+    def forward(self, words: Tensor) -> Tensor:
+        values = unpack_op(words, self.channels, 0.0, 1.0, torch.bfloat16).movedim(-1, 1)
+        return ops.binarize(self.rearrangement(values), None, None, DEFAULT_THRESHOLDS["step"], "step")
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, {self.rearrangement.function.__name__}{self.rearrangement.arguments}"
 
 
 class PackedMaxPool2d(PackedLayer):

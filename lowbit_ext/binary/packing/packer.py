@@ -35,8 +35,10 @@ from lowbit_ext.binary.packing.packed_layers import (
     PackedConv2d,
     PackedMaxPool2d,
     PackedPointwise,
+    PackedRearrange,
     PackedUnpack,
     PackedUpsample2d,
+    Rearrangement,
     Upsampling,
     Window,
 )
@@ -120,14 +122,14 @@ class Packer:
 
     # What is needed
 
-    def _bits_source(self, node: fx.Node, encoding: str) -> tuple[fx.Node, Window | Upsampling | None]:
-        """The value with the same bits furthest up the graph, and the pooling or upsampling it is the result of."""
+    def _bits_source(self, node: fx.Node, encoding: str) -> tuple[fx.Node, Window | Upsampling | Rearrangement | None]:
+        """The value with the same bits furthest up the graph, and what it is the result of that bits can go through."""
         model = self.model
         while True:
             module = model.module(node)
             same = isinstance(module, layers.BinaryActivation) and module.encoding == encoding
             if not (same or model.is_transparent(node) or model.is_flatten(node)):
-                return node, model.spatial(node)
+                return node, model.moves_bits(node)
             node = node.args[0]  # type: ignore[assignment]
 
     def _reads(self, node: fx.Node) -> Bits | None:
@@ -166,7 +168,7 @@ class Packer:
         node, spatial = self._bits_source(bits.node, bits.encoding)
         bits = bits._replace(node=node)
         if spatial is not None and node not in self._made_floats:
-            return self._sources_of(bits._replace(node=node.args[0]))  # type: ignore[arg-type]
+            return self._sources_of(_before(bits, spatial))
         return [(part, self._chain(part).source) for part in self._parts(bits) or [bits]]
 
     def _collect_demands(self, made: Set[fx.Node]) -> dict[fx.Node, set[Any]]:
@@ -249,11 +251,16 @@ class Packer:
         return self.graph.call_module(name, inputs)
 
     def _add_spatial(
-        self, node: fx.Node, suffix: str, channels: int, step: Window | Upsampling, words: fx.Node,
+        self, node: fx.Node, suffix: str, channels: int, step: Window | Upsampling | Rearrangement, words: fx.Node,
         invert: Tensor | None = None,
     ) -> fx.Node:
-        upsamples = isinstance(step, Upsampling)
-        module = PackedUpsample2d(step) if upsamples else PackedMaxPool2d(channels, step, invert)  # type: ignore[arg-type]
+        module: nn.Module
+        if isinstance(step, Window):
+            module = PackedMaxPool2d(channels, step, invert)
+        elif isinstance(step, Upsampling):
+            module = PackedUpsample2d(step)
+        else:
+            module = PackedRearrange(channels, step)
         return self._add(node, suffix, module, words)
 
     def _note(self, node: fx.Node, how: str, note: str = "") -> None:
@@ -399,10 +406,11 @@ class Packer:
         if bits in self._words:
             return self._words[bits]
         if spatial is not None and node not in self._made_floats:
-            before = self._bits(bits._replace(node=node.args[0]))  # type: ignore[arg-type]
+            before = self._bits(_before(bits, spatial))
             moved = self._add_spatial(node, "_bits", before.channels, spatial, before.node)
-            pixels = pixels_of(self.model.shape(node), bits.axis)
-            self._words[bits] = before._replace(node=moved, pixels=pixels)
+            shape = self.model.shape(node)
+            channels = shape[bits.axis] if isinstance(spatial, Rearrangement) else before.channels
+            self._words[bits] = Words(moved, channels, pixels_of(shape, bits.axis), before.order)
             return self._words[bits]
         of_parts = [self._bits(part) for part in self._parts(bits)]
         if of_parts:
@@ -420,6 +428,13 @@ class Packer:
         binarize = PackedBinarize(channels, bits.encoding, threshold, flip, bits.axis)
         output = self._add(node, "_bits", binarize, self._floats[chain.source])
         return self._finish_bits(bits, chain, fold, output)
+
+
+def _before(bits: Bits, moved_by: Window | Upsampling | Rearrangement) -> Bits:
+    """The bits that a node moves: all channels in their own order, where it moves them between channels."""
+    source: fx.Node = bits.node.args[0]  # type: ignore[assignment]
+    bits = bits._replace(node=source)
+    return bits._replace(in_order=True) if isinstance(moved_by, Rearrangement) else bits
 
 
 def _geometry(layer: Any, weight: Tensor) -> Any:
