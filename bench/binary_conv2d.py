@@ -38,6 +38,7 @@ class Case:
     size: int
     batch: int
     kernel: int = 3
+    groups: int = 1
 
     @property
     def padding(self) -> int:
@@ -50,12 +51,13 @@ class Case:
         row_taps = sum(
             0 <= out + tap - self.padding < self.size for out in range(self.size) for tap in range(self.kernel)
         )
-        return 2 * self.batch * row_taps**2 * self.channels**2
+        return 2 * self.batch * row_taps**2 * self.channels**2 // self.groups
 
     def __str__(self) -> str:
         if self.size == 1:
             return f"linear {self.channels} N={self.batch}"
-        return f"{self.channels}@{self.size} {self.kernel}x{self.kernel} N={self.batch}"
+        groups = "" if self.groups == 1 else f" {self.groups} groups"
+        return f"{self.channels}@{self.size} {self.kernel}x{self.kernel}{groups} N={self.batch}"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -65,6 +67,7 @@ class BinaryConv2dRow(Row):
     speedup_over_openvino_kernel: float | None = column("vs OpenVINO kernel")
     speedup_over_openvino_call: float | None = column("vs OpenVINO call")
     speedup_over_torch_float32: float | None = column("vs torch fp32")
+    kernel_speedup_over_torch_float32: float | None = column("kernel vs torch fp32")
     speedup_over_torch_bfloat16: float | None = column("vs torch bf16")
     speedup_over_torch_int8: float | None = column("vs torch int8")
     percent_of_popcount_limit: float | None = column("of popcount limit")
@@ -84,12 +87,19 @@ class BinaryConv2dRow(Row):
 
 
 def cases(quick: bool) -> list[Case]:
-    """The 3x3 layers of ResNet-18 and a linear layer."""
+    """The 3x3 layers of ResNet-18, by groups too, depthwise ones among them, and a linear layer."""
     layers = [(256, 14), (64, 56), (128, 28), (512, 7)]
     if quick:
         convolutions = [*(Case(channels, size, 1) for channels, size in layers), Case(256, 14, 8)]
+        convolutions += [Case(128, 28, 1, groups=128), Case(256, 14, 1, groups=32)]
     else:
         convolutions = [Case(channels, size, batch) for batch in (1, 8, 32) for channels, size in layers]
+        convolutions += [
+            Case(channels, size, batch, groups=groups)
+            for batch in (1, 16)
+            for channels, size in layers[1:] + layers[:1]
+            for groups in (channels, channels // 2, channels // 4, channels // 8, 4)
+        ]
     return [*convolutions, Case(4096, 1, 1, kernel=1), Case(4096, 1, 64, kernel=1)]
 
 
@@ -97,14 +107,15 @@ def cases(quick: bool) -> list[Case]:
 def _row(case: Case, config: Config) -> BinaryConv2dRow:
     torch.manual_seed(0)
     x = torch.randn(case.batch, case.channels, case.size, case.size)
-    weight = torch.randn(case.channels, case.channels, case.kernel, case.kernel)
+    weight = torch.randn(case.channels, case.channels // case.groups, case.kernel, case.kernel)
+    geometry = {"padding": case.padding, "groups": case.groups}
     threshold = torch.zeros(case.channels, dtype=torch.int32)
-    packed, packed_weight = binary.binarize(x), binary.pack_weight(weight)
+    packed, packed_weight = binary.binarize(x), binary.pack_weight(weight, case.groups)
 
-    reference = F.conv2d(x.sign(), weight.sign(), padding=case.padding)
-    ours = binary.conv2d(packed, packed_weight, padding=case.padding)
+    reference = F.conv2d(x.sign(), weight.sign(), **geometry)
+    ours = binary.conv2d(packed, packed_weight, **geometry)
     require_equal(f"binary_conv2d {case}", ours, reference)
-    fused = binary.conv2d(packed, packed_weight, padding=case.padding, threshold=threshold)
+    fused = binary.conv2d(packed, packed_weight, threshold=threshold, **geometry)
     require_equal(f"binary_conv2d {case} with threshold", fused.words, binary.binarize(reference).words)
 
     kernel, kernel_output = bare_binary_conv2d(packed, packed_weight, case.padding)
@@ -112,13 +123,13 @@ def _row(case: Case, config: Config) -> BinaryConv2dRow:
 
     contenders = {
         "ours_kernel": kernel,
-        "ours_int32": lambda: binary.conv2d(packed, packed_weight, padding=case.padding),
-        "ours_float32": lambda: binary.conv2d(x, packed_weight, padding=case.padding),
-        "ours_packed": lambda: binary.conv2d(packed, packed_weight, padding=case.padding, threshold=threshold),
+        "ours_int32": lambda: binary.conv2d(packed, packed_weight, **geometry),
+        "ours_float32": lambda: binary.conv2d(x, packed_weight, **geometry),
+        "ours_packed": lambda: binary.conv2d(packed, packed_weight, threshold=threshold, **geometry),
     }
     equals_openvino = None
     if config.peers:
-        if peers.openvino() is not None:
+        if case.groups == 1 and peers.openvino() is not None:
             peer = peers.OpenVinoBinaryConv2d(x, weight, case.padding, config.threads)
             peer.call()
             equals_openvino = torch.equal(ours.float(), peer.output())
@@ -129,9 +140,9 @@ def _row(case: Case, config: Config) -> BinaryConv2dRow:
             contenders["torch_bfloat16"] = peers.torch_linear(rows, matrix, torch.bfloat16)
             contenders["torch_int8"] = peers.torch_int8_linear(rows, matrix)
         else:
-            contenders["torch_float32"] = peers.torch_conv2d(x, weight, case.padding, torch.float32)
-            contenders["torch_bfloat16"] = peers.torch_conv2d(x, weight, case.padding, torch.bfloat16)
-            contenders["torch_int8"] = peers.torch_int8_conv2d(x, weight, case.padding)
+            contenders["torch_float32"] = peers.torch_conv2d(x, weight, case.padding, case.groups, torch.float32)
+            contenders["torch_bfloat16"] = peers.torch_conv2d(x, weight, case.padding, case.groups, torch.bfloat16)
+            contenders["torch_int8"] = peers.torch_int8_conv2d(x, weight, case.padding, case.groups)
     popcount_limit = BinaryLimit(popcount_level())
     amx_limit = BinaryLimit("amx") if _native.active_isa() == "amx" else None
     contenders |= {"popcount_limit": popcount_limit, "amx_limit": amx_limit}
@@ -146,6 +157,7 @@ def _row(case: Case, config: Config) -> BinaryConv2dRow:
         speedup_over_openvino_kernel=timings.speedup("openvino_kernel", "ours_kernel"),
         speedup_over_openvino_call=timings.speedup("openvino_call", "ours_float32"),
         speedup_over_torch_float32=timings.speedup("torch_float32", "ours_float32"),
+        kernel_speedup_over_torch_float32=timings.speedup("torch_float32", "ours_kernel"),
         speedup_over_torch_bfloat16=timings.speedup("torch_bfloat16", "ours_float32"),
         speedup_over_torch_int8=timings.speedup("torch_int8", "ours_packed"),
         percent_of_popcount_limit=percent_of_rate(

@@ -264,13 +264,15 @@ def bare_binary_conv2d(
 ) -> tuple[Callable[[], None], Tensor]:
     """The compiled convolution, packed -> int32, without the Python around it, and the tensor it writes.
 
-    The result is allocated and the arguments are converted beforehand, as in a peer's profiled kernel time.
+    The result is allocated and the arguments are converted beforehand, as in a peer's profiled kernel time. Groups are
+    such as kernels read packed: narrow ones and those of whole words.
     """
     batch, height, width, _ = packed.words.shape
     filters, _, *kernel = weight.shape
     out_height, out_width = height + 2 * padding - kernel[0] + 1, width + 2 * padding - kernel[1] + 1
     shape = _native.cpu.ConvShape(
-        batch, height, width, packed.channels, filters, *kernel, out_height, out_width, 1, 1, padding, padding, 1, 1, 1
+        batch, height, width, packed.channels, filters, *kernel, out_height, out_width, 1, 1, padding, padding, 1, 1,
+        weight.groups,
     )
     output = torch.empty(
         (batch, filters, out_height, out_width), dtype=torch.int32, memory_format=torch.channels_last

@@ -166,24 +166,24 @@ def _can_reorder_weights(dtype: torch.dtype) -> bool:
     return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def torch_conv2d(x: Tensor, weight: Tensor, padding: int, dtype: torch.dtype) -> Call:
+def torch_conv2d(x: Tensor, weight: Tensor, padding: int, groups: int, dtype: torch.dtype) -> Call:
     """conv2d of dtype on inputs of dtype: NCHW, channels-last, and channels-last with a weight reordered beforehand."""
     x, weight = x.to(dtype), weight.to(dtype)
     x_last, weight_last = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
     candidates: list[Call] = [
-        lambda: F.conv2d(x, weight, padding=padding),
-        lambda: F.conv2d(x_last, weight_last, padding=padding),
+        lambda: F.conv2d(x, weight, padding=padding, groups=groups),
+        lambda: F.conv2d(x_last, weight_last, padding=padding, groups=groups),
     ]
     pair = [padding, padding]
     if _can_reorder_weights(dtype):
         # What torch.compile emits for a frozen model.
-        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, pair, [1, 1], [1, 1], 1, list(x.shape))
-        arguments = (packed, None, pair, [1, 1], [1, 1], 1, "none", [], "")
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, pair, [1, 1], [1, 1], groups, list(x.shape))
+        arguments = (packed, None, pair, [1, 1], [1, 1], groups, "none", [], "")
         candidates.append(lambda: torch.ops.mkldnn._convolution_pointwise(x_last, *arguments))
     return fastest(candidates)
 
 
-def torch_int8_conv2d(x: Tensor, weight: Tensor, padding: int) -> Call | None:
+def torch_int8_conv2d(x: Tensor, weight: Tensor, padding: int, groups: int) -> Call | None:
     """Quantised conv2d, 8-bit input to 8-bit output, weight packed beforehand; None where torch has no such kernel."""
     candidates: list[Call] = []
     pair = [padding, padding]
@@ -194,7 +194,7 @@ def torch_int8_conv2d(x: Tensor, weight: Tensor, padding: int) -> Call | None:
             quantised = torch.quantize_per_tensor(x.sign(), 1.0, 64, torch.quint8)
             quantised = quantised.contiguous(memory_format=torch.channels_last)
             signs = torch.quantize_per_tensor(weight.sign(), 1.0, 0, torch.qint8)
-            packed = torch.ops.quantized.conv2d_prepack(signs, None, [1, 1], pair, [1, 1], 1)
+            packed = torch.ops.quantized.conv2d_prepack(signs, None, [1, 1], pair, [1, 1], groups)
             candidates.append(functools.partial(torch.ops.quantized.conv2d, quantised, packed, 20.0, 128))
     torch.backends.quantized.engine = before
     return fastest(candidates) if candidates else None

@@ -132,7 +132,7 @@ class CudaKernels:
         self.level = f"cuda:{index} sm_{architecture}"
         for name, function in vars(module).items():
             if not name.startswith("_") and callable(function):
-                asks = name.endswith(("_bytes", "_engine", "_operations"))  # enqueues nothing
+                asks = name.endswith(("_bytes", "_engine", "_operations", "_reads_aligned"))  # enqueues nothing
                 setattr(self, name, _with(function, index) if asks else _with_stream(function, index, stream))
         self.engines = tuple(
             name for number, name in enumerate(CUDA_ENGINES)

@@ -65,6 +65,21 @@ def test_groups(backend, groups_channels_filters, rng):
         check(rng, 2, channels, (5, 4), filters, (3, 3), encoding, groups=groups, padding=(1, 1))
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 8, 9, 12, 16, 17, 24, 26, 32, 33, 48, 64, 65])  # of a group
+def test_narrow_groups(backend, channels, rng):
+    """Groups that begin anywhere in a byte or word, and blocks of filters that begin anywhere in a group."""
+    around_words = {2, *(64 * words // channels + more for words in (1, 2) for more in (0, 1))} - {0, 1}
+    for groups, filters in itertools.product(sorted(around_words), (1, 3, channels)):
+        for encoding, padding_value in (("sign", 0), ("sign", -1), ("step", 0), ("step", 1)):
+            check(rng, 1, groups * channels, (4, 5), groups * filters, (3, 3), encoding, groups=groups, padding=(1, 1),
+                  padding_value=padding_value)
+    for encoding in ("sign", "step"):
+        check(rng, 2, 5 * channels, (9, 8), 5 * channels, (2, 3), encoding, groups=5, stride=(2, 1), dilation=(1, 2),
+              padding=(2, 1), padding_value=1)
+        # More taps than counts of a byte take.
+        check(rng, 1, 5 * channels, (7, 41), 5, (6, 37), encoding, groups=5, padding=(1, 2))
+
+
 def test_strides_dilations_and_rectangles(backend, rng):
     strides, dilations, kernels = [(1, 1), (2, 2), (3, 1)], [(1, 1), (2, 3)], [(3, 3), (1, 5), (2, 4)]
     for stride, dilation, kernel in itertools.product(strides, dilations, kernels):
@@ -81,7 +96,7 @@ def test_batches_and_threads(backend, threads, batch, rng):
 @st.composite
 def calls(draw):
     """A valid convolution call."""
-    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3, 40, 65]))
     encoding = draw(st.sampled_from(["sign", "step"]))
     call = dict(
         batch=draw(st.sampled_from([0, 1, 2, 3])),

@@ -91,6 +91,8 @@ PYBIND11_MODULE(_cpu, m) {
         return code(Status::ok);
       },
       unlocked);
+  // Whether the input's groups must come aligned, by align_groups.
+  m.def("binary_conv2d_reads_aligned", [](const ConvShape& shape) { return reads_aligned_groups(shape); });
   m.def("binary_conv2d_weight_bytes",
         [](const ConvShape& shape) { return kernels().binary_conv2d_weight_bytes(shape); });
   m.def(

@@ -84,6 +84,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("binary_conv2d_has_engine", [](int engine, int device) {
     return cuda::binary_conv2d_has_engine(static_cast<cuda::ConvEngine>(engine), device);
   });
+  m.def("binary_conv2d_reads_aligned",
+        [](const ConvShape& shape, int /*device*/) { return !groups_are_aligned(shape); });
   m.def("binary_conv2d_weight_bytes",
         [](const ConvShape& shape, int /*device*/) { return cuda::binary_conv2d_weight_bytes(shape); });
   m.def(

@@ -23,6 +23,11 @@ LOWBIT_INLINE int64_t taps(const ConvShape& shape) { return shape.kernel_height 
 LOWBIT_INLINE int64_t words_per_group(const ConvShape& shape) { return words_for(channels_per_group(shape)); }
 LOWBIT_INLINE int64_t out_pixels(const ConvShape& shape) { return shape.batch * shape.out_height * shape.out_width; }
 
+// Whether packed pixels have the channels of a group at a word's boundary.
+LOWBIT_INLINE bool groups_are_aligned(const ConvShape& shape) {
+  return shape.groups == 1 || channels_per_group(shape) % kWordBits == 0;
+}
+
 // One dimension.
 struct ConvAxis {
   int64_t out_size, stride, pad, dilation, kernel, size;

@@ -3,6 +3,7 @@
 
 #include "conv_shapes.h"
 #include "core/ops/binary_conv2d.h"
+#include "cpu/binary_conv2d/narrow_groups.h"
 
 namespace lowbit::test {
 
@@ -16,7 +17,7 @@ struct ConvCase {
   Buffer<uint8_t> flip;
 
   ConvCase(Random& random, const ConvShape& s, Alignment alignment)
-      : input(s.batch * s.height * s.width * s.groups * words_per_group(s), alignment),
+      : input(s.batch * s.height * s.width * input_words(s), alignment),
         words(s.filters * taps(s) * words_per_group(s), alignment),
         scale(s.filters),
         bias(s.filters),
@@ -28,7 +29,7 @@ struct ConvCase {
     args.shape = s;
     args.encoding = random.pick({Encoding::sign, Encoding::step});
     args.padding_value = args.encoding == Encoding::sign ? random.pick({0, 1, -1}) : random.pick({0, 1});
-    fill_bits(input, channels_per_group(s), random);
+    fill_bits(input, has_narrow_groups(s) ? s.channels : channels_per_group(s), random);
     fill_bits(words, channels_per_group(s), random);
     args.input = input.data();
     for (int64_t o = 0; o < s.filters; ++o) {

@@ -14,6 +14,11 @@ inline ConvShape random_conv_shape(Random& random, int64_t most_products) {
   const bool deep = random.between(0, 9) == 0;
   s.channels = s.groups * (deep ? random.between(4000, 9000) : random.size(640));
   s.filters = s.groups * random.size(200);
+  if (random.between(0, 3) == 0) {  // many groups of a few channels
+    s.groups = random.size(200);
+    s.channels = s.groups * random.pick<int64_t>({1, 1, 1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 24, 25, 26, 32, 33, 48});
+    s.filters = s.groups * random.pick<int64_t>({1, 1, 2, 3, 8, 16, 20, 32, 33, 65});
+  }
   s.batch = random.between(0, 9) == 0 ? 0 : random.between(1, 3);
   if (random.between(0, 3) == 0) {  // a linear layer or a 1 x 1 convolution
     s.kernel_height = s.kernel_width = s.stride_height = s.stride_width = s.dilation_height = s.dilation_width = 1;

@@ -123,7 +123,8 @@ void check(Random& random) {
   ConvCase operands(random, s, Alignment::value);
   BinaryConv2dArgs& args = operands.args;
   const int64_t channels = channels_per_group(s);
-  const std::vector<int32_t> acc = accumulators(s, decode(operands.input, channels, args.encoding),
+  const int64_t row = has_narrow_groups(s) ? s.channels : channels;
+  const std::vector<int32_t> acc = accumulators(s, decode(operands.input, row, args.encoding),
                                                 decode(operands.words, channels, Encoding::sign), args.padding_value);
   // Aligned to 8 bytes only, and watched at both ends.
   Buffer<uint64_t> blocked(ceil_div(kernels().binary_conv2d_weight_bytes(s), 8));

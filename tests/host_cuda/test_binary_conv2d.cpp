@@ -1,5 +1,6 @@
 // Every output kind of every engine, equal to the scalar kernel's.
 #include "cpu/binary_conv2d/binary_conv2d.h"
+#include "cpu/align_groups/align_groups.h"
 
 #include "../cpp/conv_case.h"
 #include "../cpp/epilogue_case.h"
@@ -13,12 +14,23 @@ constexpr int64_t kMostProducts = 400000;
 constexpr std::initializer_list<cuda::ConvEngine> kEngines = {cuda::ConvEngine::popcount, cuda::ConvEngine::mma,
                                                               cuda::ConvEngine::wgmma};
 
+// What a device reads its own form of.
+struct Operands {
+  const uint64_t* input;
+  const void* weight;
+
+  void put_into(BinaryConv2dArgs& args) const {
+    args.input = input;
+    args.weight = weight;
+  }
+};
+
 template <class Output>
-void check_output(BinaryConv2dArgs args, const void* scalar_weight, const void* weight, Random& random) {
+void check_output(BinaryConv2dArgs args, const Operands& host, const Operands& device, Random& random) {
   const ConvShape& s = args.shape;
   const int64_t row = args.thresholds > 0 ? words_for(args.thresholds * s.filters) : s.filters;
   Buffer<Output> expected(out_pixels(s) * row), got(out_pixels(s) * row, random_alignment(random));
-  args.weight = scalar_weight;
+  host.put_into(args);
   args.output = expected.data();
   const BinaryConv2dPlan plan = scalar::binary_conv2d_plan(args);
   Workspace workspace(plan.workspace_bytes);
@@ -29,7 +41,7 @@ void check_output(BinaryConv2dArgs args, const void* scalar_weight, const void* 
     if (args.output_kind != ConvOutput::int32 && engine != one) continue;
     const std::string what = "engine " + std::to_string(static_cast<int>(engine)) + ": " + describe(args);
     memset(got.data(), 0xa5, static_cast<size_t>(got.bytes()));
-    args.weight = weight;
+    device.put_into(args);
     args.output = got.data();
     Buffer<int32_t> accumulators(cuda::binary_conv2d_workspace_bytes(args) / 4);
     args.workspace = accumulators.data();
@@ -40,9 +52,9 @@ void check_output(BinaryConv2dArgs args, const void* scalar_weight, const void* 
 }
 
 // Accumulators of the scalar level.
-std::vector<float> accumulators(BinaryConv2dArgs args, const void* scalar_weight) {
+std::vector<float> accumulators(BinaryConv2dArgs args, const Operands& host) {
   Buffer<int32_t> acc(out_pixels(args.shape) * args.shape.filters);
-  args.weight = scalar_weight;
+  host.put_into(args);
   args.output_kind = ConvOutput::int32;
   args.output = acc.data();
   const BinaryConv2dPlan plan = scalar::binary_conv2d_plan(args);
@@ -51,9 +63,9 @@ std::vector<float> accumulators(BinaryConv2dArgs args, const void* scalar_weight
   return std::vector<float>(acc.data(), acc.data() + acc.size());
 }
 
-void check_program(BinaryConv2dArgs args, const void* scalar_weight, const void* weight, Random& random) {
-  EpilogueCase epilogue(random, accumulators(args, scalar_weight), args.shape.filters, args.shape.batch, true);
-  args.weight = weight;
+void check_program(BinaryConv2dArgs args, const Operands& host, const Operands& device, Random& random) {
+  EpilogueCase epilogue(random, accumulators(args, host), args.shape.filters, args.shape.batch, true);
+  device.put_into(args);
   args.output_kind = ConvOutput::program;
   args.program = epilogue.program();
   Buffer<int32_t> workspace(cuda::binary_conv2d_workspace_bytes(args) / 4);
@@ -72,6 +84,13 @@ void check(Random& random) {
   scalar::binary_conv2d_block_weight(s, operands.words.data(), scalar_weight.data());
   Buffer<uint64_t> weight(ceil_div(cuda::binary_conv2d_weight_bytes(s), 8), random_alignment(random));
   expect_ok(describe(s), cuda::binary_conv2d_block_weight(s, operands.words.data(), weight.data(), kStream));
+  Buffer<uint64_t> aligned(s.batch * s.height * s.width * s.groups * words_per_group(s), random_alignment(random));
+  Operands host = {operands.input.data(), scalar_weight.data()}, device = {operands.input.data(), weight.data()};
+  if (has_narrow_groups(s)) {
+    scalar::align_groups({host.input, s.batch * s.height * s.width, s.groups, channels_per_group(s), aligned.data()}, 0,
+                         s.batch * s.height * s.width);
+    device.input = aligned.data();
+  }
   // Small integers, and so near the sums that equality is met.
   for (int64_t i = 0; i < 2 * s.filters; ++i) {
     operands.integer_threshold[i] = static_cast<int32_t>(random.between(-6, 6));
@@ -79,9 +98,9 @@ void check(Random& random) {
         random.coin() ? 5 * random.normal() : static_cast<float>(operands.integer_threshold[i]);
   }
   operands.for_each_output(random, [&](const BinaryConv2dArgs& of_kind, auto element) {
-    check_output<decltype(element)>(of_kind, scalar_weight.data(), weight.data(), random);
+    check_output<decltype(element)>(of_kind, host, device, random);
   });
-  check_program(operands.args, scalar_weight.data(), weight.data(), random);
+  check_program(operands.args, host, device, random);
 }
 
 // Which architecture has which engines, and what becomes of a wish for another.

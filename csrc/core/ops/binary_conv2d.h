@@ -30,7 +30,8 @@ struct BinaryConv2dArgs {
   ConvShape shape;
   Encoding encoding;
   int padding_value;      // 0, +1 or -1
-  const uint64_t* input;  // [batch, height, width, groups, words_per_group], tail bits of each group 0 (align_groups.h)
+  const uint64_t* input;  // [batch, height, width, groups, words_per_group], tail bits of each group 0
+                          // (align_groups.h); on the CPU, of narrow groups: [batch, height, width, words_for(channels)]
   const void* weight;     // private to the level: written by binary_conv2d_block_weight of the same level
   ConvOutput output_kind;
   const float* scale;  // scale_stride = 1: [filters]; 0: one value for all; or null

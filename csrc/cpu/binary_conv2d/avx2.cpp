@@ -12,6 +12,7 @@
 
 #include "cpu/binary_conv2d/driver.h"
 #include "cpu/binary_conv2d/epilogue_avx2.h"
+#include "cpu/binary_conv2d/narrow_avx2.h"
 
 namespace lowbit {
 namespace {
@@ -224,6 +225,7 @@ inline void store_counts(const PairSums& sums, int pixel, int32_t scale, int32_t
 }
 
 struct Avx2Kernel {
+  static constexpr bool kMergesGroups = false;
   static constexpr int64_t kPixels = 32;     // share the splitting of the weights: with 16, 3 to 7 % slower
   static constexpr int64_t kChunkTiles = 1;  // weights come from L2 at 1 byte a cycle: no need to keep them in L1
   static constexpr int64_t kLanes = kVectorFilters;
@@ -235,7 +237,7 @@ struct Avx2Kernel {
   static int64_t block_bytes(const ConvShape& shape, int64_t filters) {
     return taps(shape) * tap_bytes(shape) * vectors_for(filters) * kVectorFilters;
   }
-  static void block_weight(const ConvShape& shape, const uint64_t* words, int64_t filters, uint8_t* block) {
+  static void block_weight(const ConvShape& shape, const uint64_t* words, int64_t, int64_t filters, uint8_t* block) {
     const int64_t words_per_filter = taps(shape) * words_per_group(shape);
     for (int64_t tap = 0; tap < taps(shape); ++tap) {
       for (int64_t byte = 0; byte < tap_bytes(shape); ++byte) {
@@ -359,4 +361,4 @@ struct Avx2Kernel {
 }  // namespace
 }  // namespace lowbit
 
-LOWBIT_DEFINE_BINARY_CONV2D(avx2, Avx2Kernel)
+LOWBIT_DEFINE_BINARY_CONV2D(avx2, Avx2Kernel, Avx2NarrowKernel)

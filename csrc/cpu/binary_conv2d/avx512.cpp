@@ -12,6 +12,7 @@
 
 #include "cpu/binary_conv2d/driver.h"
 #include "cpu/binary_conv2d/epilogue_avx512.h"
+#include "cpu/binary_conv2d/narrow_avx512.h"
 
 namespace lowbit {
 namespace {
@@ -199,6 +200,7 @@ inline void run_work(const Work& work, int64_t pixels, int64_t vectors) {
 }
 
 struct Avx512Kernel {
+  static constexpr bool kMergesGroups = false;
   static constexpr int64_t kPixels = kMaxPixels;
   static constexpr int64_t kChunkTiles = 8;
   static constexpr int64_t kLanes = kVectorFilters;
@@ -210,7 +212,7 @@ struct Avx512Kernel {
   static int64_t block_bytes(const ConvShape& shape, int64_t filters) {
     return (1 + taps(shape) * (1 + half_words(shape))) * row_bytes(filters);
   }
-  static void block_weight(const ConvShape& shape, const uint64_t* words, int64_t filters, uint8_t* block) {
+  static void block_weight(const ConvShape& shape, const uint64_t* words, int64_t, int64_t filters, uint8_t* block) {
     const int64_t all_taps = taps(shape), tap_words = words_per_group(shape), tap_halves = half_words(shape);
     const int64_t row = row_bytes(filters);
     memset(block, 0, static_cast<size_t>(block_bytes(shape, filters)));
@@ -302,4 +304,4 @@ struct Avx512Kernel {
 }  // namespace
 }  // namespace lowbit
 
-LOWBIT_DEFINE_BINARY_CONV2D(avx512, Avx512Kernel)
+LOWBIT_DEFINE_BINARY_CONV2D(avx512, Avx512Kernel, Avx512NarrowKernel)

@@ -3,6 +3,7 @@
 
 #include "core/ops/binary_conv2d.h"
 #include "cpu/binary_conv2d/amx_plan.h"
+#include "cpu/binary_conv2d/narrow_groups.h"
 #include "cpu/isa.h"
 
 namespace lowbit {

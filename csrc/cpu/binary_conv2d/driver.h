@@ -8,12 +8,18 @@
 // so that a block of weights meets all pixels of the chunk while it is in L1, and what a kernel derives from the
 // activations (Kernel::prepare) is made once per chunk and group and serves all filter blocks.
 //
+// Groups of a few channels (has_narrow_groups) would leave most of a block and of a word empty, so they have a kernel
+// of their own, to which all filters are those of one group: a block's 64 filters may be of 64 groups, each of which it
+// finds in the packed pixel.
+//
 // A Kernel has, all static:
+//   kMergesGroups               whether it is the one for narrow groups
 //   kPixels, kChunkTiles        most pixels of a tile, tiles of a chunk
 //   kLanes                      run() writes whole vectors of so many filters
 //   Epilogue                    its epilogue (epilogue.h)
 //   int64_t block_bytes(shape, filters)                      of the weights of a block of `filters` <= 64 filters
-//   void block_weight(shape, words, filters, block)          words [filters, taps, words_per_group] of the block
+//   void block_weight(shape, words, first, filters, block)   words [filters, taps, words_per_group] of the block, whose
+//                               first filter is `first` of the group
 //   int64_t prepared_bytes(args)                             per tile, a multiple of 64; may be 0
 //   void prepare(args, tile, group, prepared)
 //   void run(args, tile, group, block, filters, prepared, acc)   writes acc[pixel][0, filters rounded up to kLanes),
@@ -29,12 +35,18 @@ namespace {
 constexpr int64_t kFilterBlock = 64;
 constexpr int64_t kAlignment = 64;  // bytes of a cache line
 
+// What the walk takes for groups.
+template <class Kernel>
+inline int64_t walk_groups(const ConvShape& shape) {
+  return Kernel::kMergesGroups ? 1 : shape.groups;
+}
+
 // Pixels of one class, to be worked together.
 template <int64_t kPixels>
 struct PixelTile {
   int64_t count;                   // 1 .. kPixels
   TapRange rows, columns;          // taps inside the image; both empty if either is
-  const uint64_t* input[kPixels];  // word 0 of group 0 under tap (rows.begin, columns.begin)
+  const uint64_t* input[kPixels];  // word 0 under tap (rows.begin, columns.begin)
   int64_t output[kPixels];         // index of the output pixel
 
   int64_t taps() const { return (rows.end - rows.begin) * (columns.end - columns.begin); }
@@ -69,7 +81,7 @@ class TileWalk {
       : args_(args),
         vertical_(vertical_axis(args.shape)),
         horizontal_(horizontal_axis(args.shape)),
-        words_per_pixel_(args.shape.groups * words_per_group(args.shape)) {
+        words_per_pixel_(input_words(args.shape)) {
     if (out_pixels(args.shape) > 0) enter_class(output_run(vertical_, 0), output_run(horizontal_, 0));
   }
 
@@ -155,10 +167,11 @@ class TileWalk {
   int64_t tile_ = 0, image_ = 0, y_ = 0, x_ = 0;  // the next tile, and its first pixel
 };
 
-// The private weight copy: for each group the blocks of the kernel, then for each group the sums
-// int32 [taps][filters_per_group] of each filter's weights under each tap, which padding with +1 or -1 needs.
+// The private weight copy: for each group of the walk the blocks of the kernel, then for each group the sums
+// int32 [taps][filters] of each filter's weights under each tap, which padding with +1 or -1 needs.
 template <class Kernel>
 struct WeightLayout {
+  int64_t groups;
   int64_t filters, blocks;  // of a group
   int64_t block_bytes;      // of a full block
   int64_t group_bytes;
@@ -167,14 +180,15 @@ struct WeightLayout {
   int64_t bytes;
 
   explicit WeightLayout(const ConvShape& shape)
-      : filters(filters_per_group(shape)),
+      : groups(walk_groups<Kernel>(shape)),
+        filters(shape.filters / groups),
         blocks(ceil_div(filters, kFilterBlock)),
         block_bytes(Kernel::block_bytes(shape, kFilterBlock)) {
     const int64_t last = filters % kFilterBlock;
     group_bytes = filters / kFilterBlock * block_bytes + (last == 0 ? 0 : Kernel::block_bytes(shape, last));
-    sums_offset = round_up(shape.groups * group_bytes, kAlignment);
+    sums_offset = round_up(groups * group_bytes, kAlignment);
     sums_per_group = taps(shape) * filters;
-    bytes = sums_offset + shape.groups * sums_per_group * static_cast<int64_t>(sizeof(int32_t));
+    bytes = sums_offset + groups * sums_per_group * static_cast<int64_t>(sizeof(int32_t));
   }
 
   int64_t block_filters(int64_t block) const { return min(filters - block * kFilterBlock, kFilterBlock); }
@@ -187,11 +201,11 @@ inline void block_all_weight(const ConvShape& shape, const uint64_t* words, void
   const int64_t words_per_tap = words_per_group(shape), words_per_filter = taps(shape) * words_per_tap;
   uint8_t* bytes = static_cast<uint8_t*>(blocked);
   int32_t* sums = reinterpret_cast<int32_t*>(bytes + layout.sums_offset);
-  for (int64_t group = 0; group < shape.groups; ++group) {
+  for (int64_t group = 0; group < layout.groups; ++group) {
     const uint64_t* group_words = words + group * layout.filters * words_per_filter;
     for (int64_t block = 0; block < layout.blocks; ++block) {
-      Kernel::block_weight(shape, group_words + block * kFilterBlock * words_per_filter, layout.block_filters(block),
-                           bytes + layout.block_offset(group, block));
+      Kernel::block_weight(shape, group_words + block * kFilterBlock * words_per_filter, block * kFilterBlock,
+                           layout.block_filters(block), bytes + layout.block_offset(group, block));
     }
     for (int64_t tap = 0; tap < taps(shape); ++tap) {
       for (int64_t filter = 0; filter < layout.filters; ++filter) {
@@ -205,12 +219,11 @@ inline void block_all_weight(const ConvShape& shape, const uint64_t* words, void
 }
 
 // acc[pixel][filter] += padding_value * sum of the filter's weights under the taps outside the image.
-// `sums` is that of the block's first filter: [taps][filters_per_group].
+// `sums` is that of the block's first filter: [taps][row].
 template <class Tile>
-inline void add_padding(const BinaryConv2dArgs& args, const Tile& tile, const int32_t* sums, int64_t filters,
-                        int32_t* const* acc) {
+inline void add_padding(const BinaryConv2dArgs& args, const Tile& tile, const int32_t* sums, int64_t row,
+                        int64_t filters, int32_t* const* acc) {
   const ConvShape& shape = args.shape;
-  const int64_t row = filters_per_group(shape);
   int32_t padding[kFilterBlock] = {};
   for (int64_t y = 0; y < shape.kernel_height; ++y) {
     const bool inside = y >= tile.rows.begin && y < tile.rows.end;
@@ -242,7 +255,8 @@ inline int64_t count_items(const BinaryConv2dArgs& args) {
   if (args.shape.filters == 0) return 0;
   const int64_t tiles = TileWalk<Kernel::kPixels>(args).skip_all();
   if (conv_blocks_share_words(args)) return tiles;
-  return tiles * args.shape.groups * ceil_div(filters_per_group(args.shape), kFilterBlock);
+  const WeightLayout<Kernel> layout(args.shape);
+  return tiles * layout.groups * layout.blocks;
 }
 
 template <class Kernel>
@@ -257,7 +271,7 @@ inline void run_items(const BinaryConv2dArgs& args, const BinaryConv2dPlan& plan
   const int64_t prepared_bytes = Kernel::prepared_bytes(args);
   const int64_t all_taps = taps(args.shape);
   const bool shared = conv_blocks_share_words(args);
-  const int64_t blocks = args.shape.groups * layout.blocks;
+  const int64_t blocks = layout.groups * layout.blocks;
   const int64_t tiles = shared ? plan.items : plan.items / blocks;
   const int64_t most_tiles = chunk_tiles<Kernel>(args);
   if (shared) {
@@ -295,7 +309,7 @@ inline void run_items(const BinaryConv2dArgs& args, const BinaryConv2dPlan& plan
         Kernel::run(args, tile[i], group, weight + layout.block_offset(group, group_block), filters,
                     prepared + i * prepared_bytes, acc);
         if (args.padding_value != 0 && tile[i].taps() < all_taps) {
-          add_padding(args, tile[i], sums + group * layout.sums_per_group + filter, filters, acc);
+          add_padding(args, tile[i], sums + group * layout.sums_per_group + filter, layout.filters, filters, acc);
         }
         if (shared && block == 0) clear_words(args, tile[i].output, tile[i].count);
         store_tile<typename Kernel::Epilogue>(args, acc, tile[i].output, tile[i].count, first_filter, filters);
@@ -307,18 +321,28 @@ inline void run_items(const BinaryConv2dArgs& args, const BinaryConv2dPlan& plan
 }  // namespace
 }  // namespace lowbit
 
-// The four entries of a level.
-#define LOWBIT_DEFINE_BINARY_CONV2D(isa, Kernel)                                                                    \
-  namespace lowbit::isa {                                                                                           \
-  int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept { return WeightLayout<Kernel>(shape).bytes; } \
-  void binary_conv2d_block_weight(const ConvShape& shape, const uint64_t* words, void* blocked) noexcept {          \
-    block_all_weight<Kernel>(shape, words, blocked);                                                                \
-  }                                                                                                                 \
-  BinaryConv2dPlan binary_conv2d_plan(const BinaryConv2dArgs& args) noexcept {                                      \
-    return {count_items<Kernel>(args), workspace_bytes<Kernel>(args)};                                              \
-  }                                                                                                                 \
-  void binary_conv2d(const BinaryConv2dArgs& args, const BinaryConv2dPlan& plan, int64_t begin, int64_t end,        \
-                     void* workspace) noexcept {                                                                    \
-    run_items<Kernel>(args, plan, begin, end, workspace);                                                           \
-  }                                                                                                                 \
+// The four entries of a level: `body` with the kernel of the shape's groups as `Kernel`.
+#define LOWBIT_WITH_KERNEL(shape, Wide, Narrow, body) \
+  if (has_narrow_groups(shape)) {                     \
+    using Kernel = Narrow;                            \
+    body;                                             \
+  } else {                                            \
+    using Kernel = Wide;                              \
+    body;                                             \
+  }
+#define LOWBIT_DEFINE_BINARY_CONV2D(isa, Wide, Narrow)                                                           \
+  namespace lowbit::isa {                                                                                        \
+  int64_t binary_conv2d_weight_bytes(const ConvShape& shape) noexcept {                                          \
+    LOWBIT_WITH_KERNEL(shape, Wide, Narrow, return WeightLayout<Kernel>(shape).bytes)                            \
+  }                                                                                                              \
+  void binary_conv2d_block_weight(const ConvShape& shape, const uint64_t* words, void* blocked) noexcept {       \
+      LOWBIT_WITH_KERNEL(shape, Wide, Narrow, block_all_weight<Kernel>(shape, words, blocked))} BinaryConv2dPlan \
+      binary_conv2d_plan(const BinaryConv2dArgs& args) noexcept {                                                \
+    LOWBIT_WITH_KERNEL(args.shape, Wide, Narrow,                                                                 \
+                       return (BinaryConv2dPlan{count_items<Kernel>(args), workspace_bytes<Kernel>(args)}))      \
+  }                                                                                                              \
+  void binary_conv2d(const BinaryConv2dArgs& args, const BinaryConv2dPlan& plan, int64_t begin, int64_t end,     \
+                     void* workspace) noexcept {                                                                 \
+    LOWBIT_WITH_KERNEL(args.shape, Wide, Narrow, run_items<Kernel>(args, plan, begin, end, workspace))           \
+  }                                                                                                              \
   }

@@ -29,7 +29,7 @@ _OUTPUT_KINDS = {getattr(torch, name): kind for name, kind in _CONV_OUTPUTS.item
 
 
 def aligned_groups(words: Tensor, channels: int, groups: int) -> Tensor:
-    """Channels of each group moved to a word boundary: csrc/cpu/align_groups."""
+    """Channels of each group moved to a word boundary, where they do not lie there: csrc/core/ops/align_groups.h."""
     words = words.contiguous()
     per_group = channels // groups
     if groups == 1 or per_group % 64 == 0:
@@ -200,9 +200,7 @@ def _binary_conv2d(
     kind = output_kind(filters, scale, bias, residual, threshold, flip, out_dtype, plan.out_size)
     weight = _blocked_weight("binary_conv2d", weight, input, channels, filters, geometry, plan, native.level)
     output = _empty(input, plan.out_size, threshold, out_dtype)
-    groups = geometry[-1]
-    if groups > 1 or not input.is_contiguous():
-        input = aligned_groups(input, channels, groups)
+    input = aligned_groups(input, channels, geometry[-1]) if plan.aligned else input.contiguous()
     thresholds = 0
     if scale is not None or bias is not None:
         scale, bias = contiguous(scale), contiguous(bias)
@@ -259,7 +257,7 @@ def _binary_conv2d_epilogue(
     outputs = new_outputs(program, plan.out_size, 1, input)
     complete = with_outputs(program, outputs, 1)  # holds copies until the kernel has run
     table = step_table(op, complete, input)
-    input = aligned_groups(input, channels, geometry[-1])
+    input = aligned_groups(input, channels, geometry[-1]) if plan.aligned else input.contiguous()
     code = ENCODINGS[encoding]
     size = native.binary_conv2d_epilogue_workspace_bytes(
         plan.shape, code, padding_value, table.data_ptr(), len(table)

@@ -176,6 +176,7 @@ class ConvPlan:
     shape: Any  # csrc/core/conv_shape.h
     out_size: Size
     weight_bytes: int  # of the private weight copy
+    aligned: bool  # whether kernels read the input as align_groups makes it
 
 
 @functools.lru_cache(maxsize=4096)
@@ -187,7 +188,7 @@ def _plan(
     batch, height, width, _ = input_size
     shape = conv_shape(batch, height, width, channels, filters, out_size[2:], geometry)
     private = weight_bytes(weight_shape(filters, channels, geometry), native, level)
-    return ConvPlan(shape, out_size, private)
+    return ConvPlan(shape, out_size, private, native.binary_conv2d_reads_aligned(shape))
 
 
 def conv_plan(

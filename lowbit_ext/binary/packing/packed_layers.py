@@ -20,7 +20,7 @@ from lowbit_ext.binary.activation import DEFAULT_THRESHOLDS
 from lowbit_ext.binary.packing.packed_base import Epilogue, Layout, PackedLayer
 from lowbit_ext.binary.packing.plan import Plan, Value
 from lowbit_ext.binary.weights import PackedWeight
-from lowbit_ext.packed import ENCODING_VALUES, FLOAT_TYPES, WORD_BITS, clear_tail, unpack_op, words_for
+from lowbit_ext.packed import ENCODING_VALUES, FLOAT_TYPES, clear_tail, unpack_op, words_for
 
 _BITS_BY_INTEGER: int = _native.cpu.CONV_OUTPUTS["bits_by_integer"]
 _ONE_PIXEL = ops.Window(1, 1, 1, 1, 0, 0, 1, 1, 0)
@@ -156,13 +156,12 @@ class PackedConv2d(PackedLayer):
     def plan(self, plan: Plan, words: Value, *tensors: Value) -> Any:
         """The layer's call in a plan."""
         native, call = _native.cpu, self._call
-        geometry = self.geometry
         if self.isa != native.level:
             self.prepare()
         if self.one_pixel and words.tensor.shape[1:3] != self.shape[2:]:
             self.forward(words.tensor)  # raises
         sizes = ops.geometry.conv_plan(native, words.tensor.shape, *call)
-        if geometry.groups > 1 and self.shape[1] % WORD_BITS:
+        if sizes.aligned:
             words = self._plan_groups(plan, words)
         code = (sizes.shape, ops.ENCODINGS[self.encoding], self.padding_value)
         if self.epilogue is None:
