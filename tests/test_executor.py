@@ -47,6 +47,26 @@ def small_slices(monkeypatch):
     monkeypatch.setattr(executor, "cache_bytes", lambda: 60_000)
 
 
+class Halves(nn.Module):
+    """Keeps the parts of a tuple that torch has made for longer than the tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = BinaryLinear(32, 64), nn.LayerNorm(64), BinaryLinear(32, 8)
+
+    def forward(self, x):
+        left, right = self.norm(self.first(x)).chunk(2, -1)
+        return self.last(left.softmax(-1) * right.exp())
+
+
+def test_items_outlive_their_tuple():
+    torch.manual_seed(20261128)
+    model, x = Halves().eval(), torch.randn(4, 20, 32)
+    packed = pack(model, x)
+    with torch.inference_mode():
+        assert torch.equal(packed(x), model(x))
+
+
 def without_plan(packed, x):
     with torch.no_grad():
         return packed.body(x)

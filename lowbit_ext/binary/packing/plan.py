@@ -218,8 +218,10 @@ class Plan:
             return self.dynamic(self._functions.get(node, module), args, kwargs)
         if node.op == "call_method":
             return self.dynamic(functools.partial(_call_method, str(node.target)), args, kwargs)
-        if node.target is operator.getitem and type(args[0]) is tuple:  # an item of a packed layer's results
-            return args[0][args[1]]  # type: ignore[index]
+        if node.target is operator.getitem and type(args[0]) is tuple:
+            item: Any = args[0][args[1]]  # type: ignore[index]
+            if _is_value(item) and item.slot is None:  # of a packed layer's results; a torch call's go with their tuple
+                return item
         return self.dynamic(node.target, args, kwargs)  # type: ignore[arg-type]
 
     def _hold(self, value: Any, last: int) -> None:
