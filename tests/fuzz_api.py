@@ -146,6 +146,32 @@ def conv(r: random.Random, dims: int) -> Arguments:
     return made
 
 
+def product(r: random.Random) -> Arguments:
+    """Arguments of matmul."""
+    rows, columns, depth = r.choice([1, 5, 33]), r.choice([1, 4, 65]), r.choice([1, 3, 63, 64, 65])
+    batches = r.choice([((), ()), ((2,), (2,)), ((2,), ()), ((2, 1), (3,))])
+    precise = r.random() < 0.1
+    made: Arguments = {}
+    for name, batch, size in (("a", batches[0], (rows, depth)), ("b", batches[1], (depth, columns))):
+        values = torch.randn(*batch, *size)
+        if not precise and r.random() < 0.3:
+            by_row = values if name == "a" else values.mT  # K last
+            encoding = r.choice(ENCODINGS)
+            words = binary.binarize(by_row.reshape(-1, depth), encoding).words
+            scale = torch.rand(1) if r.random() < 0.2 else None
+            made[name] = PackedTensor(words.reshape(*by_row.shape[:-1], -1), depth, encoding, scale)
+        else:
+            made[name] = values.double() if precise else values.to(r.choice(DTYPES))
+            if r.random() < 0.2:
+                made[name].requires_grad_()
+    made |= chosen(
+        r, a_encoding=ENCODINGS, b_encoding=ENCODINGS, surrogate=["clip", "identity", "steep"], scale=[0.5, 3],
+    )
+    if not precise and r.random() < 0.3:
+        made["out_dtype"] = r.choice(DTYPES)
+    return made
+
+
 def pool(r: random.Random, average: bool) -> Arguments:
     kernel = r.choice([1, 2, 3, (2, 3), (3, 1)])
     least = min(kernel) if isinstance(kernel, tuple) else kernel
@@ -355,6 +381,10 @@ TARGETS: dict[str, Target] = {
     ),
     "binary.linear": Target(
         binary.linear, lambda r: conv(r, 0), says=CONV, expected=reference.linear, share=30
+    ),
+    "binary.matmul": Target(
+        binary.matmul, product, says=("binary_matmul", "encoding", "batch", "float64"), expected=reference.matmul,
+        share=30
     ),
     "binary.max_pool2d": Target(
         binary.max_pool2d, lambda r: pool(r, False), expected=reference.max_pool2d, says=("kernel", "sizes"), share=30

@@ -257,6 +257,31 @@ def linear(a: Arguments, result: Any) -> str:
     return conv(a, result, 0)
 
 
+def matmul(a: Arguments, result: Tensor) -> str:
+    if result.is_meta:
+        return ""
+    values, scales, scale = [], [], a.get("scale")
+    if scale is not None:
+        scales.append(plain(scale) if isinstance(scale, Tensor) else torch.tensor(float(scale), dtype=torch.float64))
+    for name in ("a", "b"):
+        operand = a[name]
+        if isinstance(operand, PackedTensor):
+            ones = bits(plain_words(operand.words), operand.channels).double()  # K last
+            rows = ones if operand.encoding == "step" else 2 * ones - 1
+            scales += [] if operand.scale is None else [plain(operand.scale)]
+        else:
+            encoding = a.get(f"{name}_encoding", "sign")
+            rows = slow.activation(plain(operand), encoding, THRESHOLDS[encoding])
+            rows = rows if name == "a" else rows.mT
+        values.append(rows)
+    wanted = slow.matmul(values[0], values[1].mT)
+    if scales:  # factors are float32, and may have overflowed there
+        factors = torch.stack([factor.reshape(()) for factor in scales])
+        wanted = wanted * factors.to(torch.promote_types(result.dtype, torch.float32)).prod().double()
+    wanted = wanted.to(result.dtype).double()
+    return unlike(result, wanted, SURROUNDINGS.get(result.dtype, 0))
+
+
 # --- pooling, activations, products -----------------------------------------------------------------------------------
 
 

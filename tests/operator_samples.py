@@ -22,6 +22,7 @@ def samples(layout):
     grad = torch.randn(2, 5, 6, 7, generator=rng)
     thresholds = torch.zeros(2, 5, dtype=torch.int32)
     conv = (70, *GEOMETRY, "sign", 0)
+    a, b = words.flatten(1, 2), words.flatten(1, 2)[:, ::3]
     logits = torch.randn(70, 6, generator=rng).t() if layout == "permuted" else torch.randn(6, 70, generator=rng)
     statistics, affine = (torch.zeros(70), torch.ones(70)), (torch.randn(70, generator=rng), torch.ones(70))
     last = layout == "channels_last"
@@ -92,6 +93,15 @@ def samples(layout):
         "lowbit::group_quantize": [(x, 4, False, None, 0), (x, 2, True, torch.tensor(1, device="cpu"), 16)],
         "lowbit::group_dequantize": [(flat, scale_minimum, [2, 70, 6, 7], last, torch.float16, 4)],
         "lowbit::group_dequantize_into": [(flat, scale_minimum, 4, last_or_dense)],
+        "lowbit::binary_matmul": [
+            (a, b, scale, 70, *encodings, dtype)
+            for scale, encodings, dtype in (
+                (None, ("sign", "sign"), torch.int32),
+                (torch.ones(1), ("step", "sign"), torch.bfloat16),
+                (torch.ones(1), ("sign", "step"), torch.float16),
+                (None, ("step", "step"), torch.float32),
+            )
+        ],
         "lowbit::binary_max_pool2d": [(words, None, 70, [2, 2, 2, 2, 0, 0, 1, 1, 0])],
         "lowbit::binary_avg_pool2d": [(words, 70, [3, 3, 2, 2, 1, 1, 1, 1, 1], True, 0, "sign")],
     }

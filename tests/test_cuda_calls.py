@@ -48,7 +48,7 @@ def every_operator(t):
     conv = (70, *SHAPE, "sign", 0)
     levels, inside = ops.quantized_activation_with_mask(t["x"], "ternary", 0.0, 1.0, False)
     bits, ratio = antithetic_ops.antithetic_sample(t["logits"], None, 4, "dirichlet", "sample", torch.tensor(5), 0)
-    no = None
+    no, rows = None, (words[:, 0], words[:, 1])
     affine, grid = (t["gain"], t["shift"]), (4, 8.0)
     relu = t["x"].clone()
     codes = lowmem_ops.batch_norm_relu_quantize(t["x"], t["shift"], t["gain"], *affine, *grid, relu)
@@ -76,6 +76,8 @@ def every_operator(t):
         "input gradient": ops.binary_conv2d_input_grad(t["integers"], weight.words, no, mask, list(t["x"].shape),
                                                        *SHAPE),
         "weight gradient": ops.binary_conv2d_weight_grad(t["integers"], words, *conv),
+        "product": ops.binary_matmul(*rows, no, 70, "sign", "step", torch.int32),
+        "float product": ops.binary_matmul(*rows, t["scale"][:1], 70, "step", "sign", torch.bfloat16),
         "max": ops.binary_max_pool2d(words, no, 70, HALF),
         "mean": ops.binary_avg_pool2d(words, 70, ops.Window(3, 3, 2, 2, 1, 1, 1, 1, 0), True, 0, "sign"),
         "levels": levels,

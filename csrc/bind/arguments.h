@@ -290,6 +290,31 @@ Args conv_plan_args(const ConvShape& shape) {
 constexpr auto binary_conv2d_input_grad_plan_args = conv_plan_args<BinaryConv2dInputGradArgs>;
 constexpr auto binary_conv2d_weight_grad_plan_args = conv_plan_args<BinaryConv2dWeightGradArgs>;
 
+inline BinaryMatmulArgs binary_matmul_plan_args(int64_t batch, int64_t rows, int64_t columns, int64_t depth,
+                                                int a_encoding, int b_encoding, int output_kind) {
+  BinaryMatmulArgs args{};
+  args.batch = batch;
+  args.rows = rows;
+  args.columns = columns;
+  args.depth = depth;
+  args.a_encoding = static_cast<Encoding>(a_encoding);
+  args.b_encoding = static_cast<Encoding>(b_encoding);
+  args.output_kind = static_cast<ConvOutput>(output_kind);
+  return args;
+}
+
+inline BinaryMatmulArgs binary_matmul_args(int64_t batch, int64_t rows, int64_t columns, int64_t depth, int a_encoding,
+                                           int b_encoding, int output_kind, uintptr_t a, uintptr_t b, uintptr_t scale,
+                                           uintptr_t output, uintptr_t workspace) {
+  BinaryMatmulArgs args = binary_matmul_plan_args(batch, rows, columns, depth, a_encoding, b_encoding, output_kind);
+  args.a = as<const uint64_t>(a);
+  args.b = as<const uint64_t>(b);
+  args.scale = as<const float>(scale);
+  args.output = as<void>(output);
+  args.workspace = as<void>(workspace);
+  return args;
+}
+
 inline PopcountPeakArgs popcount_peak_args(int64_t iterations, uintptr_t counts) {
   return {iterations, as<uint32_t>(counts)};
 }

@@ -5,6 +5,7 @@
 #include "core/conv_shape.h"
 #include "core/epilogue.h"
 #include "core/float_type.h"
+#include "core/ops/binary_matmul.h"
 #include "core/ops/pointwise.h"
 #include "core/pool_shape.h"
 #include "core/status.h"
@@ -148,6 +149,23 @@ static inline Status check_pointwise(const PointwiseArgs& args) {
   if (args.channels_last && (args.stride < s.channels || !addressable(pixels, args.stride))) return Status::bad_shape;
   const Status status = check_program(args.before, pixels, s.channels);
   return status == Status::ok ? check_program(args.after, out_pixels, s.channels) : status;
+}
+
+// What binary_matmul asks of its arguments.
+static inline Status check_matmul(const BinaryMatmulArgs& args) {
+  const bool signs = args.b_encoding == Encoding::sign;
+  const bool wide = args.output_kind == ConvOutput::int32 || args.output_kind == ConvOutput::float32;
+  if (is_bits(args.output_kind) || args.output_kind == ConvOutput::program || (!wide && !signs) ||
+      (args.scale != nullptr && args.output_kind == ConvOutput::int32)) {
+    return Status::bad_argument;
+  }
+  if (args.batch < 0 || args.rows < 0 || args.columns < 0 || !valid(matmul_shape(args, args.rows)) ||
+      (!signs && args.depth >= int64_t{1} << 30) || !addressable(args.batch, args.rows, words_for(args.depth)) ||
+      !addressable(args.batch, args.columns, words_for(args.depth)) ||
+      !addressable(args.batch, args.rows, args.columns)) {
+    return Status::bad_shape;
+  }
+  return Status::ok;
 }
 
 // The second is for the workspaces, which are there although a tensor is empty.

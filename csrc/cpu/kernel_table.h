@@ -11,6 +11,7 @@
 #include "cpu/binary_conv2d/binary_conv2d.h"
 #include "cpu/binary_conv2d_input_grad/binary_conv2d_input_grad.h"
 #include "cpu/binary_conv2d_weight_grad/binary_conv2d_weight_grad.h"
+#include "cpu/binary_matmul/binary_matmul.h"
 #include "cpu/binary_max_pool2d/binary_max_pool2d.h"
 #include "cpu/channel_dequantize/channel_dequantize.h"
 #include "cpu/group_dequantize/group_dequantize.h"
@@ -41,6 +42,7 @@
   ROW(binary_conv2d_weight_grad_workspace_bytes,      scalar, avx2,   avx512, avx512) \
   ROW(binary_conv2d_weight_grad_items,                scalar, avx2,   avx512, avx512) \
   ROW(binary_conv2d_weight_grad,                      scalar, avx2,   avx512, avx512) \
+  ROW(binary_matmul_halve,                            scalar, avx2,   avx512, avx512) \
   ROW(antithetic_sample,                              scalar, avx2,   avx512, avx512) \
   ROW(antithetic_gradient,                            scalar, avx2,   avx512, avx512) \
   ROW(pointwise,                                      scalar, avx2,   avx512, avx512) \

@@ -57,6 +57,27 @@ Status make_grid(const Args& args, int64_t workspace_bytes) {
   return Status::ok;
 }
 
+// Rows of a that meet b before the next: b's private copy, made for each thread, costs them a few per cent, and their
+// results stay in L2.
+constexpr int64_t kMatmulRows = 256;
+
+// What a thread of binary_matmul works in: b's private copy, then the convolution's own workspace.
+struct MatmulWorkspace {
+  int64_t weight_bytes, bytes;
+};
+
+MatmulWorkspace matmul_workspace(const BinaryMatmulArgs& args) {
+  const int64_t last = args.rows % kMatmulRows;
+  MatmulWorkspace layout = {};
+  for (const int64_t rows : {min(args.rows, kMatmulRows), last}) {
+    if (rows == 0) continue;
+    const BinaryConv2dArgs conv = matmul_conv(args, 0, 0, rows);
+    layout.weight_bytes = round_up(kernels().binary_conv2d_weight_bytes(conv.shape), 64);
+    layout.bytes = max(layout.bytes, layout.weight_bytes + kernels().binary_conv2d_plan(conv).workspace_bytes);
+  }
+  return layout;
+}
+
 }  // namespace
 
 Status binarize(const BinarizeArgs& args) noexcept {
@@ -146,6 +167,40 @@ Status binary_conv2d_weight_grad(const BinaryConv2dWeightGradArgs& args, int64_t
   const int64_t grain = grain_for(kGrainFloatMacs, macs(args.shape) / max(items, 1));
   return run_with_workspace(args, items, grain, table.binary_conv2d_weight_grad_workspace_bytes(args), workspace_bytes,
                             table.binary_conv2d_weight_grad);
+}
+
+int64_t binary_matmul_workspace_bytes(const BinaryMatmulArgs& args) noexcept {
+  return matmul_workspace(args).bytes * omp_get_max_threads();
+}
+
+Status binary_matmul(const BinaryMatmulArgs& args, int64_t workspace_bytes) noexcept {
+  const Status status = check_matmul(args);
+  if (status != Status::ok) return status;
+  if (args.rows == 0) return Status::ok;
+  const KernelTable& table = kernels();
+  const MatmulWorkspace layout = matmul_workspace(args);
+  const int64_t parts = ceil_div(args.rows, kMatmulRows);  // of a matrix
+  const int64_t macs_per_item = work(min(args.rows, kMatmulRows), args.columns, args.depth);
+  return run_with_workspace(
+      args, args.batch * parts, grain_for(kGrainBinaryMacs, macs_per_item), layout.bytes, workspace_bytes,
+      [&](const BinaryMatmulArgs&, int64_t begin, int64_t end, void* workspace) {
+        int64_t blocked = -1;  // the matrix of b in the workspace
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t i = item / parts, first = item % parts * kMatmulRows;
+          BinaryConv2dArgs conv = matmul_conv(args, i, first, min(args.rows - first, kMatmulRows));
+          if (i != blocked) {
+            table.binary_conv2d_block_weight(conv.shape, args.b + i * args.columns * words_for(args.depth), workspace);
+          }
+          blocked = i;
+          conv.weight = workspace;
+          const BinaryConv2dPlan plan = table.binary_conv2d_plan(conv);
+          table.binary_conv2d(conv, plan, 0, plan.items, static_cast<char*>(workspace) + layout.weight_bytes);
+          if (args.b_encoding == Encoding::step) {
+            const int64_t row = i * args.rows + first;
+            table.binary_matmul_halve(args, row, row + conv.shape.width);
+          }
+        }
+      });
 }
 
 Status pointwise(const PointwiseArgs& args) noexcept {

@@ -8,6 +8,7 @@ from lowbit_ext.binary.activation import binarize, binary_activation, unpack
 from lowbit_ext.binary.conversion.convert import LayerConversion, conversions, convert
 from lowbit_ext.binary.convolution import conv1d, conv2d, linear
 from lowbit_ext.binary.layers import BinaryActivation, BinaryConv1d, BinaryConv2d, BinaryLinear
+from lowbit_ext.binary.matmul import matmul
 from lowbit_ext.binary.packing.pack import pack
 from lowbit_ext.binary.packing.packed_model import PackedModel, load, save
 from lowbit_ext.binary.pooling import avg_pool2d, global_avg_pool, max_pool2d
@@ -35,6 +36,7 @@ __all__ = [
     "global_avg_pool",
     "linear",
     "load",
+    "matmul",
     "max_pool2d",
     "pack",
     "pack_weight",

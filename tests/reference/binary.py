@@ -29,6 +29,11 @@ def conv2d(a: Tensor, w: Tensor, stride, padding, dilation, groups, padding_valu
     return F.conv2d(a, w.to(torch.float64), stride=stride, dilation=dilation, groups=groups)
 
 
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Product of given values in float64, whose integers it holds exactly."""
+    return torch.matmul(a.to(torch.float64), b.to(torch.float64))
+
+
 def pack(values: Tensor) -> Tensor:
     """Words (N, *spatial, W) of values (N, C, *spatial); positive values are bit 1. Built with Python integers."""
     moved = values.movedim(1, -1)

@@ -12,6 +12,7 @@
 #include "core/ops/binary_conv2d.h"
 #include "core/ops/binary_conv2d_input_grad.h"
 #include "core/ops/binary_conv2d_weight_grad.h"
+#include "core/ops/binary_matmul.h"
 #include "core/ops/binary_max_pool2d.h"
 #include "core/ops/channel_dequantize.h"
 #include "core/ops/group_dequantize.h"
@@ -42,6 +43,7 @@
 #define LOWBIT_WORKSPACE_OPS(OP)                          \
   OP(batch_norm_relu_backward, BatchNormReluBackwardArgs) \
   OP(batch_norm_relu_quantize, BatchNormReluQuantizeArgs) \
+  OP(binary_matmul,            BinaryMatmulArgs)          \
   OP(channel_dequantize,       ChannelDequantizeArgs)
 
 // The same, of the CPU alone: a GPU's tensor cores make the gradients of expanded bits faster than any kernel that has

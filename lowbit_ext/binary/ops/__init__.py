@@ -19,6 +19,7 @@ from lowbit_ext.binary.ops.convolution import (
 )
 from lowbit_ext.binary.ops.geometry import ENCODINGS, Geometry, Window, conv_shape, conv_size
 from lowbit_ext.binary.ops.gradients import binary_conv2d_input_grad, binary_conv2d_weight_grad, gradient_dtype
+from lowbit_ext.binary.ops.matmul import MOST_DEPTH, binary_matmul
 from lowbit_ext.binary.ops.pointwise import REDUCTIONS, pointwise
 from lowbit_ext.binary.ops.pooling import binary_avg_pool2d, binary_max_pool2d
 from lowbit_ext.binary.ops.steps import MOST_STEPS, STEP_KINDS, Step, step_table
@@ -26,6 +27,7 @@ from lowbit_ext.binary.ops.steps import MOST_STEPS, STEP_KINDS, Step, step_table
 __all__ = [
     "ENCODINGS",
     "LEVELS",
+    "MOST_DEPTH",
     "MOST_STEPS",
     "REDUCTIONS",
     "STEP_KINDS",
@@ -40,6 +42,7 @@ __all__ = [
     "binary_conv2d_epilogue",
     "binary_conv2d_input_grad",
     "binary_conv2d_weight_grad",
+    "binary_matmul",
     "binary_max_pool2d",
     "check_residual",
     "conv_shape",
