@@ -11,16 +11,15 @@ from harness import BinaryLimit, Config, Row, column, measure, percent_of_rate, 
 from lowbit_ext import PackedTensor, binary
 
 CAPTION = (
-    "int32: packed -> int32. fp32: packed -> scaled float32. call: float32 -> scaled float32, binarized inside, bf16 call "
-    "the same from and to bfloat16. Speed-ups: torch's matmul of float32 or bfloat16 over our call of that type, and of "
-    "float32 over our product of packed operands. Limit: of the products, over int32; most of the time goes into writing "
-    "results."
+    "int32: packed -> int32. fp32: packed -> scaled float32. call: float32 -> scaled float32, binarized inside; bf16 "
+    "call: the same from and to bfloat16. Speed-ups: torch's matmul of float32 or bfloat16 over our call of that type, "
+    "and of float32 over our product of packed operands. Limit: over int32."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`batch` products (rows, depth) by (depth, columns); a second factor whose columns lie together or its rows."""
+    """`batch` products (rows, depth) by (depth, columns)."""
 
     name: str
     batch: int
@@ -28,7 +27,7 @@ class Case:
     depth: int
     columns: int
     encoding: str  # of the first factor
-    transposed: bool  # the second
+    transposed: bool  # whether the second factor's columns lie together, else its rows
 
     @property
     def operations(self) -> int:
