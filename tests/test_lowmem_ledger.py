@@ -166,7 +166,9 @@ def test_nested_ledgers_and_hooks_in_any_order():
             out = model(x)
         out.sum().backward()
         books += [context for context in entered if isinstance(context, lowmem.Ledger)]
-    assert {(book.stored, book.equivalent, len(book.entries)) for book in books} == {(2 * (2048 + 64), 2 * 4 * 4096, 4)}
+    assert {(book.stored, book.equivalent, len(book.entries)) for book in books} == {
+        (2048 + 64 + 4096 + 64, 2 * 4 * 4096, 4)  # GELU bends at its argument: 8 bits
+    }
     with ledger() as inner_first, torch.autograd.graph.save_on_cpu(), ledger() as second:
         model(x).sum().backward()
     assert not inner_first.entries
