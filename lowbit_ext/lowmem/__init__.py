@@ -1,7 +1,7 @@
 """Back-propagation with approximate activations: an exact forward pass that keeps a few bits an element.
 
-`convert` rewrites the batch norms, ReLUs, convolutions and linear layers of a model; `saved_tensors` works on any
-module; `ledger` shows what is kept, `gradient_audit` what it costs in accuracy of gradients.
+`convert` rewrites the norms, activation functions, convolutions and linear layers of a model; `saved_tensors` works on
+any module; `ledger` shows what is kept, `gradient_audit` what it costs in accuracy of gradients.
 
 Source: Chakrabarti and Moseley, "Backprop with approximate activations for memory-efficient network training", NeurIPS
 2019.

@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from lowbit_ext import _oplib
 from lowbit_ext.lowmem import _ledger, ops
 from lowbit_ext.lowmem._forms import (
     CODES,
@@ -30,6 +29,7 @@ from lowbit_ext.lowmem._forms import (
     pack_bits,
     unpack_bits,
 )
+from lowbit_ext.lowmem._stored import quantize_saved
 from lowbit_ext.lowmem.codes import as_int, check_flags, check_generator, check_settings, drawn_seed
 
 # Between a parameter and what an operation keeps of it: views, and the copies that autocast makes.
@@ -276,22 +276,6 @@ def _is_suited(x: Tensor, min_numel: int, dtypes: Iterable[torch.dtype]) -> bool
 # --- hooks within compiled graphs -------------------------------------------------------------------------------------
 
 
-def _quantize(x: Tensor, bits: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    return ops.group_quantize(x, bits, x.numel() > 0 and bool(x.amin() == 0), seed, 0)
-
-
-def _quantize_outputs(x: Tensor, bits: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    return ops.group_quantize(x, bits, False, seed, 0)
-
-
-# group_quantize, `positive` where the smallest element is 0, as a ReLU's. An operator, so that a graph decides at every
-# call.
-_quantize_saved = _oplib.define(
-    "group_quantize_saved(Tensor x, int bits, Tensor? seed) -> (Tensor, Tensor)",
-    outputs=_quantize_outputs, launcher=_quantize,
-)
-
-
 def _pack_traced(x: Tensor, bits: int, stochastic: bool, min_numel: int) -> tuple[Any, ...]:
     if x.dtype not in (*ops.FLOAT_TYPES, torch.bool) or x.numel() < max(min_numel, 1) or isinstance(x, nn.Parameter):
         return (x.detach(),)
@@ -299,7 +283,7 @@ def _pack_traced(x: Tensor, bits: int, stochastic: bool, min_numel: int) -> tupl
     if x.dtype == torch.bool:
         tensors: tuple[Tensor, ...] = (pack_bits(flat, 1),)
     else:
-        tensors = _quantize_saved(flat, bits, drawn_seed(stochastic))
+        tensors = quantize_saved(flat, bits, drawn_seed(stochastic))
     return (*tensors, x.dtype, order, shape)
 
 
