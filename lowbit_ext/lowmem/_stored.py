@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -99,6 +100,16 @@ def apply_pool(pool: Pool, x: Tensor) -> Tensor:
 _FRESH_BYTES = 32 << 20
 
 
+class _Memory:
+    """What one thread has."""
+
+    def __init__(self) -> None:
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+_memories: weakref.WeakSet[_Memory] = weakref.WeakSet()  # of all threads
+
+
 class Workspace(threading.local):
     """Memory that a thread's backward passes unpack large activations into, one after the other, kept for the next.
 
@@ -106,7 +117,13 @@ class Workspace(threading.local):
     """
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._memory = _Memory()
+        _memories.add(self._memory)
+
+    @property
+    def memory(self) -> Tensor:
+        """The bytes of this thread."""
+        return self._memory.bytes
 
     def empty(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Tensor:
         """An uninitialised tensor: of this memory where it is large and on the CPU, otherwise a new one."""
@@ -114,11 +131,21 @@ class Workspace(threading.local):
         if torch.compiler.is_compiling() or size <= _FRESH_BYTES or not like.is_cpu:
             return ops.empty(like, shape, dtype, channels_last)
         if self.memory.nbytes < size:
-            self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+            self._memory.bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
         memory = self.memory[:size].view(dtype)
         if not channels_last:
             return memory.view(shape)
         return memory.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def empty_cache() -> None:
+    """Gives back the memory that backward passes of converted models have unpacked large activations into.
+
+    It is as large as the largest activation above 32 MB, once a thread, and stays for the next step, which would
+    otherwise pay for fresh memory again. A backward pass that runs in another thread is not disturbed.
+    """
+    for memory in list(_memories):
+        memory.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 _workspace = Workspace()
