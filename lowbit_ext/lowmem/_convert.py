@@ -31,9 +31,8 @@ from lowbit_ext.lowmem.hooks import saved_tensors
 
 __all__ = ["Conversion", "convert", "report"]
 
-def convert(
-    model: nn.Module, bits: int = 4, range: float | None = None, *, rest: str = "exact"
-) -> nn.Module:
+
+def convert(model: nn.Module, bits: int = 4, range: float | None = None, *, rest: str = "exact") -> nn.Module:
     """The same model, exact in its forward pass, that keeps codes of `bits` bits for its backward pass.
 
     Batch norms keep codes of their result, with the ReLU behind them where there is one; ReLUs elsewhere keep codes in
@@ -55,9 +54,9 @@ def convert(
             may change the input of a convolution or linear layer are a reason to leave that layer.
         bits: 2, 4 or 8.
         range: standard deviations that a channel's codes span; None: 8 for 4 bits, 9 for 8, 6 (the paper's) for 2.
-        rest: "exact": what no rule above is for is kept as it is. "codes": the model runs within saved_tensors(bits), so
-            that attention, the model's input and whatever else is kept becomes codes as well, and the gradients that
-            pass attention and the like are rounded; not within graphs of torch.compile.
+        rest: "exact": what no rule above is for is kept as it is. "codes": the model runs within saved_tensors(bits):
+            attention, the model's input and whatever else is kept becomes codes as well, and the gradients that pass
+            attention and the like are rounded; not within graphs of torch.compile.
 
     Returns:
         The converted model, in the mode (training or evaluation) of each of the model's layers. It can be copied,
@@ -70,8 +69,9 @@ def convert(
 
     Raises:
         TypeError: model is no module, bits no int, or range no number.
-        ValueError: bits, range or rest out of range; a result of torch.compile, which goes on running the original, as does a
-            module whose forward is an attribute of the object. Within a model these are left as they are.
+        ValueError: bits or range out of range, another `rest`; a result of torch.compile, which goes on running the
+            original, as does a module whose forward is an attribute of the object. Within a model these are left as
+            they are.
 
     Source:
         Chakrabarti and Moseley, "Backprop with approximate activations for memory-efficient network training", NeurIPS

@@ -55,14 +55,26 @@ class Encoded(NamedTuple):
 # --- bits and integers ------------------------------------------------------------------------------------------------
 
 
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes of 1, 2 or 4 bits, the first in the lowest bits of a byte."""
+def pack_bits(bits: Tensor) -> Tensor:
+    """Bools, eight a byte, the first in the lowest bit."""
+    bytes = F.pad(bits.view(torch.uint8), (0, -bits.numel() % 8)).view(torch.int64)
+    # The product has the bit of byte i at 56 + i, and no two of its other bits at one place.
+    return (bytes * sum(1 << 56 - 7 * i for i in range(8)) >> 56).to(torch.uint8)
+
+
+def unpack_bits(words: Tensor, count: int) -> Tensor:
+    """The first `count` bools."""
+    copies = words.to(torch.int64) * 0x0101010101010101
+    picked = copies & (sum(1 << 9 * i for i in range(7)) - (1 << 63))  # bit i of byte i
+    return picked.view(torch.uint8)[:count] != 0
+
+
+def _pack_codes(codes: Tensor, bits: int) -> Tensor:
     rows = F.pad(codes.to(torch.uint8), (0, -codes.numel() % (8 // bits))).reshape(-1, 8 // bits)
     return (rows << torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)).sum(1, dtype=torch.uint8)
 
 
-def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes, uint8."""
+def _unpack_codes(words: Tensor, bits: int, count: int) -> Tensor:
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
     return (words[:, None] >> shifts & (2**bits - 1)).reshape(-1)[:count]
 
@@ -70,7 +82,7 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
 def bools(flat: Tensor) -> Encoded:
     """A bit an element."""
     count = flat.numel()
-    return Encoded((pack_bits(flat, 1),), lambda words: unpack_bits(words, 1, count).bool())
+    return Encoded((pack_bits(flat),), lambda words: unpack_bits(words, count))
 
 
 def integers(flat: Tensor) -> Encoded:
@@ -90,23 +102,34 @@ def _sides(flat: Tensor, low: float, high: float, ends: bool) -> Encoded:
     outer = low - 1 if math.isfinite(low) else high + 1
 
     def decode(words: Tensor) -> Tensor:
-        values = torch.tensor([outer, inner], dtype=dtype, device=words.device)
-        return values[unpack_bits(words, 1, count).int()]
+        within, outside = (torch.tensor(value, dtype=dtype, device=words.device) for value in (inner, outer))
+        return torch.where(unpack_bits(words, count), within, outside)
 
     inside = (flat >= low) & (flat <= high) if ends else (flat > low) & (flat < high)
-    return Encoded((pack_bits(inside, 1),), decode)
+    return Encoded((pack_bits(inside),), decode)
 
 
 def dictionary(flat: Tensor) -> Encoded | None:
     """At most 16 values as they are and a code of 1, 2 or 4 bits for each element; None of other tensors."""
-    if len(flat[:: -(-flat.numel() // 256)].unique()) > _DISTINCT:  # of a sample, before all are sorted
+    count = flat.numel()
+    values = flat[:: -(-count // 256)].unique()  # of a sample, before all are sorted
+    if len(values) > _DISTINCT:
         return None
+    if len(values) <= 2:
+        low, high = values[0], values[-1]
+        is_high = flat == high
+        if bool((is_high | (flat == low)).all()):
+            return Encoded(
+                (pack_bits(is_high), values), lambda words, values: torch.where(
+                    unpack_bits(words, count), values[-1], values[0]
+                )
+            )
     values = flat.unique()
     if len(values) > _DISTINCT or bool(values.isnan().any()):
         return None
-    bits = 1 if len(values) <= 2 else 2 if len(values) <= 4 else 4
-    count, words = flat.numel(), pack_bits(torch.searchsorted(values, flat), bits)
-    return Encoded((words, values), lambda words, values: values[unpack_bits(words, bits, count).int()])
+    bits = 2 if len(values) <= 4 else 4
+    words = _pack_codes(torch.searchsorted(values, flat), bits)
+    return Encoded((words, values), lambda words, values: values[_unpack_codes(words, bits, count).int()])
 
 
 # --- floats -----------------------------------------------------------------------------------------------------------
@@ -142,8 +165,11 @@ def _rows(flat: Tensor, length: int, bits: int) -> Encoded:
 
 
 def _half(flat: Tensor) -> Encoded | None:
-    dtype = flat.dtype
-    return Encoded((flat.to(torch.bfloat16),), lambda kept: kept.to(dtype)) if dtype == torch.float32 else None
+    """bfloat16; None where that is no saving, or the greatest numbers become infinite."""
+    dtype, half = flat.dtype, flat.to(torch.bfloat16)
+    if dtype != torch.float32 or bool(half.isinf().any()):
+        return None
+    return Encoded((half,), lambda kept: kept.to(dtype))
 
 
 def _logit(flat: Tensor, seed: Tensor | None) -> Encoded | None:

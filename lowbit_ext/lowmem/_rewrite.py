@@ -47,9 +47,9 @@ _VIEWS = frozenset((
     "to", "float", "contiguous", nn.Identity, nn.Flatten, nn.Unflatten,
 ))
 _KEEPS_RESULT = "it keeps its result"
-_LEFT = {
+_LEFT: dict[type[nn.Module], str] = {
     nn.SyncBatchNorm: "its statistics are those of all processes",
-    **dict.fromkeys((nn.Tanh, nn.Sigmoid, nn.Softmax, nn.LogSoftmax), _KEEPS_RESULT),
+    nn.Tanh: _KEEPS_RESULT, nn.Sigmoid: _KEEPS_RESULT, nn.Softmax: _KEEPS_RESULT, nn.LogSoftmax: _KEEPS_RESULT,
 }
 _PRODUCTS = (operator.mul, torch.mul, "mul")
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)

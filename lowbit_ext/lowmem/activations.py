@@ -104,7 +104,7 @@ class _Steps(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, curve: Curve) -> Tensor:
         low, high, *ctx.slopes = _slopes(curve)
         mask = ((x > low) & (x < high)).flatten() if math.isfinite(high) else (x > low).flatten()
-        words = pack_bits(mask, 1)
+        words = pack_bits(mask)
         _ledger.stands_for(words, x)
         ctx.save_for_backward(words)
         ctx.curve = curve
@@ -115,7 +115,7 @@ class _Steps(torch.autograd.Function):
         refuse_second_order(ctx.curve.name)
         (words,) = ctx.saved_tensors
         inner, outer = ctx.slopes
-        mask = unpack_bits(words, 1, grad.numel()).view(grad.shape).bool()
+        mask = unpack_bits(words, grad.numel()).view(grad.shape)
         return torch.where(mask, grad * inner, grad * outer if outer else 0.0), None
 
 
@@ -162,7 +162,7 @@ class _Dropout(torch.autograd.Function):
         else:
             out, mask = torch.native_dropout(x, probability, True)
             noise = mask
-        words = pack_bits(mask.flatten(), 1)
+        words = pack_bits(mask.flatten())
         _ledger.stands_for(words, noise)
         ctx.save_for_backward(words)
         ctx.scale = 1 / (1 - probability)
@@ -171,7 +171,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (words,) = ctx.saved_tensors
-        return grad * ctx.scale * unpack_bits(words, 1, grad.numel()).view(grad.shape), None
+        return grad * ctx.scale * unpack_bits(words, grad.numel()).view(grad.shape), None
 
 
 def dropout(x: Tensor, stored: Stored | None, probability: float, training: bool) -> tuple[Tensor, Stored | None]:

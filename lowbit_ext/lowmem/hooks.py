@@ -281,7 +281,7 @@ def _pack_traced(x: Tensor, bits: int, stochastic: bool, min_numel: int) -> tupl
         return (x.detach(),)
     flat, order, shape = _flat(x)
     if x.dtype == torch.bool:
-        tensors: tuple[Tensor, ...] = (pack_bits(flat, 1),)
+        tensors: tuple[Tensor, ...] = (pack_bits(flat),)
     else:
         tensors = quantize_saved(flat, bits, drawn_seed(stochastic))
     return (*tensors, x.dtype, order, shape)
@@ -295,7 +295,7 @@ def _unpack_traced(packed: tuple[Any, ...], bits: int) -> Tensor:
     for size in shape:
         count *= size
     if dtype == torch.bool:
-        flat = unpack_bits(tensors[0], 1, count).bool()
+        flat = unpack_bits(tensors[0], count)
     else:
         flat = ops.group_dequantize(*tensors, (count,), False, dtype, bits)
     return _unflat(flat, order, shape)
