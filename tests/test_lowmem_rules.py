@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lowbit_ext import lowmem
 from lowbit_ext.lowmem import convert, ledger, report
@@ -281,6 +283,32 @@ def test_the_context_of_the_rest_ends_with_the_forward_pass():
     assert [entry.dtype for entry in book.entries] == [torch.float32]
     with pytest.raises(ValueError, match="convert: rest must be 'exact' or 'codes', got 'none'"):
         convert(Failing(), rest="none")
+
+
+def test_fully_sharded_in_mixed_precision():
+    """FSDP2 with parameters in bfloat16. With batch norms torch's own refuses on CPUs: their buffers stay float32."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        plain = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.GELU(), nn.Flatten(),
+            nn.Linear(512, 32), nn.LayerNorm(32), nn.Linear(32, 4),
+        )
+        x, results = torch.randn(4, 3, 12, 12), []
+        for rest in (None, "exact", "codes"):
+            network = copy.deepcopy(plain)
+            model = network if rest is None else convert(network, 8, rest=rest)
+            fully_shard(model, mesh=mesh, mp_policy=policy)
+            out = model(x)
+            out.float().square().sum().backward()
+            grads = [p.grad.full_tensor().flatten() for p in model.parameters()]
+            results.append((out.detach(), torch.cat(grads)))
+        for out, grads in results[1:]:
+            assert torch.equal(out, results[0][0])
+            assert relative(grads, results[0][1]) < 0.05
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # --- other libraries' models ------------------------------------------------------------------------------------------
