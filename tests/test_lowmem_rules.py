@@ -1,5 +1,6 @@
 """lowmem.convert: activation functions, norms, dropout, products, concatenation; models that torch.fx cannot trace."""
 
+import contextlib
 import copy
 import io
 
@@ -335,3 +336,28 @@ def test_gpt2_of_transformers():
     assert F.cosine_similarity(results[0][1], results[1][1], 0) > 0.97
     assert results[0][2] < results[1][2] / 4  # small tensors stay
     assert lowmem.report(model)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_large_100", "regnety_002"])
+def test_networks_of_timm(name):
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(str(error))
+    plain = timm.create_model(name).train()
+    # Smooth images: of noise, batch norms of few values have gradients that are differences of large terms.
+    x = F.interpolate(torch.randn(8, 3, 16, 16), (96, 96), mode="bicubic")
+    results = []
+    for network, context in (
+        (copy.deepcopy(plain), contextlib.nullcontext()), (convert(copy.deepcopy(plain)), contextlib.nullcontext()),
+        (copy.deepcopy(plain), lowmem.saved_tensors(4)),
+    ):
+        torch.manual_seed(2)
+        with ledger(network) as book, context:
+            loss = F.cross_entropy(network(x), torch.arange(8))
+        loss.backward()
+        results.append((loss.detach(), torch.cat([p.grad.flatten() for p in network.parameters()]), book.stored))
+    for loss, grads, kept in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert F.cosine_similarity(grads, results[0][1], 0) > 0.97
+        assert kept < results[0][2] / 6
