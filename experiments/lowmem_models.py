@@ -234,7 +234,7 @@ def alone(case: Case) -> dict[str, Any]:
 def print_results(title: str, results: dict[tuple[str, str], Result], variants: list[str]) -> None:
     """A line a network and variant."""
     table = common.table(
-        title, "", "layers", "kept, MB", "of exact", "goal", "peak, MB", "cosine", "error", "ms a step", "of exact"
+        title, "", "layers", "kept, MB", "of exact", "goal", "peak, MB", "cosine", "ms a step", "of exact"
     )
     for network in dict.fromkeys(name for name, _ in results):
         table.add_section()
@@ -244,7 +244,7 @@ def print_results(title: str, results: dict[tuple[str, str], Result], variants: 
             table.add_row(
                 f"{network}, {variant}", result.converted, f"{result.kept / 1e6:.1f}",
                 f"1/{exact.kept / max(result.kept, 1):.1f}", f"1/{NETWORKS[network].goal:g}",
-                f"{result.peak / 1e6:.0f}", f"{result.cosine:.4f}", f"{result.relative:.3f}",
+                f"{result.peak / 1e6:.0f}", f"{result.cosine:.4f}",
                 f"{1e3 * result.step_s:.0f}", f"x{result.step_s / exact.step_s:.2f}",
             )
     console.print(table)
