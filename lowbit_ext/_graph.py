@@ -187,7 +187,7 @@ def is_own_layer(module: nn.Module) -> bool:
 
 def trace(
     model: nn.Module, is_whole: Callable[[nn.Module], bool] = lambda module: False, inference: bool = False,
-    call: Invocation | None = None,
+    call: Invocation | None = None, absent: Sequence[str] = (),
 ) -> fx.Graph:
     """The model's graph, with sizes spelled x.size(axis) and the input of a call as its first argument.
 
@@ -196,13 +196,14 @@ def trace(
         is_whole: other modules that tracing does not look into.
         inference: the graph will run without gradients and is compared with the model on an example.
         call: what is called with which tensors; by default forward with all that its signature names.
+        absent: arguments of forward that are None.
 
     Raises:
         Whatever torch.fx or the model's own forward raises; TraceError unless `inference` if the forward switches
         gradients or autocast, as `with torch.no_grad()` does, which a graph would lose.
     """
     with contextlib.nullcontext() if inference else _marked_modes():
-        graph = _Tracer(is_whole, None if inference else _modes(), call).trace(model)
+        graph = _Tracer(is_whole, None if inference else _modes(), call).trace(model, dict.fromkeys(absent) or None)
     modules = dict(model.named_modules())
     for node in graph.nodes:
         if not node.args and "input" in node.kwargs and _has_input_first(node, modules):

@@ -539,8 +539,10 @@ TARGETS: dict[str, Target] = {
         says=("input", "batch_norm_relu_quantize"), raises=TORCH,
     ),
     "lowmem.convert": Target(
-        lowmem.convert, lambda r: {"model": float_network()} | chosen(r, bits=[2, 4, 8], range=[8.0]), share=2
+        lowmem.convert,
+        lambda r: {"model": float_network()} | chosen(r, bits=[2, 4, 8], range=[8.0], rest=["exact", "codes"]), share=2,
     ),
+    "lowmem.empty_cache": Target(lowmem.empty_cache, lambda r: {}),
     "lowmem.report": Target(lowmem.report, lambda r: {"model": lowmem.convert(float_network())}, share=2),
     "lowmem.saved_tensors": Target(
         saving, lambda r: chosen(r, bits=[2, 4, 8], stochastic=[True], min_numel=[1, 64], keep=[()], compiled=[False]),

@@ -1,8 +1,10 @@
 """lowmem.LowMemBlock and quantize: gradients against the float64 formulas, forward to the bit, refusals."""
 
 import copy
+import io
 import math
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -306,3 +308,57 @@ def test_range_of_channels():
     wide, narrow = (quantize_channels(x, 4, range=span) for span in (20.0, 6.0))
     assert (dequantize(wide) - x).square().mean() > 3 * (dequantize(narrow) - x).square().mean()
     assert wide.span == 20.0
+
+
+# --- codes as objects -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantize", [lowmem.quantize, lowmem.quantize_channels])
+def test_codes_are_loaded_by_weights_only_and_moved(quantize):
+    quantized = quantize(torch.randn(2, 3, 5, 7).to(memory_format=torch.channels_last), 4)
+    file = io.BytesIO()
+    torch.save({"codes": quantized}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)["codes"]
+    assert torch.equal(lowmem.dequantize(loaded), lowmem.dequantize(quantized))
+    assert quantized.to("cpu") is quantized.to(torch.device("cpu")) is quantized
+    moved = quantized.to("meta")
+    assert type(moved) is type(quantized)
+    assert moved.codes.device.type == "meta"
+    assert moved.shape == quantized.shape
+    with pytest.raises(TypeError, match=f"{type(quantized).__name__}.to: device must be a torch.device, str or int"):
+        quantized.to(1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_greatest_numbers_stay_finite_and_nan_shows(bits, dtype):
+    greatest = torch.finfo(dtype).max
+    for values in ([greatest, -greatest] * 25, [greatest] * 50, [0.0] * 49 + [greatest], [-greatest] * 49 + [greatest]):
+        x = torch.tensor(values * 2, dtype=dtype).reshape(1, 2, 50)
+        for quantized in (lowmem.quantize(x, bits), lowmem.quantize(x, bits, stochastic=True, positive=True),
+                          lowmem.quantize_channels(x, bits), lowmem.quantize_channels(x, bits, range=20)):
+            assert lowmem.dequantize(quantized).isfinite().all()
+    x = torch.randn(3, 4, 10).to(dtype)
+    x[1, 2, 3] = float("nan")
+    found = lowmem.dequantize(lowmem.quantize_channels(x, bits)).isnan()
+    assert found.all(2).all(0).tolist() == [False, False, True, False]
+    assert int(found.sum()) == 30
+
+
+def test_empty_cache(monkeypatch):
+    """Also what another thread has."""
+    monkeypatch.setattr(_stored, "_FRESH_BYTES", 0)
+    model = lowmem.convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3)))
+
+    def run():
+        model(torch.randn(4, 3, 9, 9)).sum().backward()
+
+    thread = threading.Thread(target=run)
+    thread.start(), thread.join()
+    run()
+    assert _stored._workspace.memory.nbytes
+    lowmem.empty_cache()
+    assert not any(memory.bytes.nbytes for memory in _stored._memories)
+    run()
+    assert _stored._workspace.memory.nbytes

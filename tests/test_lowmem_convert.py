@@ -223,10 +223,10 @@ def test_codes_that_no_longer_hold_are_not_read():
                lambda y: y.__setitem__(0, 1.0), lambda y: y.detach().add_(3)]
     for change in changes:
         plain = Changed(change)
-        got, expected = step(convert(copy.deepcopy(plain)), (4, 3, 6, 6)), step(plain, (4, 3, 6, 6))
+        got, expected = step(convert(copy.deepcopy(plain), 8), (4, 3, 6, 6)), step(plain, (4, 3, 6, 6))
         assert torch.equal(got[0], expected[0])
-        # From torch's own convolution, which read what the batch norm's codes do not say.
-        assert torch.equal(got[2]["conv.weight"], expected[2]["conv.weight"])
+        # From codes of what the convolution read, which the batch norm's codes do not say.
+        assert relative(got[2]["conv.weight"], expected[2]["conv.weight"]) < 0.02
 
 
 @torch.fx.wrap
@@ -247,11 +247,11 @@ def test_what_torch_fx_does_not_see_is_found_at_run_time():
             return self.conv(y).sum() + self.conv(self.pool(y))
 
     plain = Changed()
-    model = convert(copy.deepcopy(plain))
+    model = convert(copy.deepcopy(plain), 8)
     assert converted(model)["conv"] == "reads the codes of its input"
     got, expected = step(model, (4, 3, 8, 8)), step(plain, (4, 3, 8, 8))
     assert torch.equal(got[0], expected[0])
-    assert torch.equal(got[2]["conv.weight"], expected[2]["conv.weight"])
+    assert relative(got[2]["conv.weight"], expected[2]["conv.weight"]) < 0.02
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -260,7 +260,7 @@ def test_codes_go_through_every_flatten(spelling):
     before = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.MaxPool2d(2))
     plain = Flattened(before, spelling, 45, nn.Sequential(nn.Linear(45, 7), nn.ReLU(), nn.Linear(7, 2)))
     model = convert(copy.deepcopy(plain), 8, 12.0)
-    assert left(model) == {"before.0": "its input has no codes"}
+    assert left(model) == {"before.0": "its input is the model's own"}
     got, expected = step(model, (4, 3, 8, 8)), step(plain, (4, 3, 8, 8))
     assert torch.equal(got[0], expected[0])
     assert relative(joined(got), joined(expected)) < 0.1
@@ -278,7 +278,7 @@ def test_linear_layers_read_codes_through_any_reshape(reshape):
     plain = Flattened(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)), "x.flatten(1)", 1, nn.Linear(6, 2))
     plain.flatten = reshape
     model = convert(copy.deepcopy(plain), 8, 12.0)
-    assert left(model) == {"before.0": "its input has no codes"}
+    assert left(model) == {"before.0": "its input is the model's own"}
     got, expected = step(model, (4, 3, 8, 8)), step(plain, (4, 3, 8, 8))
     assert torch.equal(got[0], expected[0])
     assert relative(joined(got), joined(expected)) < 0.1
@@ -291,8 +291,9 @@ def test_hooks_that_change_what_only_passes():
         plain[2].register_forward_hook(lambda module, args, out: out * 2)
         model = convert(copy.deepcopy(plain))
         got, expected = step(model, (4, 3, 4, 4)), step(plain, (4, 3, 4, 4))
-        assert torch.equal(got[2]["3.weight"], expected[2]["3.weight"])
-        assert left(model) == {"2": "hooks watch its result", "3": "its input has no codes"}
+        assert relative(got[2]["3.weight"], expected[2]["3.weight"]) < 0.15
+        assert left(model) == {"2": "hooks watch its result"}
+        assert converted(model)["3"] == "codes of its input in groups of 256"
 
 
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AvgPool2d(3, 1, 1)])
@@ -300,36 +301,35 @@ def test_pooling_keeps_little_of_any_value(pool):
     plain = nn.Sequential(nn.Conv2d(3, 5, 3), pool, nn.Conv2d(5, 2, 1))
     model = convert(copy.deepcopy(plain))
     got, expected = step(model, (4, 3, 8, 8)), step(plain, (4, 3, 8, 8))
-    assert all(map(torch.equal, (got[0], joined(got)), (expected[0], joined(expected)))), "and is exact"
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1]), "the gradient that passes is exact"
+    assert torch.equal(got[2]["0.weight"], expected[2]["0.weight"])
     books = []
     for network in (model, plain):
         with lowmem.ledger(network) as book:
             network(torch.ones(4, 3, 8, 8))
         books.append(book)
-    assert {entry.module for entry in books[0].full_precision} == {"0", "2"}
+    assert {entry.module for entry in books[0].full_precision} == {"0"}
     assert books[0].equivalent == books[1].stored
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 def test_binary_resnet(stem):
-    """What keeps full precision is left: convolutions and the classifier that read values without codes."""
+    """What keeps full precision is the convolution that reads the model's input."""
     plain = models.resnet18("binary", num_classes=10, widths=(8,) * 4 + (9,), stem=stem)
     model = convert(copy.deepcopy(plain), 8, 12.0)
     shape = (4, 3, 64, 64) if stem == "imagenet" else (4, 3, 16, 16)
     got, expected = step(model, shape), step(plain, shape)
     assert torch.equal(got[0], expected[0])
     assert relative(joined(got), joined(expected)) < 0.1
-    halved = [f"blocks.{block}.shortcut.conv" for block in (2, 4, 6)]
-    widened = ["blocks.7.shortcut.conv"]
-    readers = dict.fromkeys(["stem.conv", *halved, *widened, "fc"], "its input has no codes")
-    assert left(model) == {**readers, "pool": "no rule for it"}
+    assert left(model) == {"stem.conv": "its input is the model's own"}
     kept = [name for name, how in converted(model).items() if how == "keeps bits by itself"]
     assert len(kept) == 32, "16 activations and 16 binary convolutions"
     norms = [name for name, module in plain.named_modules() if isinstance(module, nn.BatchNorm2d)]
     assert set(norms) <= converted(model).keys()
     with lowmem.ledger(model) as book:
         model(torch.ones(shape))
-    assert {entry.module for entry in book.full_precision if math.prod(entry.shape) > 1} == set(readers)
+    assert {entry.module for entry in book.full_precision if math.prod(entry.shape) > 1} == {"stem.conv"}
 
 
 @pytest.mark.parametrize(("layer", "shape", "converted"), [
@@ -394,7 +394,7 @@ def test_models_that_cannot_be_traced():
     assert model.body is model.same
     assert {"body.1", "body.3", "bn"} <= converted(model).keys()
     assert left(model)[""].startswith("children one by one, torch.fx cannot trace it: TraceError: symbolically")
-    assert left(model)["fc"] == "alone: its neighbours are unknown"
+    assert converted(model)["fc"] == "codes of its input"
 
     class Stochastic(nn.Module):
         def __init__(self):
@@ -520,10 +520,8 @@ def test_exact_where_the_paper_says():
 
 REASONS = {
     "sync": (nn.SyncBatchNorm(3), "its statistics are those of all processes"),
-    "group": (nn.GroupNorm(3, 3), "only batch norms have codes by channel"),
-    "layer": (nn.LayerNorm(8), "only batch norms have codes by channel"),
-    "gelu": (nn.GELU(), "its derivative needs the value of its input: rounded, errors would build up with depth"),
-    "relu6": (nn.ReLU6(), "no rule for it"),
+    "softmax": (nn.Softmax(1), "it keeps its result"),
+    "elu": (nn.ELU(), "no rule for it"),
     "transposed": (nn.ConvTranspose2d(3, 3, 1), "ConvTranspose2d keeps its input"),
     "padding": (nn.Conv2d(3, 3, 3, 1, 1, padding_mode="circular"), "padding_mode 'circular' keeps the padded input"),
     "same": (nn.Conv2d(3, 3, 2, padding="same"), "padding 'same' of an even kernel is not symmetric"),
@@ -537,7 +535,7 @@ def test_report_gives_the_reason(name):
     layer, reason = REASONS[name]
     model = convert(nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), layer))
     assert report(model) == (
-        lowmem.Conversion("0", "Conv2d", False, "its input has no codes"),
+        lowmem.Conversion("0", "Conv2d", False, "its input is the model's own"),
         lowmem.Conversion("1", "BatchNorm2d", True, "codes of its result behind ReLU"),
         lowmem.Conversion("3", type(layer).__name__, False, reason),
     )
@@ -548,7 +546,7 @@ def test_report_of_functions_and_flattened_values():
     assert found["relu_1", "relu"] == "codes of its result in groups of 256"
     assert found["max_pool2d", "max_pool2d"] == "keeps a byte a window"
     model = convert(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Unflatten(1, (3, 16)), nn.Conv1d(3, 2, 1)))
-    assert left(model)["3"] == "its input has no codes"
+    assert converted(model)["3"] == "codes of its input in groups of 256"
     with pytest.raises(ValueError, match="report: model must be one that convert made, got Functional"):
         report(Functional())
     with pytest.raises(TypeError, match=r"report: model must be a torch\.nn\.Module, got NoneType"):

@@ -50,17 +50,18 @@ def test_gradients_are_close(bits, bound, stochastic):
 
 
 def test_stores_codes_in_place_of_floats():
-    model = transformer()
+    model = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 24), nn.Softmax(-1),
+                          nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 8))
     with ledger(model) as before:
         model(torch.randn(512, 16))
     for bits in (2, 4, 8):
         with ledger(model) as book, saved_tensors(bits):
             model(torch.randn(512, 16))
-        floats = sum(entry.stored for entry in before.entries if entry.shape != (512, 1))  # layer norm's statistics
+        floats = sum(entry.stored for entry in before.entries if entry.shape != (32,))  # batch norm's statistics
         expected = floats * (bits + 0.125) / 32 + before.stored - floats
         assert expected <= book.stored < 1.02 * expected  # groups end with the tensor
         assert book.equivalent == before.stored
-        assert {entry.shape for entry in book.full_precision} == {(512, 1)}
+        assert {entry.shape for entry in book.full_precision} == {(32,)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -139,7 +140,9 @@ def test_bool_masks_take_a_bit_and_are_exact(shape):
         ]
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(16, torch.uint8), (20, torch.int16), (200, torch.int32)])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(16, torch.uint8), (20, torch.int16), (200, torch.uint16), (260, torch.int32)]
+)
 def test_pool_indices_are_narrow_and_exact(size, dtype):
     x = torch.randn(1, 2, size, size)
 
@@ -152,7 +155,6 @@ def test_pool_indices_are_narrow_and_exact(size, dtype):
     entry = next(entry for entry in book.entries if not entry.dtype.is_floating_point)
     assert entry.dtype == dtype
     assert entry.equivalent == 8 * 2 * (size // 2) ** 2
-    assert torch.equal(hooks._narrow(torch.tensor([2**40, -1])), torch.tensor([2**40, -1]))
 
 
 class Buffer(nn.Module):
@@ -320,11 +322,11 @@ def test_the_innermost_of_nested_contexts_counts():
     stored = []
     for first, second in ((2, 8), (8, 2)):
         with ledger() as book, saved_tensors(first), saved_tensors(second):
-            (x * 1).exp()
+            (x * 1).square()
         stored.append(book.stored)
     assert stored == [64 * 64 + 64, 64 * 64 // 4 + 64]
     with saved_tensors(4) as context, context, ledger() as book:
-        (x * 1).exp()
+        (x * 1).square()
     assert book.stored == 64 * 64 // 2 + 64
 
 
@@ -355,7 +357,7 @@ def test_stochastic_rounding_is_reproducible():
     def run(seed, generator):
         torch.manual_seed(seed)
         context = saved_tensors(4, True, generator=generator)
-        return gradients(lambda x: (x * 1).exp(), x, context=context)[0]
+        return gradients(lambda x: (x * 1).square(), x, context=context)[0]
 
     assert torch.equal(run(1, None), run(1, None))
     assert not torch.equal(run(1, None), run(2, None))
@@ -413,6 +415,6 @@ def test_refuses_compiled_hooks_within_a_ledger():
 def test_operator_decides_at_every_call():
     """group_quantize_saved has codes above 0 for all positive elements where 0 is the smallest."""
     x = torch.tensor([0.0, 1e-6, 1.0])
-    assert hooks._quantize_saved(x, 8, None)[0][:2].tolist() == [0, 1]
+    assert hooks.quantize_saved(x, 8, None)[0][:2].tolist() == [0, 1]
     for shift in (-0.5, 0.5):
-        assert hooks._quantize_saved(x + shift, 8, None)[0][:2].tolist() == [0, 0]
+        assert hooks.quantize_saved(x + shift, 8, None)[0][:2].tolist() == [0, 0]

@@ -104,7 +104,7 @@ def test_resnet_164_stores_fifteen_times_less():
     assert book.equivalent == exact.stored
     assert ratio > 15
     assert with_buffers >= 12
-    assert {entry.module for entry in book.full_precision} == {"conv", "fc"}
+    assert {entry.module for entry in book.full_precision} == {"conv"}
 
 
 def test_storages_count_once_and_parameters_never():
@@ -140,10 +140,10 @@ def test_peak_is_of_what_is_alive_together():
 
 
 def test_full_precision_names_who_keeps_it():
-    model = convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.GELU()))
+    model = convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Softplus()))
     with ledger(model) as book:
         (model(torch.randn(2, 3, 8, 8)) ** 2).sum()
-    # GELU's input is conv 3's result; the square keeps GELU's.
+    # Softplus' input is conv 3's result; the square keeps that of Softplus.
     assert [(e.module, e.shape) for e in book.full_precision] == [
         ("0", (2, 3, 8, 8)), ("4", (2, 4, 4, 4)), ("outside of modules", (2, 4, 4, 4))
     ]
@@ -152,7 +152,7 @@ def test_full_precision_names_who_keeps_it():
     assert "full precision: 4, torch.float32 (2, 4, 4, 4), 512 bytes" in text
     with ledger() as book:
         model(torch.randn(2, 3, 8, 8))
-    assert [entry.module for entry in book.full_precision] == ["Conv2d", "GELU"]
+    assert [entry.module for entry in book.full_precision] == ["Conv2d", "Softplus"]
 
 
 def test_nested_ledgers_and_hooks_in_any_order():
@@ -166,7 +166,9 @@ def test_nested_ledgers_and_hooks_in_any_order():
             out = model(x)
         out.sum().backward()
         books += [context for context in entered if isinstance(context, lowmem.Ledger)]
-    assert {(book.stored, book.equivalent, len(book.entries)) for book in books} == {(2 * (2048 + 64), 2 * 4 * 4096, 4)}
+    assert {(book.stored, book.equivalent, len(book.entries)) for book in books} == {
+        (2048 + 64 + 4096 + 64, 2 * 4 * 4096, 4)  # GELU bends at its argument: 8 bits
+    }
     with ledger() as inner_first, torch.autograd.graph.save_on_cpu(), ledger() as second:
         model(x).sum().backward()
     assert not inner_first.entries

@@ -1,7 +1,7 @@
 """Back-propagation with approximate activations: an exact forward pass that keeps a few bits an element.
 
-`convert` rewrites the batch norms, ReLUs, convolutions and linear layers of a model; `saved_tensors` works on any
-module; `ledger` shows what is kept, `gradient_audit` what it costs in accuracy of gradients.
+`convert` rewrites the norms, activation functions, convolutions and linear layers of a model; `saved_tensors` works on
+any module; `ledger` shows what is kept, `gradient_audit` what it costs in accuracy of gradients.
 
 Source: Chakrabarti and Moseley, "Backprop with approximate activations for memory-efficient network training", NeurIPS
 2019.
@@ -9,6 +9,7 @@ Source: Chakrabarti and Moseley, "Backprop with approximate activations for memo
 
 from lowbit_ext.lowmem._convert import Conversion, convert, report
 from lowbit_ext.lowmem._ledger import Ledger, ledger
+from lowbit_ext.lowmem._stored import empty_cache
 from lowbit_ext.lowmem.audit import LayerError, gradient_audit
 from lowbit_ext.lowmem.blocks import LowMemBlock
 from lowbit_ext.lowmem.codes import (
@@ -24,5 +25,6 @@ from lowbit_ext.lowmem.hooks import saved_tensors
 
 __all__ = [
     "ChannelCodes", "Codes", "Conversion", "LayerError", "Ledger", "LowMemBlock", "convert", "dequantize",
-    "dequantize4", "gradient_audit", "ledger", "quantize", "quantize4", "quantize_channels", "report", "saved_tensors",
+    "dequantize4", "empty_cache", "gradient_audit", "ledger", "quantize", "quantize4", "quantize_channels", "report",
+    "saved_tensors",
 ]

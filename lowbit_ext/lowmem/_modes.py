@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
 
 from lowbit_ext._graph import trace
+
+_DEPENDS = "its graph depends on which arguments are given"
 
 
 class _Mode:
@@ -17,9 +20,11 @@ class _Mode:
 def trace_in_both_modes(model: nn.Module, is_whole: Callable[[nn.Module], bool]) -> fx.Graph | None:
     """The graph, if it is the same in training and evaluation but for flags that follow the mode; None otherwise.
 
-    Such flags, as a dropout's `training=self.training`, are left to read_modes().
+    Such flags, as a dropout's `training=self.training`, are left to read_modes(). Raises TraceError where the graph
+    depends on which optional arguments are given.
     """
     graph, evaluation = trace(model.train(), is_whole), trace(model.eval(), is_whole)
+    _check_optional(model, is_whole, evaluation)
     same = len(graph.nodes) == len(evaluation.nodes)
     for node, other in zip(graph.nodes, evaluation.nodes, strict=False):
         same = same and len(node.args) == len(other.args) and node.kwargs.keys() == other.kwargs.keys()
@@ -32,6 +37,24 @@ def trace_in_both_modes(model: nn.Module, is_whole: Callable[[nn.Module], bool])
         same = _signature(node, args, kwargs) == _signature(other, other_args, other_kwargs)
         node.args, node.kwargs = args, kwargs
     return graph if same else None
+
+
+def _check_optional(model: nn.Module, is_whole: Callable[[nn.Module], bool], graph: fx.Graph) -> None:
+    """Raises TraceError where the graph of a call with all arguments does not serve calls without optional ones."""
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    optional = [parameter.name for parameter in parameters if parameter.default is None]
+    if optional:
+        try:
+            other = trace(model, is_whole, absent=optional)
+        except Exception:  # the user's forward may raise anything, of None all the more
+            raise fx.proxy.TraceError(_DEPENDS) from None
+        if _calls(other) != _calls(graph):
+            raise fx.proxy.TraceError(_DEPENDS)
+
+
+def _calls(graph: fx.Graph) -> list[tuple[str, Any]]:
+    nodes = [node for node in graph.nodes if node.op != "placeholder"]
+    return [(node.op, node.target) for node in nodes if getattr(node.target, "__name__", "") != "_assert_is_none"]
 
 
 def read_modes(graph: fx.Graph) -> None:

@@ -21,18 +21,18 @@ from torch import Tensor, nn
 from lowbit_ext._graph import Pool, pool_of
 from lowbit_ext._torch import BatchNorm, Convolution, batch_norm_impl_index
 from lowbit_ext.lowmem import _ledger, ops
-from lowbit_ext.lowmem._stored import Stored, apply_pool, read_codes, version_of
+from lowbit_ext.lowmem._stored import (
+    Stored,
+    apply_pool,
+    attach,
+    attached,
+    coded,
+    read_codes,
+    refuse_second_order,
+    shared_attributes,
+    version_of,
+)
 from lowbit_ext.lowmem.codes import check_settings
-
-
-def _refuse_second_order(name: str) -> None:
-    # Grad mode is on within a backward pass for create_graph=True alone.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"lowmem: {name} has no second derivative: its backward pass reads rounded activations. Call backward() "
-            "without create_graph=True, or differentiate the model that was not converted"
-        )
-
 
 # --- batch norm and ReLU ----------------------------------------------------------------------------------------------
 
@@ -68,7 +68,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-        _refuse_second_order("batch norm")
+        refuse_second_order("batch norm")
         codes, invstd, gamma, beta = ctx.saved_tensors
         grad_input, grad_gamma, grad_beta = ops.batch_norm_relu_backward(
             grad, codes, gamma, beta, invstd.view(ctx.statistics), *ctx.settings
@@ -80,40 +80,6 @@ class _BatchNorm(torch.autograd.Function):
             grad_beta if need[2] else None,
             *(None,) * 8,
         )
-
-
-class _ReLU(torch.autograd.Function):
-    """(relu(x), codes and groups): code 0 is exactly where the result is 0."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-        out = x.relu()
-        codes, scale_minimum = ops.group_quantize(out, bits, True, None, 0)
-        scale_minimum = scale_minimum.view(torch.uint8)  # as bytes: saved_tensors() codes floats
-        _ledger.stands_for(codes, out)
-        _ledger.stands_for(scale_minimum)
-        ctx.save_for_backward(codes, scale_minimum)
-        ctx.settings = tuple(x.shape), ops.is_channels_last(out), bits
-        ctx.mark_non_differentiable(codes, scale_minimum)
-        return out, codes, scale_minimum
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-        _refuse_second_order("ReLU")
-        shape, channels_last, bits = ctx.settings
-        codes, scale_minimum = ctx.saved_tensors
-        scale_minimum = scale_minimum.view(torch.bfloat16)
-        value = ops.group_dequantize(codes, scale_minimum, shape, channels_last, grad.dtype, bits)
-        return torch.ops.aten.threshold_backward(grad, value, 0), None
-
-
-def relu(x: Tensor, bits: int) -> tuple[Tensor, Stored | None]:
-    """ReLU and its codes in groups of 256; no codes where no gradient is recorded."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return F.relu(x), None
-    out, *tensors = _ReLU.apply(x, bits)
-    shape, channels_last = tuple(x.shape), ops.is_channels_last(out)
-    return out, Stored(tuple(tensors), "group", bits, 0.0, True, shape, channels_last, out.dtype, version_of(out))
 
 
 class _BatchNormCodes(BatchNorm):
@@ -133,8 +99,11 @@ class _BatchNormCodes(BatchNorm):
 
     def forward(self, x: Tensor, relu: bool = False) -> Any:
         """The exact result, and its codes where a gradient is recorded."""
-        both = self._forward(x, relu)
-        return both[0] if self.alone else both
+        out, stored = self._forward(x, relu)
+        if not self.alone:
+            return out, stored
+        attach(out, stored)
+        return out
 
     def _forward(self, x: Tensor, relu: bool) -> tuple[Tensor, Stored | None]:
         if not isinstance(x, Tensor):
@@ -196,7 +165,7 @@ class _MaxPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        _refuse_second_order("max-pooling")
+        refuse_second_order("max-pooling")
         (place,) = ctx.saved_tensors
         pool, width = ctx.pool, ctx.shape[-1]
         indices = _corners(pool, width, grad) + _in_lines(place, pool.kernel[1], width, pool)
@@ -235,7 +204,7 @@ class _AvgPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        _refuse_second_order("average pooling")
+        refuse_second_order("average pooling")
         pool = ctx.pool
         layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
         like = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
@@ -251,7 +220,7 @@ def pool(x: Tensor, stored: Stored | None, spec: Pool) -> tuple[Tensor, Stored |
     out = (_MaxPool if spec.kind == "max" else _AvgPool).apply(x, spec)
     if stored is None or version_of(x) != stored.version:
         return out, None
-    return out, stored._replace(version=version_of(out), pools=(*stored.pools, spec))
+    return out, stored.after(out, spec)
 
 
 # --- convolution and linear layers ------------------------------------------------------------------------------------
@@ -276,7 +245,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        _refuse_second_order("convolution")
+        refuse_second_order("convolution")
         weight, *tensors = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         need = list(ctx.needs_input_grad[:3])
@@ -292,55 +261,81 @@ class _Conv(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer whose weight gradient reads codes; the gradient of its input is exact."""
+    """A linear layer whose weight gradient reads codes; the gradient of its input is exact.
+
+    The weight is (outputs, inputs), or `transposed`.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, meta: Stored, *tensors: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, meta: Stored, *tensors: Tensor
     ) -> Tensor:
         _ledger.stands_for(tensors[0], x)
         ctx.save_for_backward(weight, *tensors)
         ctx.meta, ctx.dtype, ctx.bias_dtype = meta, x.dtype, None if bias is None else bias.dtype
-        ctx.features = x.shape[-1]
-        return F.linear(x, weight, bias)
+        ctx.features, ctx.transposed = x.shape[-1], transposed
+        if not transposed:
+            return F.linear(x, weight, bias)
+        assert bias is not None
+        return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        _refuse_second_order("linear layer")
+        refuse_second_order("linear layer")
         weight, *tensors = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         need = ctx.needs_input_grad
-        grad_input = (grad @ weight.to(grad.dtype)).to(ctx.dtype) if need[0] else None
+        matrix = weight.t() if ctx.transposed else weight
+        grad_input = (grad @ matrix.to(grad.dtype)).to(ctx.dtype) if need[0] else None
         grad_weight = None
         if need[1]:
             # Codes of an image stand for the flattened one; contiguous, so that its order is the flattened order.
             x = read_codes(ctx.meta, tuple(tensors), grad.dtype).contiguous().reshape(-1, ctx.features)
-            grad_weight = (rows.t() @ x).to(weight.dtype)
+            grad_weight = (x.t() @ rows if ctx.transposed else rows.t() @ x).to(weight.dtype)
         grad_bias = rows.sum(0).to(ctx.bias_dtype) if need[2] else None
-        return grad_input, grad_weight, grad_bias, None, *(None for _ in tensors)
+        return grad_input, grad_weight, grad_bias, None, None, *(None for _ in tensors)
 
 
-def _readable(layer: nn.Module, x: Tensor, stored: Stored) -> bool:
-    """Whether a gradient of the layer is recorded that codes can give."""
-    needed = layer.weight.requires_grad or x.requires_grad
-    return torch.is_grad_enabled() and bool(needed) and version_of(x) == stored.version
+def _of_input(layer: nn.Module, x: Tensor, stored: Stored | None, bits: int) -> Stored | None:
+    """The codes that the layer's gradient reads: those given, or its own; None: the plain layer."""
+    if not torch.is_grad_enabled():
+        return None
+    if stored is not None and version_of(x) == stored.version:
+        return stored if layer.weight.requires_grad or x.requires_grad else None
+    # What nobody computed, as a batch of images, is there anyway.
+    is_result = x.requires_grad and (torch.compiler.is_compiling() or x.grad_fn is not None)
+    if not (is_result and layer.weight.requires_grad and x.dtype in ops.FLOAT_TYPES and x.numel()):
+        return None
+    found = attached(x)
+    if found is None:
+        found = coded(x, bits)
+        attach(x, found)
+    return found
 
 
-class _ConvCodes(Convolution):
-    """What the convolutions below share: forward(x, codes)."""
+class _Reader(nn.Module):
+    """What the layers below share: forward(x, codes of x or None)."""
 
-    _call: Callable[..., Tensor]
+    bits: int
 
     @classmethod
-    def like(cls, module: nn.Module) -> _ConvCodes:
+    def like(cls, module: nn.Module, bits: int) -> Any:
         """The same layer that reads codes: the same parameters and hooks."""
         made = cls.__new__(cls)
         made.__dict__.update(shared_attributes(module))
+        made.bits = bits
         return made
 
+
+class _ConvCodes(_Reader, Convolution):
+    """What the convolutions below share."""
+
+    _call: Callable[..., Tensor]
+
     def forward(self, x: Tensor, stored: Stored | None = None) -> Tensor:
-        """The exact result; codes None: the plain layer."""
-        if stored is None or x.dim() != self.weight.dim() or not _readable(self, x, stored):
+        """The exact result; codes None: those of the layer's own making."""
+        stored = _of_input(self, x, stored, self.bits) if isinstance(x, Tensor) else None
+        if stored is None or x.dim() != self.weight.dim():
             return super().forward(x)
         geometry = (self.stride, _padding(self), self.dilation, self.groups)
         meta = stored._replace(tensors=())
@@ -365,21 +360,34 @@ class Conv3d(_ConvCodes, nn.Conv3d):
     _call = staticmethod(F.conv3d)
 
 
-class Linear(nn.Linear):
+class Linear(_Reader, nn.Linear):
     """nn.Linear that reads codes."""
 
-    @classmethod
-    def like(cls, module: nn.Module) -> Linear:
-        """The same layer that reads codes: the same parameters and hooks."""
-        made = cls.__new__(cls)
-        made.__dict__.update(shared_attributes(module))
-        return made
+    def forward(self, x: Tensor, stored: Stored | None = None) -> Tensor:
+        """The exact result; codes None: those of the layer's own making."""
+        stored = _of_input(self, x, stored, self.bits) if isinstance(x, Tensor) else None
+        if stored is None:
+            return super().forward(x)
+        return _Linear.apply(x, self.weight, self.bias, False, stored._replace(tensors=()), *stored.tensors)
+
+
+class TransposedLinear(_Reader):
+    """The linear layer of GPT-2 in transformers, which calls it Conv1D: its weight is (inputs, outputs)."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
 
     def forward(self, x: Tensor, stored: Stored | None = None) -> Tensor:
-        """The exact result; codes None: the plain layer."""
-        if stored is None or not _readable(self, x, stored):
-            return super().forward(x)
-        return _Linear.apply(x, self.weight, self.bias, stored._replace(tensors=()), *stored.tensors)
+        """The exact result; codes None: those of the layer's own making."""
+        stored = _of_input(self, x, stored, self.bits)
+        if stored is None:
+            return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+        return _Linear.apply(x, self.weight, self.bias, True, stored._replace(tensors=()), *stored.tensors)
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether TransposedLinear can take its place."""
+    return (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 BATCH_NORMS: dict[type[nn.Module], Any] = {
@@ -388,17 +396,6 @@ BATCH_NORMS: dict[type[nn.Module], Any] = {
 READERS: dict[type[nn.Module], Any] = {
     nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d, nn.Linear: Linear,
 }
-
-
-def shared_attributes(module: nn.Module) -> dict[str, Any]:
-    """Attributes of a module for a second one with the same parameters and buffers: its registries are copies.
-
-    What Module.compile() made of the first is not the second's.
-    """
-    return {
-        name: value.copy() if isinstance(value, dict) else value
-        for name, value in vars(module).items() if name != "_compiled_call_impl"
-    }
 
 
 def _padding(conv: Convolution) -> tuple[int, ...]:
@@ -463,7 +460,7 @@ class LowMemBlock(nn.Module):
         if reason is not None:
             raise TypeError(f"LowMemBlock: layer must be an nn.Conv1d, 2d, 3d or nn.Linear: {reason}")
         self.norm = BATCH_NORMS[type(norm)].like(norm, bits, span)
-        self.layer = READERS[type(layer)].like(layer)
+        self.layer = READERS[type(layer)].like(layer, bits)
         self.pool = pool_of(type(pool), vars(pool)) if isinstance(pool, nn.Module) else None
         if pool is not None and not is_poolable(self.pool):
             raise TypeError(f"LowMemBlock: pool must be an nn.MaxPool2d or nn.AvgPool2d, got {pool!r}")

@@ -111,6 +111,10 @@ class Codes:
         """Bytes of codes, scales and minima."""
         return self.codes.nbytes + self.scale_minimum.nbytes
 
+    def to(self, device: torch.device | str | int) -> Codes:
+        """The same codes on a device; themselves where they are there."""
+        return _to(self, "Codes", device)
+
 
 @dataclasses.dataclass(frozen=True)
 class ChannelCodes:
@@ -148,6 +152,22 @@ class ChannelCodes:
     def nbytes(self) -> int:
         """Bytes of codes, deviations and means."""
         return self.codes.nbytes + self.std.nbytes + self.mean.nbytes
+
+    def to(self, device: torch.device | str | int) -> ChannelCodes:
+        """The same codes on a device; themselves where they are there."""
+        return _to(self, "ChannelCodes", device)
+
+
+def _to(codes: Any, name: str, device: Any) -> Any:
+    if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
+        raise TypeError(f"{name}.to: device must be a torch.device, str or int, got {type(device).__name__}")
+    fields = vars(codes)
+    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in fields.items()}
+    return codes if all(moved[key] is fields[key] for key in fields) else unchecked(type(codes), **moved)
+
+
+# torch.load(weights_only=True) reads them.
+torch.serialization.add_safe_globals([Codes, ChannelCodes])
 
 
 def quantize(

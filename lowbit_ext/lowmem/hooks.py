@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 
-from lowbit_ext import _oplib
 from lowbit_ext.lowmem import _ledger, ops
+from lowbit_ext.lowmem._forms import (
+    CODES,
+    EXACT,
+    FINE,
+    Call,
+    Encoded,
+    Form,
+    dictionary,
+    encode,
+    form_of,
+    pack_bits,
+    unpack_bits,
+)
+from lowbit_ext.lowmem._stored import quantize_saved
 from lowbit_ext.lowmem.codes import as_int, check_flags, check_generator, check_settings, drawn_seed
 
 # Between a parameter and what an operation keeps of it: views, and the copies that autocast makes.
 _OF_LEAF = ("ToCopyBackward0", "TBackward0", "TransposeBackward0", "PermuteBackward0", "ViewBackward0")
 
 
-# --- coding -----------------------------------------------------------------------------------------------------------
-
-
-def _quantize(x: Tensor, bits: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    return ops.group_quantize(x, bits, x.numel() > 0 and bool(x.amin() == 0), seed, 0)
-
-
-def _quantize_outputs(x: Tensor, bits: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    return ops.group_quantize(x, bits, False, seed, 0)
-
-
-# group_quantize, `positive` where the smallest element is 0, as a ReLU's: elsewhere to raise small elements from code 0
-# would be a bias for nothing. An operator, so that a compiled graph decides at every call.
-_quantize_saved = _oplib.define(
-    "group_quantize_saved(Tensor x, int bits, Tensor? seed) -> (Tensor, Tensor)",
-    outputs=_quantize_outputs, launcher=_quantize,
-)
+# --- eager hooks ------------------------------------------------------------------------------------------------------
 
 
 def _flat(x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
@@ -52,58 +51,67 @@ def _unflat(flat: Tensor, order: tuple[int, ...], shape: tuple[int, ...]) -> Ten
     return flat.reshape(shape).permute(places)
 
 
-def _pack_bools(flat: Tensor) -> Tensor:
-    rows = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).reshape(-1, 8)
-    return (rows << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
-
-
-def _unpack_bools(words: Tensor, count: int) -> Tensor:
-    shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
-    return (words[:, None] >> shifts & 1).reshape(-1)[:count].bool()
-
-
-def _narrow(flat: Tensor) -> Tensor:
-    low, high = (int(value) for value in torch.aminmax(flat))
-    for dtype in (torch.uint8, torch.int16, torch.int32):
-        limits = torch.iinfo(dtype)
-        if limits.min <= low and high <= limits.max:
-            return flat.to(dtype)
-    return flat.clone()
-
-
-# --- eager hooks ------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class _Coded:
-    """Codes of a piece of a storage, which several operations may keep in several shapes.
+    """A piece of a storage in one form, which several operations may keep in several shapes.
 
     Attributes:
-        tensors: codes, scales and minima of floats; words of bools; integers in a narrower type.
-        storage: keeps the storage's address from being used again: it is how the piece is known.
+        storages: keep the storages' addresses from being used again: it is how a piece is known.
+        curve: of an activation function's argument: the function, whose result needs no codes of its own.
     """
 
-    tensors: tuple[Tensor, ...]
-    bits: int
-    dtype: torch.dtype
-    count: int
-    storage: StorageWeakRef
-
-    def read(self) -> Tensor:
-        if self.dtype.is_floating_point:
-            return ops.group_dequantize(*self.tensors, (self.count,), False, self.dtype, self.bits)
-        if self.dtype == torch.bool:
-            return _unpack_bools(self.tensors[0], self.count)
-        return self.tensors[0].to(self.dtype)
+    encoded: Encoded
+    order: tuple[int, ...]
+    storages: list[StorageWeakRef]
+    curve: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Packed:
-    """A tensor: codes of a piece of memory, and how it lies in there, see _flat."""
+    """A tensor: a piece of memory, how it lies in there, see _flat, and a function that the elements go through."""
 
     coded: _Coded
     order: tuple[int, ...]
     shape: tuple[int, ...]
+    curve: Callable[[Tensor], Tensor] | None = None
+
+    def read(self) -> Tensor:
+        flat = self.coded.encoded.decode(*self.coded.encoded.tensors)
+        return _unflat(flat if self.curve is None else self.curve(flat), self.order, self.shape)
+
+
+class _Watch(TorchFunctionMode):
+    """Knows which of torch's functions runs; what that calls in turn is not seen.
+
+    Attributes:
+        call: the function.
+        argument: what it keeps in place of its argument, if it is a curve.
+        on_result: called with that and the result.
+    """
+
+    def __init__(self, on_result: Callable[[_Coded, Tensor], None]) -> None:
+        super().__init__()
+        self.call: Call | None = None
+        self.argument: _Coded | None = None
+        self.on_result = on_result
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        self.call = Call(func.__name__.strip("_"), args, kwargs)
+        try:
+            result = func(*args, **kwargs)
+            if self.argument is not None and isinstance(result, Tensor):
+                self.on_result(self.argument, result)
+            return result
+        finally:
+            self.call = self.argument = None
+
+
+def _place(flat: Tensor, version: int) -> tuple[Any, ...]:
+    """What tells a piece of memory from every other, while its storage is referred to."""
+    return flat.untyped_storage()._cdata, flat.storage_offset(), flat.numel(), flat.dtype, version
 
 
 class saved_tensors:
@@ -118,14 +126,22 @@ class saved_tensors:
         generator: gives the seeds of stochastic rounding; None: torch's own.
         compiled: put the coding into the graphs of models compiled by torch.compile, which then return codes and need
             not hold full precision until their end. Without it, such a model works as any other, but is coded after its
-            forward pass. In this form integers stay as they are; so do arguments and results of a compiled graph.
+            forward pass. In this form integers stay as they are, so do arguments and results of a compiled graph, and
+            floats are codes whatever derivative reads them.
+
+    The form follows from the derivative that reads a tensor, see the table in docs/lowmem.md: codes of `bits` bits
+    where it multiplies by the value; a bit where it compares the value with a threshold, exact; codes of 8 bits of the
+    argument of GELU, SiLU, Hardswish and Mish, which stand for the result as well, and of queries and keys; half
+    precision where it divides by the value; of sigmoid the logit. Statistics of norms, what is not finite and constants
+    with at most 16 values, as masks, are exact, the latter in up to 4 bits. What codes do not resolve, as logits with a
+    mask of -1e4 among them, is kept in half precision. A function of Python that calls others, as
+    F.multi_head_attention_forward, is known by its own name alone.
 
     A piece of memory that several operations keep is packed once: the result of a ReLU, which the ReLU and the next
     layer keep. Tensors whose smallest element is 0 keep their zeros exactly: the mask of ReLU stays exact. Boolean
-    tensors become a bit an element, int64 ones (indices of pooling) the narrowest type. Gradients read rounded values;
-    where a layer's input gradient does, as that of batch norm, GELU or attention, the error goes on to the layers in
-    front of it. `convert` keeps about half as much where it applies: one code for all that batch norm, ReLU and
-    convolution keep.
+    tensors become a bit an element, int64 ones (indices of pooling) the narrowest type. Where a layer's input gradient
+    reads rounded values, as that of batch norm, GELU or attention, the error goes on to the layers in front of it.
+    `convert` keeps about half as much where it applies: one code for all that batch norm, ReLU and convolution keep.
 
     Works with retain_graph, torch.utils.checkpoint, autocast, DistributedDataParallel and `ledger`; of nested ones the
     innermost counts. The context is for the forward pass; backward may run outside of it. A tensor that is modified in
@@ -165,7 +181,9 @@ class saved_tensors:
         self._generator = generator
         self._held = _ledger.Held(keep)
         self._coded: weakref.WeakValueDictionary[tuple[Any, ...], _Coded] = weakref.WeakValueDictionary()
-        self._entered: list[torch.autograd.graph.saved_tensors_hooks] = []
+        self._arguments: weakref.WeakValueDictionary[tuple[Any, ...], _Coded] = weakref.WeakValueDictionary()
+        self._watch = _Watch(self._note_result)
+        self._entered: list[contextlib.ExitStack] = []
 
     def _is_held(self, x: Tensor) -> bool:
         """Whether x is memory that is there anyway, or a cast of a parameter, which exact gradients rest on."""
@@ -184,33 +202,50 @@ class saved_tensors:
         sizes = [tuple(p.shape) for p in frozen if p.dim() > 1 and p.dtype != x.dtype]
         return tuple(x.shape) in sizes or tuple(x.shape)[::-1] in sizes
 
-    def _encode(self, flat: Tensor) -> _Coded:
-        if flat.dtype == torch.bool:
-            tensors: tuple[Tensor, ...] = (_pack_bools(flat),)
-        elif flat.dtype == torch.int64:
-            tensors = (_narrow(flat),)
-        else:
-            tensors = _quantize_saved(flat, self.bits, drawn_seed(self.stochastic, self._generator))
-        return _Coded(tensors, self.bits, flat.dtype, flat.numel(), StorageWeakRef(flat.untyped_storage()))
-
     def _pack(self, x: Tensor) -> _ledger.Kept | _Packed:
-        if not _is_suited(x, self.min_numel, (*ops.FLOAT_TYPES, torch.bool, torch.int64)) or self._is_held(x):
-            _ledger.record(x)
-            return _ledger.Kept.of(x)
+        call = self._watch.call
+        if _is_suited(x, self.min_numel, (*ops.FLOAT_TYPES, torch.bool, torch.int64)) and not self._is_held(x):
+            packed = self._coded_as(x, form_of(x, call), call)
+            if packed is not None:
+                for kept in packed.coded.encoded.tensors:
+                    _ledger.record(kept, x)
+                return packed
+        _ledger.record(x)
+        return _ledger.Kept.of(x)
+
+    def _coded_as(self, x: Tensor, form: Form, call: Call | None) -> _Packed | None:
+        """x as codes, those that are there already if they do; None: it is to be kept as it is."""
         flat, order, shape = _flat(x.detach())
-        key = (flat.untyped_storage()._cdata, flat.storage_offset(), flat.numel(), flat.dtype, x._version)
-        coded = self._coded.get(key)
+        place = _place(flat, x._version)
+        argument = self._arguments.get(place)
+        if argument is not None:
+            return _Packed(argument, order, shape, argument.curve)
+        coded = self._coded.get((place, form)) or (self._coded.get((place, FINE)) if form == CODES else None)
         if coded is None:
-            coded = self._coded[key] = self._encode(flat)
-        for kept in coded.tensors:
-            _ledger.record(kept, x)
+            encoded = None
+            if x.is_floating_point() and not x.requires_grad and form in (CODES, EXACT):
+                encoded = dictionary(flat)
+            seed = drawn_seed(self.stochastic, self._generator)
+            encoded = encoded or encode(flat, form, self.bits, seed)
+            if encoded is None:
+                return None
+            coded = _Coded(encoded, order, [StorageWeakRef(flat.untyped_storage())])
+            self._coded[place, form] = coded
+        if form == FINE and call is not None and call.curve() is not None:
+            coded.curve = call.curve()
+            self._watch.argument = coded
         return _Packed(coded, order, shape)
+
+    def _note_result(self, argument: _Coded, result: Tensor) -> None:
+        """Of an activation function: what keeps its result reads the codes of its argument."""
+        flat, order, _ = _flat(result.detach())
+        if order == argument.order and flat.untyped_storage()._cdata == result.untyped_storage()._cdata:
+            argument.storages.append(StorageWeakRef(flat.untyped_storage()))
+            self._arguments[_place(flat, result._version)] = argument
 
     @staticmethod
     def _unpack(packed: _ledger.Kept | _Packed) -> Tensor:
-        if isinstance(packed, _ledger.Kept):
-            return packed.read("saved_tensors")
-        return _unflat(packed.coded.read(), packed.order, packed.shape)
+        return packed.read("saved_tensors") if isinstance(packed, _ledger.Kept) else packed.read()
 
     def __enter__(self) -> saved_tensors:
         if torch.compiler.is_compiling():
@@ -220,9 +255,11 @@ class saved_tensors:
         hooks: Any = (self._pack, self._unpack)
         if self.compiled:
             hooks = _traced_hooks(self.bits, self.stochastic, self.min_numel)
-        saved = torch.autograd.graph.saved_tensors_hooks(*hooks)
-        saved.__enter__()
-        self._entered.append(saved)
+        entered = contextlib.ExitStack()
+        entered.enter_context(torch.autograd.graph.saved_tensors_hooks(*hooks))
+        if not self.compiled:
+            entered.enter_context(self._watch)
+        self._entered.append(entered)
         return self
 
     def __exit__(
@@ -244,9 +281,9 @@ def _pack_traced(x: Tensor, bits: int, stochastic: bool, min_numel: int) -> tupl
         return (x.detach(),)
     flat, order, shape = _flat(x)
     if x.dtype == torch.bool:
-        tensors: tuple[Tensor, ...] = (_pack_bools(flat),)
+        tensors: tuple[Tensor, ...] = (pack_bits(flat),)
     else:
-        tensors = _quantize_saved(flat, bits, drawn_seed(stochastic))
+        tensors = quantize_saved(flat, bits, drawn_seed(stochastic))
     return (*tensors, x.dtype, order, shape)
 
 
@@ -258,7 +295,7 @@ def _unpack_traced(packed: tuple[Any, ...], bits: int) -> Tensor:
     for size in shape:
         count *= size
     if dtype == torch.bool:
-        flat = _unpack_bools(tensors[0], count)
+        flat = unpack_bits(tensors[0], count)
     else:
         flat = ops.group_dequantize(*tensors, (count,), False, dtype, bits)
     return _unflat(flat, order, shape)
