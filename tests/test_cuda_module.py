@@ -130,5 +130,5 @@ def test_module_without_a_driver():
     assert module.architecture(0) == -1
     words, values = torch.zeros(1, dtype=torch.int64), torch.empty(1)
     status = module.unpack(words.data_ptr(), 1, 1, 0.0, 1.0, values.data_ptr(), 0, 0, 0)
-    with pytest.raises(RuntimeError, match=r"^unpack: CUDA reports: .*\(cudaError\w+\)$"):
+    with pytest.raises(RuntimeError, match=r"^unpack: CUDA reports: .*\(cudaError\w+\)(: no driver was found)?$"):
         _native.check("unpack", status)

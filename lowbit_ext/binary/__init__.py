@@ -8,10 +8,10 @@ from lowbit_ext.binary.activation import binarize, binary_activation, unpack
 from lowbit_ext.binary.conversion.convert import LayerConversion, conversions, convert
 from lowbit_ext.binary.convolution import conv1d, conv2d, linear
 from lowbit_ext.binary.layers import BinaryActivation, BinaryConv1d, BinaryConv2d, BinaryLinear
-from lowbit_ext.binary.matmul import matmul
 from lowbit_ext.binary.packing.pack import pack
 from lowbit_ext.binary.packing.packed_model import PackedModel, load, save
 from lowbit_ext.binary.pooling import avg_pool2d, global_avg_pool, max_pool2d
+from lowbit_ext.binary.products import matmul
 from lowbit_ext.binary.two_levels import TwoLevelConv2d
 from lowbit_ext.binary.weight_cache import cached_weights
 from lowbit_ext.binary.weights import PackedWeight, pack_weight
