@@ -18,10 +18,12 @@ LOWBIT_TEST(device) {
     if (cuda::status_of(cudaErrorInsufficientDriver) != Status::cuda_error) fail("an old driver is no error");
     if (strcmp(cuda::last_error_text(), text) != 0) fail(std::string("the error's text is ") + cuda::last_error_text());
   };
-  expect_text(0, "CUDA driver version is insufficient for CUDA runtime version (cudaErrorInsufficientDriver): no driver "
-                 "was found");
-  expect_text(12040, "CUDA driver version is insufficient for CUDA runtime version (cudaErrorInsufficientDriver): the "
-                     "driver is for CUDA 12.4, this module needs one for 13.0 or later");
+  expect_text(0,
+              "CUDA driver version is insufficient for CUDA runtime version (cudaErrorInsufficientDriver): no driver "
+              "was found");
+  expect_text(12040,
+              "CUDA driver version is insufficient for CUDA runtime version (cudaErrorInsufficientDriver): the "
+              "driver is for CUDA 12.4, this module needs one for 13.0 or later");
 
   uint64_t word = 1;
   float value = 0;
