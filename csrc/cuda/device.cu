@@ -18,7 +18,7 @@ int attribute(int device, cudaDeviceAttr which) {
 Status status_of(cudaError_t error) noexcept {
   if (error == cudaSuccess) return Status::ok;
   int written = snprintf(error_text, sizeof error_text, "%s (%s)", cudaGetErrorString(error), cudaGetErrorName(error));
-  cudaGetLastError();  // or the next call would return it again
+  cudaGetLastError();           // or the next call would return it again
   int driver = 0, runtime = 0;  // 1000 * major + 10 * minor
   if (error == cudaErrorInsufficientDriver && cudaDriverGetVersion(&driver) == cudaSuccess &&
       cudaRuntimeGetVersion(&runtime) == cudaSuccess) {

@@ -54,9 +54,7 @@ struct Avx2NarrowKernel {
     int shift;
   };
 
-  static inline __m256i load_vector(const void* from) {
-    return _mm256_loadu_si256(static_cast<const __m256i*>(from));
-  }
+  static inline __m256i load_vector(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
   template <int kLaneBytes, bool kOneWord>
   static void run_lanes(const BinaryConv2dArgs& args, const Tile& tile, const uint8_t* block, int32_t* const* acc) {

@@ -126,8 +126,7 @@ struct Avx512NarrowKernel {
     for (int64_t y = 0; y < window.rows; ++y) {
       for (int64_t x = 0; x < window.columns; ++x) {
         const int64_t offset = y * window.input_row + x * window.input_column;
-        const __m512i weight_u8x64 =
-            _mm512_loadu_si512(load.weight + y * window.weight_row + x * window.weight_column);
+        const __m512i weight_u8x64 = _mm512_loadu_si512(load.weight + y * window.weight_row + x * window.weight_column);
         repeat<kPixels>([&](auto p) {
           const __m512i pixel_u8x64 = _mm512_maskz_loadu_epi8(load.bytes, input[p] + offset);
           const __m512i differing_u8x64 =

@@ -12,8 +12,8 @@ namespace {
 
 constexpr int64_t kByteBits = 8;
 constexpr int64_t kMostLaneBytes = 4;
-// Of the filters of a group. Groups of more fill the vectors of the other kernel: 4 groups of 32 channels and 64 filters,
-// 256 bytes, take it 51 us in AVX2 where lanes take 79; 8 of 32 and 32 take it 42 in AVX-512, and lanes 39.
+// Of the filters of a group. Groups of more fill the vectors of the other kernel: 4 groups of 32 channels and 64
+// filters, 256 bytes, take it 51 us in AVX2 where lanes take 79; 8 of 32 and 32 take it 42 in AVX-512, and lanes 39.
 constexpr int64_t kMostGroupBytes = 128;
 
 // Groups begin at multiples, within a byte, of the largest power of two that divides their channels.
@@ -106,8 +106,8 @@ struct NarrowWindow {
   int64_t taps() const { return rows * columns; }
 };
 
-// Calls body(window) for windows that make up the tile's taps, of which there may be none. The convolution is the sum of
-// what they give.
+// Calls body(window) for windows that make up the tile's taps, of which there may be none. The convolution is the sum
+// of what they give.
 template <class Tile, class Body>
 [[gnu::always_inline]] inline void for_each_window(const ConvShape& shape, const Tile& tile, int64_t lanes,
                                                    const Body& body) {
