@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import os
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from lowbit_ext import antithetic, binary
 from lowbit_ext.antithetic import bounds, estimators, expectation, gradient, multi_sample_bound, ops, sample, surrogate
 from lowbit_ext.antithetic.samples import owens_t
 from lowbit_ext.models import BernoulliVAE
+from process_groups import needs_gloo, run_in_two_processes
 from reference import antithetic as reference
 
 COUPLINGS = tuple(ops.COUPLINGS)
@@ -575,20 +575,16 @@ class _Training(torch.nn.Module):
         return -self.vae.evidence_lower_bound(x, 4, generator=torch.Generator().manual_seed(seed)).mean()
 
 
-def _distributed_worker(rank, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _distributed_gradients(rank):
     x = (torch.rand(8, 32, generator=torch.Generator().manual_seed(rank)) > 0.5).float()
     model = torch.nn.parallel.DistributedDataParallel(_Training())
     model(x, rank).backward()
-    torch.save({name: p.grad for name, p in model.module.named_parameters()}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return {name: p.grad for name, p in model.module.named_parameters()}
 
 
-def test_distributed_data_parallel_averages_the_estimates(tmp_path):
-    torch.multiprocessing.spawn(_distributed_worker, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+@needs_gloo
+def test_distributed_data_parallel_averages_the_estimates():
+    first, second = run_in_two_processes(_distributed_gradients)
     single = _Training()
     with one_thread():
         for rank in (0, 1):

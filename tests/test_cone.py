@@ -11,8 +11,6 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
@@ -22,6 +20,7 @@ from conftest import sum_bound
 from lowbit_ext import cone
 from lowbit_ext.cone import Cone, ConeActivation, ConeLinear, Polyhedron, generators, layers
 from lowbit_ext.cone.projection import Projection
+from process_groups import needs_gloo, run_in_two_processes
 from reference import cone as reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -753,9 +752,7 @@ def test_export_and_vmap():
     torch.testing.assert_close(torch.vmap(layer)(x), layer(x))
 
 
-def _train_with_ddp(rank, address, results):
-    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _train_with_ddp(rank):
     torch.manual_seed(rank)
     layer = nn.parallel.DistributedDataParallel(ConeLinear(4, cone.checkerboard(4, 4, 2)))
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
@@ -763,18 +760,15 @@ def _train_with_ddp(rank, address, results):
         optimizer.zero_grad()
         layer(torch.randn(8, 4)).square().mean().backward()
         optimizer.step()
-    results[rank] = layer.module.linear.weight.detach().clone()
     x = layer(torch.randn(50, 4)).detach()
     assert cone.checkerboard(4, 4, 2).contains(x).all()
-    dist.destroy_process_group()
+    return layer.module.linear.weight.detach()
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
-def test_distributed_data_parallel(tmp_path):
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_train_with_ddp, (str(tmp_path / "store"), results), nprocs=2)
-        assert torch.equal(results[0], results[1])
+@needs_gloo
+def test_distributed_data_parallel():
+    first, second = run_in_two_processes(_train_with_ddp)
+    assert torch.equal(first, second)
 
 
 # --- description ------------------------------------------------------------------------------------------------------

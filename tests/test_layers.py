@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import socket
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from torch import nn
 from conftest import assert_as_good, assert_gradient, sum_bound, surrogate_tolerances
 from lowbit_ext.binary import BinaryActivation, BinaryConv1d, BinaryConv2d, BinaryLinear, binarize
 from lowbit_ext.binary.surrogates import SURROGATES
+from process_groups import needs_gloo, run_in_two_processes
 
 
 @pytest.fixture(autouse=True)
@@ -439,21 +439,16 @@ def test_forked_data_loader():
         torch.set_num_threads(before)
 
 
-def distributed_step(rank, port, model, batches, expected):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        wrapped(batches[rank]).square().mean().backward()
-        for parameter, want in zip(model.parameters(), expected, strict=True):
-            # Sums of 20 squares, 4 and 64 channels, and 10 images, by other numbers of threads.
-            bound = sum_bound(20 + 4 + 64 + 10, 4 * float(want.abs().max()))
-            torch.testing.assert_close(parameter.grad, want, rtol=0, atol=bound)
-    finally:
-        torch.distributed.destroy_process_group()
+def distributed_step(rank, model, batches, expected):
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped(batches[rank]).square().mean().backward()
+    for parameter, want in zip(model.parameters(), expected, strict=True):
+        # Sums of 20 squares, 4 and 64 channels, and 10 images, by other numbers of threads.
+        bound = sum_bound(20 + 4 + 64 + 10, 4 * float(want.abs().max()))
+        torch.testing.assert_close(parameter.grad, want, rtol=0, atol=bound)
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
+@needs_gloo
 def test_distributed_data_parallel():
     model = nn.Sequential(BinaryConv2d(45, 64, 3), BinaryActivation(), nn.Flatten(), BinaryLinear(64, 4))
     batches = torch.randn(2, 5, 45, 3, 3)
@@ -462,9 +457,5 @@ def test_distributed_data_parallel():
         for total, grad in zip(expected, train_step(model, batch)[1], strict=True):
             total += grad / 2
     model.zero_grad()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    # Raises what a process raised.
-    torch.multiprocessing.spawn(distributed_step, (port, model, batches, expected), nprocs=2)
+    run_in_two_processes(distributed_step, model, batches, expected)
     assert any(grad.abs().sum() > 0 for grad in expected)

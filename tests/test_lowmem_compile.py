@@ -1,7 +1,6 @@
 """lowmem under torch.compile, whole graphs and any batch size, and in processes with DistributedDataParallel."""
 
 import copy
-import socket
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from conftest import one_thread, sum_bound
 from lowbit_ext.lowmem import LowMemBlock, convert, dequantize, ledger, quantize_channels, saved_tensors
 from lowmem_networks import joined, make, relative, step
+from process_groups import needs_gloo, run_in_two_processes
 from reference import lowmem as reference
 
 
@@ -310,22 +310,17 @@ def test_contexts_are_refused_within_compiled_code(compiled):
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def distributed_steps(rank, port, models, batches, expected):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        for index, model in enumerate(models):
-            wrapped = nn.parallel.DistributedDataParallel(model)
-            with saved_tensors(4, min_numel=0) if index == 1 else torch.enable_grad():
-                out = wrapped(batches[rank])
-            out.square().mean().backward()
-            for parameter, want in zip(model.parameters(), expected[index], strict=True):
-                torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=1e-6)
-    finally:
-        torch.distributed.destroy_process_group()
+def distributed_steps(rank, models, batches, expected):
+    for index, model in enumerate(models):
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        with saved_tensors(4, min_numel=0) if index == 1 else torch.enable_grad():
+            out = wrapped(batches[rank])
+        out.square().mean().backward()
+        for parameter, want in zip(model.parameters(), expected[index], strict=True):
+            torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
+@needs_gloo
 def test_distributed_data_parallel():
     """A converted model, and a plain one within saved_tensors: gradients are the means of the processes' own."""
     plain, shape = make("vgg")
@@ -347,12 +342,5 @@ def test_distributed_data_parallel():
         model.load_state_dict(state)
         model.zero_grad()
         expected.append(totals)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    processes = torch.multiprocessing.spawn(
-        distributed_steps, (port, models, batches, expected), nprocs=2, join=False
-    )
-    # join() raises what a process raised, and is True when all are done.
-    assert any(processes.join(timeout=60) for _ in range(2)), "the processes hang"
+    run_in_two_processes(distributed_steps, models, batches, expected)
     assert all(total.abs().sum() > 0 for totals in expected for total in totals)
