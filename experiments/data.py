@@ -25,6 +25,8 @@ CIFAR = {  # by the number of classes: folders within the archives, files for tr
     100: (("cifar-100-python", "cifar-100-binary"), ["train"], "test"),
 }
 FASHION_ROOT = Path("/usr/share/datasets/fashion-mnist")
+FORTUNES = Path("/usr/share/games/fortunes")
+TOPICS = 20  # as many as 20 Newsgroups has
 SPLIT_SEED = 0
 TEST_PART = 0.2
 
@@ -76,7 +78,9 @@ def load_texts(path: Path | None) -> tuple[list[str], np.ndarray]:
 
     Args:
         path: vaderSentiment-3.3.2.tar.gz, which holds sentences of four sources (product and film reviews, editorials,
-            tweets); or a folder with a folder of text files for each category, such as an unpacked 20 Newsgroups.
+            tweets); a folder of fortune's files, whose TOPICS largest are the categories (Debian's package `fortunes`
+            puts 40 into FORTUNES); or a folder with a folder of text files for each category, such as an unpacked
+            20 Newsgroups.
 
     Raises:
         OSError: no such file or folder; one line says how to get it.
@@ -85,10 +89,12 @@ def load_texts(path: Path | None) -> tuple[list[str], np.ndarray]:
     if path is None or not path.exists():
         raise FileNotFoundError(
             f"data: no texts {'without --texts' if path is None else f'at {path}'}: pip download --no-deps "
-            "--no-binary :all: vaderSentiment==3.3.2, and name the file with --texts; or name a folder with a folder "
-            "of text files for each category"
+            f"--no-binary :all: vaderSentiment==3.3.2, and name the file with --texts; or apt-get install fortunes and "
+            f"name {FORTUNES}; or name a folder with a folder of text files for each category"
         )
-    if path.is_dir():
+    if path.is_dir() and any(path.glob("*.dat")):
+        texts = _fortunes(path)
+    elif path.is_dir():
         files = sorted(file for file in path.glob("*/**/*") if file.is_file())
         texts = [(file.relative_to(path).parts[0], file.read_text("utf-8", "replace")) for file in files]
     else:
@@ -185,6 +191,16 @@ def _vader_snippets(path: Path) -> list[tuple[str, str]]:
         for line in content.splitlines()
         if line.count("\t") >= 2
     ]
+
+
+def _fortunes(path: Path) -> list[tuple[str, str]]:
+    """Topic and text from the largest of fortune's files: each has an index beside it, lines of % part its texts."""
+    topics = {}
+    for index in sorted(path.glob("*.dat")):
+        content = index.with_suffix("").read_text("utf-8", "replace")
+        topics[index.stem] = [text for text in content.split("\n%\n") if text.strip()]
+    largest = sorted(topics, key=lambda name: -len(topics[name]))[:TOPICS]
+    return [(name, text) for name in sorted(largest) for text in topics[name]]
 
 
 def _cifar(classes: int, root: Path | None) -> tuple[Any, Any]:

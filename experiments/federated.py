@@ -327,6 +327,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threshold", type=float, default=0.95, help="confidence from which users take their label")
     parser.add_argument("--test-every", type=common.positive, default=5, help="rounds")
     parser.add_argument("--seeds", nargs="+", type=int, help="default 0, with --full 0 1 2")
+    names = [SERVER_ONLY, *map(str, FULL)]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="TRAINING", help="of " + "; ".join(names))
     options = common.parse(parser)
     options.rounds = options.rounds or (60 if options.full else 30)
     options.seeds = options.seeds or ([0, 1, 2] if options.full else [0])
@@ -337,7 +339,9 @@ def make_runs(
     problems: dict[int, Problem], options: argparse.Namespace, record: common.Record
 ) -> list[dict[str, Any]]:
     """The server alone and every configuration with every seed."""
-    configurations = [None, *(FULL if options.full else QUICK)]
+    configurations = [None, *(FULL if options.full or options.only else QUICK)]
+    if options.only:
+        configurations = [c for c in configurations if (SERVER_ONLY if c is None else str(c)) in options.only]
     shaping = {key: getattr(options, key) for key in SHAPING}
     runs = []
     with common.progress(len(configurations) * len(options.seeds) * options.rounds) as bar:

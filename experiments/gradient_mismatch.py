@@ -1,8 +1,9 @@
-"""Cosine between straight-through and smoothed gradients, layer by layer: float, 2-bit, ternary and binary activations.
+"""Cosine between straight-through and smoothed gradients, layer by layer: float, 2-bit, ternary and binary activations,
+the latter with the surrogate derivatives that BinaryDuo's paper compares.
 
 First on three-layer perceptrons that learn from a teacher, for several widths of the smoothing window, as in
 BinaryDuo's analysis; then on a small convolutional network on real images, with a sample of each layer's weights.
-`python experiments/gradient_mismatch.py` takes about two minutes on two cores; a record and a plot go to --out.
+`python experiments/gradient_mismatch.py` takes four minutes on two cores; a record and a plot go to --out.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ def _clip() -> nn.Module:
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "float": _clip, "2-bit": TwoBitActivation, "ternary": TernaryActivation, "binary": StepActivation,
+    "steep": lambda: StepActivation("steep"), "polynomial": lambda: StepActivation("polynomial"),
+    "swish_sign": lambda: StepActivation("swish_sign"),
 }
-COLOURS = {"float": "#7f8c9a", "2-bit": "#2a8f5b", "ternary": "#1f5fa8", "binary": "#d1863a"}
+COLOURS = {"float": "#7f8c9a", "2-bit": "#2a8f5b", "ternary": "#1f5fa8", "binary": "#d1863a", "steep": "#e0b080",
+           "polynomial": "#c8553d", "swish_sign": "#8c5a2a"}
 FEATURES = 16
 STUDENT_WEIGHTS = 2 * FEATURES**2 + FEATURES
 LAYERS = ("first layer", "second layer", "third layer")

@@ -25,8 +25,15 @@ from common import console, plt
 with common.optional_packages():
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import precision_recall_fscore_support, recall_score
-    from sklearn.model_selection import train_test_split
+    from sklearn.metrics import (
+        average_precision_score,
+        fbeta_score,
+        make_scorer,
+        precision_recall_curve,
+        precision_recall_fscore_support,
+        recall_score,
+    )
+    from sklearn.model_selection import GridSearchCV, train_test_split
     from sklearn.multiclass import OneVsRestClassifier
     from sklearn.naive_bayes import BernoulliNB
     from sklearn.neighbors import KNeighborsClassifier
@@ -46,8 +53,12 @@ GREY_THRESHOLD = {"digits": 7.5 / 16, "mnist5k": 0.5, "fashion": 0.5}  # 8 of 16
 HEADINGS = {"precision": "prec.", "recall": "recall", "F1": "F1", "balanced accuracy": "b.acc."}
 METRICS = tuple(HEADINGS)
 OURS = "Helstrom"  # mixed states, equal priors
+PURE = "Helstrom, pure"  # as the paper's texts are
 PAPERS_PEERS = ("kNN", "decision tree", "naive Bayes", "linear SVM")  # what the paper's table has
 WEIGHTED = "logistic, balanced"  # it weighs the categories as equal priors do
+BALANCED = (WEIGHTED, "SVM, balanced")
+RANKINGS = {"average precision": "AP", "recall at equal precision": "recall="}  # of the scores, whatever the threshold
+CHOICE_OF_PRIORS = tuple(map(float, np.geomspace(1 / 8, 8, 7)))  # p0 / p1
 SEED = 0
 
 
@@ -94,7 +105,7 @@ def image_problem(name: str, sets: tuple[data.Set, data.Set]) -> Problem:
     return Problem(name, bits, labels.numpy(), test_bits, test_labels.numpy())
 
 
-def text_problem(path: Path | None, words: int) -> Problem:
+def text_problem(path: Path, words: int) -> Problem:
     """Which of the most frequent words a text has."""
     try:
         texts, labels = data.load_texts(path)
@@ -105,7 +116,15 @@ def text_problem(path: Path | None, words: int) -> Problem:
     )
     vectorizer = CountVectorizer(binary=True, max_features=words, dtype=np.float32)
     bits = vectorizer.fit_transform(train)
-    return Problem("text", bits, labels, vectorizer.transform(test), test_labels, vectorizer.get_feature_names_out())
+    names = vectorizer.get_feature_names_out()
+    return Problem(path.name.removesuffix(".tar.gz"), bits, labels, vectorizer.transform(test), test_labels, names)
+
+
+def with_prior_chosen(state: str, beta: float) -> Any:
+    """Each category's price of a wrong yes is the one of the largest F_beta in cross-validation."""
+    scoring = make_scorer(fbeta_score, beta=beta, zero_division=0.0)
+    search = GridSearchCV(HelstromClassifier(state=state), {"prior": CHOICE_OF_PRIORS}, scoring=scoring, cv=3)
+    return OneVsRestClassifier(search)
 
 
 def contenders(problem: Problem, options: argparse.Namespace) -> list[Contender]:
@@ -119,13 +138,17 @@ def contenders(problem: Problem, options: argparse.Namespace) -> list[Contender]
     chosen = [
         Contender(OURS, HelstromClassifier, some),
         Contender("Helstrom, own priors", lambda: HelstromClassifier(prior="empirical"), some),
-        Contender("Helstrom, pure", lambda: HelstromClassifier(state="pure"), some),
+        Contender(f"Helstrom, by F{options.beta:g}", lambda: with_prior_chosen("mixed", options.beta), some),
+        Contender(PURE, lambda: HelstromClassifier(state="pure"), some),
+        Contender(f"{PURE}, by F{options.beta:g}", lambda: with_prior_chosen("pure", options.beta), some),
         Contender("Helstrom, 2 copies", lambda: HelstromClassifier(copies=2, solver="gram"), few),
         Contender("Helstrom, pgm", lambda: HelstromClassifier(multi_class="pgm"), some),
         Contender("kNN", lambda: KNeighborsClassifier(5, metric="cosine"), some),
         Contender("decision tree", one_against_others(lambda: DecisionTreeClassifier(random_state=SEED)), some),
         Contender("naive Bayes", one_against_others(lambda: BernoulliNB(binarize=None)), some),
         Contender("linear SVM", one_against_others(lambda: LinearSVC(random_state=SEED)), some),
+        Contender("SVM, balanced", one_against_others(
+            lambda: LinearSVC(random_state=SEED, class_weight="balanced")), some),
         Contender("logistic", one_against_others(lambda: LogisticRegression(max_iter=300)), some),
         Contender(WEIGHTED, one_against_others(
             lambda: LogisticRegression(max_iter=300, class_weight="balanced")), some),
@@ -160,8 +183,30 @@ def scores(predicted: np.ndarray, problem: Problem) -> dict[str, list[float]]:
                     strict=True))
 
 
-def measure(contender: Contender, problem: Problem) -> dict[str, Any]:
-    """Trains and tests a contender."""
+def ranking(model: Any, problem: Problem) -> np.ndarray:
+    """The larger (M, K), the sooner a test sample is put into each category."""
+    if hasattr(model, "decision_function"):
+        decision = np.asarray(model.decision_function(problem.test))
+        return decision if decision.ndim == 2 else np.stack([-decision, decision], axis=1)
+    probabilities = model.predict_proba(problem.test)  # an array, or for each category one of "no" and "yes"
+    if isinstance(probabilities, list):
+        return np.stack([part[:, 1] for part in probabilities], axis=1)
+    return probabilities
+
+
+def ranking_scores(ranks: np.ndarray, problem: Problem, precisions: Sequence[float]) -> dict[str, list[float]]:
+    """Average precision in each category, and the largest recall at a precision that is not below a given one."""
+    averages, recalls = [], []
+    for category, column, least in zip(problem.categories, ranks.T, precisions, strict=True):
+        actual = problem.test_labels == category
+        averages.append(float(average_precision_score(actual, column)))
+        precision, recall, _ = precision_recall_curve(actual, column)
+        recalls.append(float(recall[precision >= least].max()))
+    return dict(zip(RANKINGS, (averages, recalls), strict=True))
+
+
+def measure(contender: Contender, problem: Problem, precisions: Sequence[float] | None) -> dict[str, Any]:
+    """Trains and tests a contender; recall is also taken where it is as precise as `precisions` (None: as itself)."""
     problem = problem.part(contender.samples)
     model = contender.build()
     ours = isinstance(model, HelstromClassifier)
@@ -170,9 +215,11 @@ def measure(contender: Contender, problem: Problem) -> dict[str, Any]:
     fitted = time.perf_counter()
     predicted = decisions(model, problem)
     end = time.perf_counter()
+    own = scores(predicted, problem)
     result = {
         "name": contender.name, "samples": len(problem.labels), "fit_s": fitted - start, "predict_s": end - fitted,
-        "model_mb": len(pickle.dumps(model)) / 1e6, "scores": scores(predicted, problem),
+        "model_mb": len(pickle.dumps(model)) / 1e6, "scores": own,
+        "rankings": ranking_scores(ranking(model, problem), problem, precisions or own["precision"]),
     }
     if ours and contender.name == OURS and problem.features is not None:
         result["explanation"] = model.explain(top=8, feature_names=problem.features)
@@ -191,16 +238,18 @@ def prices_of(ratio: float, problem: Problem, options: argparse.Namespace) -> di
 
 
 def mean_table(result: dict[str, Any]) -> common.Table:
-    """Means over the categories, "least" being the lowest recall; time and the size of the model."""
+    """Means over the categories, "recall=" at the precision that ours has, "least" the lowest recall; time and size."""
     count = len(result["categories"])
     table = common.table(
         f"{result['problem']}, {result['features']} bits: each of {count} categories against the others, means",
-        "classifier", "train", *HEADINGS.values(), "least", "fit s", "test s", "MB",
+        "classifier", "train", *HEADINGS.values(), *RANKINGS.values(), "least", "fit s", "test s", "MB",
     )
-    best = {metric: max(np.mean(row["scores"][metric]) for row in result["rows"]) for metric in METRICS}
-    for row in result["rows"]:
-        means = {metric: np.mean(row["scores"][metric]) for metric in METRICS}
-        cells = [f"[bold]{means[m]:.3f}[/]" if means[m] >= best[m] - 5e-4 else f"{means[m]:.3f}" for m in METRICS]
+    columns = (*METRICS, *RANKINGS)
+    rows = [{name: np.mean(values) for name, values in (row["scores"] | row["rankings"]).items()}
+            for row in result["rows"]]
+    best = {name: max(means[name] for means in rows) for name in columns}
+    for row, means in zip(result["rows"], rows, strict=True):
+        cells = [f"[bold]{means[n]:.3f}[/]" if means[n] >= best[n] - 5e-4 else f"{means[n]:.3f}" for n in columns]
         table.add_row(
             row["name"], f"{row['samples']:,}", *cells, f"{min(row['scores']['recall']):.3f}", f"{row['fit_s']:.2f}",
             f"{row['predict_s']:.2f}", f"{row['model_mb']:.1f}",
@@ -214,7 +263,7 @@ def others(result: dict[str, Any]) -> list[dict[str, Any]]:
     ours = named(result, OURS)
     return [
         row for row in result["rows"]
-        if not row["name"].startswith("Helstrom") and row["name"] != WEIGHTED and row["samples"] == ours["samples"]
+        if not row["name"].startswith("Helstrom") and row["name"] not in BALANCED and row["samples"] == ours["samples"]
     ]
 
 
@@ -239,32 +288,33 @@ def category_table(result: dict[str, Any]) -> common.Table:
     return table
 
 
-def verdict(result: dict[str, Any]) -> str:
-    """The paper's claim, recall above the others' in every category, beside its price."""
-    ours = named(result, OURS)["scores"]
-    peers = others(result)
-    counts = {}
-    in_paper = [row for row in peers if row["name"] in PAPERS_PEERS]
-    for who, rows in (("the paper's peers", in_paper), ("all unweighted others", peers)):
-        best = np.max([row["scores"]["recall"] for row in rows], axis=0)
-        counts[who] = f"above {who} in {(ours['recall'] > best).sum()} (level in {(ours['recall'] == best).sum()})"
-    top = {metric: max(peers, key=lambda row, metric=metric: np.mean(row["scores"][metric])) for metric in METRICS}
+def verdict(result: dict[str, Any], name: str) -> str:
+    """The paper's claim of one of ours, recall above the others' in every category, beside its price."""
+    row, peers = named(result, name), others(result)
+    ours = row["scores"]
+    counts = []
+    for who, rows in (
+        ("the paper's peers", [peer for peer in peers if peer["name"] in PAPERS_PEERS]),
+        ("all unweighted others", peers),
+    ):
+        best = np.max([peer["scores"]["recall"] for peer in rows], axis=0)
+        counts.append(f"above {who} in {(ours['recall'] > best).sum()} (level in {(ours['recall'] == best).sum()})")
 
-    def mean(row: dict[str, Any], metric: str) -> str:
-        return f"{np.mean(row['scores'][metric]):.3f}"
+    def against(metric: str) -> str:
+        best = max(peers, key=lambda peer: np.mean(peer["scores"][metric]))
+        return f"{np.mean(ours[metric]):.3f} against {np.mean(best['scores'][metric]):.3f} ({best['name']})"
 
-    own = {metric: f"{np.mean(values):.3f}" for metric, values in ours.items()}
-    weighted, empirical = named(result, WEIGHTED), named(result, "Helstrom, own priors")
+    weighted = named(result, WEIGHTED)
+    recalls = {r["name"]: np.array(r["rankings"]["recall at equal precision"]) for r in result["rows"]}
+    ranked = max((peer["name"] for peer in [*peers, weighted]), key=lambda peer: recalls[peer].mean())
     return (
-        f"[bold]{result['problem']}[/]: of {len(result['categories'])} categories recall is "
-        f"{' and '.join(counts.values())}; mean {own['recall']} against {mean(top['recall'], 'recall')} "
-        f"({top['recall']['name']}). The price: precision {own['precision']} against "
-        f"{mean(top['precision'], 'precision')} ({top['precision']['name']}), F1 {own['F1']} against "
-        f"{mean(top['F1'], 'F1')} ({top['F1']['name']}). Balanced accuracy {own['balanced accuracy']} against "
-        f"{mean(top['balanced accuracy'], 'balanced accuracy')} ({top['balanced accuracy']['name']}). With the "
-        f"categories' own shares as priors its recall is {mean(empirical, 'recall')} at precision "
-        f"{mean(empirical, 'precision')}. Logistic regression with the same equal weights: recall "
-        f"{mean(weighted, 'recall')}, precision {mean(weighted, 'precision')}."
+        f"[bold]{result['problem']}, {name}[/]: of {len(result['categories'])} categories recall is "
+        f"{' and '.join(counts)}; mean {against('recall')}. The price: precision {against('precision')}, F1 "
+        f"{against('F1')}. Balanced accuracy {against('balanced accuracy')}. Logistic regression with the same equal "
+        f"weights: recall {np.mean(weighted['scores']['recall']):.3f}, precision "
+        f"{np.mean(weighted['scores']['precision']):.3f}. At the precision of {OURS} in each category it recalls "
+        f"{recalls[name].mean():.3f}, and {ranked} {recalls[ranked].mean():.3f}: ours more in "
+        f"{(recalls[name] > recalls[ranked]).sum()} categories."
     )
 
 
@@ -304,14 +354,16 @@ def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = common.arguments(__doc__)
     parser.add_argument("--quick", action="store_true", help="digits and mnist5k alone, fewer samples")
-    parser.add_argument("--data", nargs="+", choices=(*IMAGES, "text"), help="default: all, text with --texts only")
-    parser.add_argument("--texts", type=Path, help="vaderSentiment-3.3.2.tar.gz, or a folder with a folder for each "
+    parser.add_argument("--data", nargs="*", choices=IMAGES, help="images; default: all")
+    parser.add_argument("--texts", type=Path, nargs="*", default=[], help=f"each of vaderSentiment-3.3.2.tar.gz, a "
+                        f"folder of fortune's files ({data.FORTUNES}), a folder with a folder of texts for each "
                         "category, such as 20 Newsgroups")
     parser.add_argument("--samples", type=common.positive, default=6000,
                         help="most training samples for most classifiers")
     parser.add_argument("--gram-samples", type=common.positive, default=800, help="most training samples for 2 copies, "
                         "whose work grows with their cube")
     parser.add_argument("--words", type=common.positive, default=1000, help="words of the texts that are features")
+    parser.add_argument("--beta", type=float, default=1.0, help="of the F measure by which one row chooses its priors")
     parser.add_argument("--prices", type=common.positive, default=9, help="prior ratios in the sweep from 1/4 to 4")
     options = common.parse(parser)
     if options.quick:
@@ -320,15 +372,13 @@ def parse_arguments() -> argparse.Namespace:
     options.asked = options.data is not None
     if options.data is None:
         options.data = ["digits", "mnist5k"] if options.quick else list(IMAGES)
-        options.data += ["text"] * (options.texts is not None)
     return options
 
 
 def problems_of(options: argparse.Namespace) -> list[Problem]:
     """Everything that is to be learned."""
-    images = [name for name in options.data if name != "text"]
-    sets = common.load(images, options.root, asked=options.asked, normalise=False)
-    texts = [text_problem(options.texts, options.words)] if "text" in options.data else []
+    sets = common.load(options.data, options.root, asked=options.asked, normalise=False)
+    texts = [text_problem(path, options.words) for path in options.texts]
     return [*(image_problem(name, pair) for name, pair in sets.items()), *texts]
 
 
@@ -336,13 +386,13 @@ def compare(
     problem: Problem, options: argparse.Namespace, record: common.Record, bar: common.Bar
 ) -> dict[str, Any]:
     """Trains and tests every contender, and ours by price."""
-    shape = {"data": problem.name, "size": problem.train.shape,
-             "texts": str(options.texts) if problem.name == "text" else None}
-    rows = []
+    shape = {"data": problem.name, "size": problem.train.shape, "beta": options.beta, "priors": CHOICE_OF_PRIORS}
+    rows: list[dict[str, Any]] = []
     for contender in contenders(problem, options):
         bar.label(f"{problem.name}: {contender.name}")
-        key = {**shape, "classifier": contender.name, "samples": contender.samples}
-        rows.append(record.run(key, lambda contender=contender: measure(contender, problem)))
+        precisions = rows[0]["scores"]["precision"] if rows else None  # of ours, which is the first
+        key = {**shape, "classifier": contender.name, "samples": contender.samples, "precisions": precisions}
+        rows.append(record.run(key, lambda args=(contender, problem, precisions): measure(*args)))
         bar.advance()
     bar.label(f"{problem.name}: prices")
     prices = []
@@ -373,7 +423,7 @@ def main() -> None:
             console.print(f"  {category}: {', '.join(word for word, _ in words)}", style="dim")
     console.rule('"Recall above the others\' in every category"')
     for result in results:
-        console.print(verdict(result))
+        console.print(verdict(result, OURS), verdict(result, PURE), sep="\n")
     console.print(
         "Equal priors weigh a category as much as all others together, so a wrong yes costs little: that buys recall, "
         "and pays in precision. Compare with classifiers of the same weights, and choose the price by p0 / p1.",
@@ -381,7 +431,7 @@ def main() -> None:
     )
     if BornClassifier is None:
         console.print("Not installed, so not compared: bornrule (pip install bornrule)", style="dim")
-    if "text" not in options.data:
+    if not options.texts:
         console.print("Texts are compared with --texts: see --help", style="dim")
     console.print(f"{time.perf_counter() - start:.0f} s; written: {record.path}, {picture}")
 

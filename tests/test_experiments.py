@@ -16,6 +16,7 @@ TIMEOUT_S = 600  # generous: other work may share the machine
 SMALLEST = {
     "binary_vgg": "--data digits --epochs 1 --width 8",
     "binaryduo": "--data digits --epochs 2 --width 0.1",
+    "cone_sweep": "--families cube --largest 4",
     "constrained": "--only projection regression --epochs 1",  # vae has no smaller run than a minute
     "discrete_vae": "--data digits --steps 26 --latents 8 --estimators loorf arms_s",
     "federated": "--data digits --rounds 1 --steps 1 --warm-up 1",
@@ -29,6 +30,7 @@ SMALLEST = {
 SHORTER = {
     "binary_vgg": {"TIMING_S": 0.0},
     "binaryduo": {"TIMING_S": 0.0, "PAPER_WIDTHS": (16, 16, 16, 16, 16, 16)},
+    "cone_sweep": {"LIMIT_S": 0.0},
     "constrained": {"METHODS": {name: (lambda x, y, seed: lambda points: points[:, 2]) for name in ("a", "b", "c")}},
     "discrete_vae": {"VARIANCE_REPEATS": 2, "VARIANCE_DATA": 2},
     "gradient_mismatch": {"WINDOWS": (0.1,), "FEATURES": 4},
@@ -183,3 +185,29 @@ def test_an_interrupted_experiment_goes_on(tmp_path):
     finished = json.loads(record.read_text())
     assert len(finished) >= 5  # the server alone and four configurations
     assert finished[: len(kept)] == kept  # times included: not made again
+
+
+def test_texts(experiment, tmp_path):
+    """Fortune's files: the largest are the categories; and a folder for each category."""
+    load = experiment("data").load_texts
+    fortunes, folders = tmp_path / "fortunes", tmp_path / "folders"
+    fortunes.mkdir()
+    for index in range(22):
+        texts = [f"text {number} of {index}\n    -- somebody" for number in range(index + 1)]
+        (fortunes / f"topic{index}").write_text("\n%\n".join(texts) + "\n%\n")
+        (fortunes / f"topic{index}.dat").touch()
+    (fortunes / "topic3.u8").symlink_to(fortunes / "topic3")
+    texts, categories = load(fortunes)
+    assert set(categories) == {f"topic{index}" for index in range(2, 22)}
+    assert len(texts) == len(categories) == sum(range(3, 23))
+    assert texts[list(categories).index("topic2")] == "text 0 of 2\n    -- somebody"
+    for name in ("b", "a"):
+        (folders / name).mkdir(parents=True)
+        (folders / name / "1.txt").write_text(f"a text of {name}")
+    texts, categories = load(folders)
+    assert texts == ["a text of a", "a text of b"]
+    assert categories.tolist() == ["a", "b"]
+    with pytest.raises(FileNotFoundError, match="apt-get install fortunes"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="texts of two categories or more"):
+        load(folders / "a")
