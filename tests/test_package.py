@@ -25,3 +25,9 @@ def test_no_module_bears_the_name_of_what_it_defines():
             if name != "flower":  # needs an extra
                 module = importlib.import_module(f"{package.__name__}.{name}")
                 assert getattr(package, name, module) is module
+
+
+def test_dir_names_what_is_public():
+    """What is loaded when it is first asked for, too."""
+    for package in packages():
+        assert set(package.__all__) <= set(dir(package)), package.__name__

@@ -60,6 +60,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name not in ("GroupedAveraging", "client_app", "server_app"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

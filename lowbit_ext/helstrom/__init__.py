@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 __all__ = ["HelstromClassifier", "gram", "transpose"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name != "HelstromClassifier":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
