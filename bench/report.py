@@ -120,6 +120,44 @@ def table(title: str, rows: Sequence[Row], width: int) -> Table:
         fields.remove(optional[-1])
 
 
+# What the summary shows, a line each: benchmark, what it is, the field of our time, of the speed-ups over peers that do
+# the same, and of the share of a limit, with the limit's name.
+_SUMMARY = (
+    ("binary_conv2d", "binary convolution", "ours_float32_us",
+     ("speedup_over_openvino_call", "speedup_over_torch_float32", "speedup_over_torch_bfloat16",
+      "speedup_over_torch_int8"), ("percent_of_popcount_limit", "popcounts")),
+    ("binary_conv2d_grad", "its training step", "ours_us", ("speedup_over_torch",), None),
+    ("group_quantize", "activations to 4 bits", "pack_us",
+     ("pack_speedup_over_torch_compiled", "pack_speedup_over_torchao", "pack_speedup_over_bitsandbytes"),
+     ("percent_of_copy_bandwidth_pack", "copy")),
+    ("batch_norm_relu", "batch norm and ReLU, trained", "step_us", ("speedup_over_torch_step",),
+     ("percent_of_copy_bandwidth_gradient", "copy")),
+    ("antithetic_sample", "antithetic samples", "ours_us",
+     ("speedup_over_torch", "speedup_over_torch_compiled"), ("percent_of_independent", "independent")),
+)
+
+
+def summary(tables: dict[str, list[Row]]) -> Table | None:
+    """One row a method, its first case on the fewest threads: time, the fastest peer, and the limit; None: no rows."""
+    result = Table(title="Summary", title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
+    for heading in ("what", "case", "ours µs", "fastest peer", "faster", "limit"):
+        result.add_column(heading, justify="left" if heading in ("what", "case") else "right",
+                          no_wrap=heading not in ("what", "case"))
+    for name, what, time_field, peers, limit in _SUMMARY:
+        if not tables.get(name):
+            continue
+        row = tables[name][0]
+        measured = [(value, peer) for peer in peers if (value := getattr(row, peer)) is not None]
+        least, peer = min(measured, default=(None, ""))
+        peer = peer.partition("speedup_over_")[2].removesuffix("_step").replace("_", " ")
+        share = None if limit is None else getattr(row, limit[0])
+        result.add_row(
+            what, row.case, _cell(time_field, getattr(row, time_field)), peer or "-", _cell("speedup_over_", least),
+            "-" if limit is None or share is None else f"{share:.0f} % of {limit[1]}",
+        )
+    return result if result.row_count else None
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 

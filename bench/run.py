@@ -24,15 +24,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="the small set, under 3 minutes on two cores (default)")
+    size.add_argument("--quick", action="store_true", help="the small set, two minutes (default)")
     size.add_argument("--full", action="store_true", help="every case")
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, metavar="NAME",
                         help=f"of {', '.join(BENCHMARKS)}")
-    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, cores}), metavar="N",
-                        help="thread counts to run with (default: 1 and all cores)")
+    parser.add_argument("--threads", nargs="+", type=int, metavar="N",
+                        help="thread counts to run with (default: 1; with --full 1 and all cores)")
     parser.add_argument("--out", type=Path, default=Path("bench_out"), metavar="DIR", help="default: bench_out")
     parser.add_argument("--no-peers", action="store_true", help="only ours and the limits")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.threads = options.threads or (sorted({1, cores}) if options.full else [1])
+    return options
 
 
 def limit_peers() -> None:
@@ -62,7 +64,7 @@ def run(options: argparse.Namespace, console: Any) -> dict[str, list[Any]]:
             for threads in options.threads:
                 torch.set_num_threads(threads)
                 progress.update(task, description=f"{name}, {threads} thread{'s' if threads > 1 else ''}")
-                config = Config(quick, threads, not options.no_peers, 1.0 if quick else 4.0)
+                config = Config(quick, threads, not options.no_peers, 0.8 if quick else 4.0)
                 for row in module.rows(config):
                     tables[name].append(row)
                     progress.advance(task)
@@ -98,6 +100,8 @@ def main() -> None:
         f"popcount limit: {facts['popcount_limit']}; a kernel with fewer operations a bit can pass it\n",
         highlight=False,
     )
+    if (first := report.summary(tables)) is not None:
+        console.print(first)
     for name, rows in tables.items():
         console.print(report.table(f"{name}, level {facts['isa']}", rows, console.width))
         console.print(importlib.import_module(name).CAPTION + "\n", style="dim", highlight=False)
