@@ -36,7 +36,7 @@ LIMIT_S = 2.0  # of the measurement of a cone
 def cube(dimension: int) -> cone.Cone:
     """|x_i| <= x_0, whose rays are 2^(d-1)."""
     rows = np.eye(dimension)[1:]
-    return cone.Cone(np.concatenate([rows, -rows]) - np.eye(dimension)[0])
+    return cone.Cone(np.concatenate([rows, -rows]) - np.eye(dimension)[0], max_rays=10**6)  # McMullen's bound: 341 088
 
 
 def half(dimension: int) -> cone.Cone:
