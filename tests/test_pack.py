@@ -7,6 +7,8 @@ import io
 import os
 import pickle
 import stat
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -679,3 +681,31 @@ def test_exports():
     x = torch.randn(2, *IMAGE)
     program = torch.export.export(packed, (x,))
     assert torch.equal(program.module()(x), packed(x))
+
+
+_TRAINING_CODE = """
+import torch
+from torch import nn
+from lowbit_ext import binary
+
+class OwnBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(64), binary.BinaryConv2d(64, 64, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(self.norm(x))
+
+torch.manual_seed(0)
+x = torch.randn(2, 64, 7, 7)
+packed = binary.pack(nn.Sequential(OwnBlock(), OwnBlock()).eval(), x)
+torch.save(packed, "packed.pt")
+torch.save((x, packed(x)), "example.pt")
+"""
+
+
+def test_a_saved_model_needs_no_training_code(tmp_path):
+    subprocess.run([sys.executable, "-c", _TRAINING_CODE], cwd=tmp_path, check=True, timeout=120)
+    packed = torch.load(tmp_path / "packed.pt", weights_only=False)
+    x, expected = torch.load(tmp_path / "example.pt")
+    assert torch.equal(packed(x), expected)
