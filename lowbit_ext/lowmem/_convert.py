@@ -36,7 +36,8 @@ def convert(model: nn.Module, bits: int = 4, range: float | None = None, *, rest
     """The same model, exact in its forward pass, that keeps codes of `bits` bits for its backward pass.
 
     Batch norms keep codes of their result, with the ReLU behind them where there is one; ReLUs elsewhere keep codes in
-    groups of 256; layer and group norms codes of the normalised value. ReLU6, Hardtanh, Hardsigmoid, LeakyReLU and
+    groups of 256; layer, RMS, group and instance norms codes of the normalised value, of 8 bits where an activation
+    function other than ReLU reads them; nn.SyncBatchNorm is a batch norm. ReLU6, Hardtanh, Hardsigmoid, LeakyReLU and
     dropout keep a bit an element. SiLU, GELU, Hardswish and Mish read the codes of their argument, which have 8 bits. A
     convolution or linear layer reads the codes of its input, through functions of one element, products as those of
     squeeze and excitation, concatenation, pooling or reshapes, and keeps nothing; where there are none, it makes codes
