@@ -151,8 +151,9 @@ class saved_tensors:
     Raises:
         TypeError: an argument has another type.
         ValueError: bits or min_numel out of range; `compiled` with a generator or `keep`.
-        RuntimeError: opened within compiled code, or `compiled` within a ledger, which cannot see into a graph. In the
-            backward pass: a tensor that was kept was modified in place.
+        RuntimeError: opened within compiled code, or `compiled` within a ledger, which cannot see into a graph;
+            stochastic rounding while a CUDA graph is being captured. In the backward pass: a tensor that was kept was
+            modified in place.
 
     Source:
         Chen et al., "ActNN", ICML 2021.
@@ -225,7 +226,7 @@ class saved_tensors:
             encoded = None
             if x.is_floating_point() and not x.requires_grad and form in (CODES, EXACT):
                 encoded = dictionary(flat)
-            seed = drawn_seed(self.stochastic, self._generator)
+            seed = drawn_seed("saved_tensors", flat, self.stochastic, self._generator)
             encoded = encoded or encode(flat, form, self.bits, seed)
             if encoded is None:
                 return None
@@ -283,7 +284,7 @@ def _pack_traced(x: Tensor, bits: int, stochastic: bool, min_numel: int) -> tupl
     if x.dtype == torch.bool:
         tensors: tuple[Tensor, ...] = (pack_bits(flat),)
     else:
-        tensors = quantize_saved(flat, bits, drawn_seed(stochastic))
+        tensors = quantize_saved(flat, bits, drawn_seed("saved_tensors", flat, stochastic))
     return (*tensors, x.dtype, order, shape)
 
 
