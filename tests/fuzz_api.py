@@ -553,7 +553,7 @@ TARGETS: dict[str, Target] = {
     "lowmem.gradient_audit": Target(
         lowmem.gradient_audit,
         lambda r: {"model": float_network(), "loss": lambda model, x: model(x).square().mean(), "batch": image(r)}
-        | chosen(r, bits=[4, 8], method=["convert", "hooks", "naive"]),
+        | chosen(r, bits=[4, 8], method=["convert", "hooks", "naive"], rest=["exact"]),
         raises=(Exception,), share=2,  # what the model and the loss raise comes through
     ),
     "antithetic.sample": Target(

@@ -84,8 +84,7 @@ def convert(model: nn.Module, bits: int = 4, range: float | None = None, *, rest
     if reason is not None:
         raise ValueError(f"convert: model cannot be converted: {reason}")
     bits, span = check_settings("convert", bits, range)
-    if rest not in ("exact", "codes"):
-        raise ValueError(f"convert: rest must be 'exact' or 'codes', got {rest!r}")
+    check_rest("convert", rest)
     found: list[Conversion] = []
     result = _convert(model, "", bits, span, found)
     vars(result)[REPORT] = tuple(found)
@@ -94,6 +93,12 @@ def convert(model: nn.Module, bits: int = 4, range: float | None = None, *, rest
         result.register_forward_pre_hook(hook)
         result.register_forward_hook(hook.leave, always_call=True)
     return result
+
+
+def check_rest(name: str, rest: str) -> None:
+    """Raises ValueError for what convert's argument may not be."""
+    if not isinstance(rest, str) or rest not in ("exact", "codes"):
+        raise ValueError(f"{name}: rest must be 'exact' or 'codes', got {rest!r}")
 
 
 class _CodeRest:
