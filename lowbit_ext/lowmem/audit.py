@@ -93,12 +93,18 @@ def gradient_audit(
     return [_error(name, grad, rounded[name], total) for name, grad in exact.items()]
 
 
+def scalar_loss(name: str, loss: Callable[[nn.Module, Any], Tensor], model: nn.Module, batch: Any) -> Tensor:
+    """What `loss` returns, if it is a tensor."""
+    value = loss(model, batch)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: loss must return a scalar tensor, got {type(value).__name__}")
+    return value
+
+
 def _gradients(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any) -> dict[str, Tensor]:
     names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.random.fork_rng():
-        value = loss(model, batch)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"gradient_audit: loss must return a scalar tensor, got {type(value).__name__}")
+        value = scalar_loss("gradient_audit", loss, model, batch)
         found = torch.autograd.grad(value, list(names.values()), allow_unused=True)
     return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
 
