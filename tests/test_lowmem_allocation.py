@@ -133,11 +133,10 @@ def test_plans_are_followed_by_name_and_order():
         sizes.append([8 * entry.stored // 4096 for entry in book.entries if entry.stored > 128])
     # Both results of tanh, which sinh and cosh read as well, and that of cosh, which is kept outside of all modules.
     assert sizes == [[2, 8, 4]] * 2
-    again = saved_tensors(plan)
-    for _ in range(2):  # each time from the first tensor on
-        with ledger(model) as book, again:
-            model(x)
-        assert [8 * entry.stored // 4096 for entry in book.entries if entry.stored > 128] == [2, 8]
+    with ledger(model) as book, saved_tensors(plan):  # several steps within one context
+        kept = [model(x), model(x)]
+    assert [8 * entry.stored // 4096 for entry in book.entries if entry.stored > 128] == [2, 8] * 2
+    del kept
 
 
 def test_leaves_model_and_generator_alone():

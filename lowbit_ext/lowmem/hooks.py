@@ -121,7 +121,8 @@ class BitPlan:
 
     Attributes:
         bits: of each layer, by its name within the module that is called, "" of what is kept outside of it: of the
-            tensors that it keeps first, in this order. Tensors that are not listed get 4.
+            tensors that it keeps, in this order and then from the first again, as at the next step. Tensors of layers
+            that are not listed get 4.
         average: bits an element that this is on average, on the batch that the plan was made with.
 
     Raises:
@@ -275,7 +276,7 @@ class saved_tensors:
         if self._plan is not None and has_bits(x, form):
             name, index = self._piece()
             planned = self._plan.bits.get(name, ())
-            bits = planned[index] if index < len(planned) else bits
+            bits = planned[index % len(planned)] if planned else bits
         return encode(flat, form, bits, drawn_seed("saved_tensors", flat, self.stochastic, self._generator))
 
     def _piece(self) -> tuple[str, int]:
