@@ -3,8 +3,8 @@
 Networks of timm, torchvision and transformers with random weights, on crops of scikit-learn's photographs or on bytes
 of Python's own help texts: lowmem.convert, lowmem.saved_tensors and exact. What autograd keeps (lowmem.ledger), the
 peak that the operating system sees in a process of its own, the cosine of all gradients with the exact ones, and the
-time of a step. `python experiments/lowmem_models.py` takes about half an hour on two cores. A record of all and a plot
-go to --out.
+time of a step. `python experiments/lowmem_models.py` takes about half an hour on two cores. `--rows` prints the rows of
+docs/lowmem.md as well, with the times of steps that are made in turns. A record of all and a plot go to --out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import math
 import multiprocessing
 import os
 import signal
@@ -213,14 +214,28 @@ def measure(case: Case, threads: int) -> dict[str, Any]:
     ))
 
 
-def alone(case: Case) -> dict[str, Any]:
-    """measure() in a process of its own, whose malloc gives back what is freed."""
+def best_times(case: Case, threads: int) -> dict[str, float]:
+    """The shortest of a few steps of each variant, made in turns, so that all meet the same machine."""
+    torch.set_num_threads(threads)
+    steps = {variant: Step(case, variant) for variant in VARIANTS}
+    best = dict.fromkeys(VARIANTS, math.inf)
+    for turn in range(1 + TIMED_STEPS):
+        for variant, step in steps.items():
+            start = time.perf_counter()
+            step.loss().backward()
+            if turn:  # the first one allocates
+                best[variant] = min(best[variant], time.perf_counter() - start)
+    return best
+
+
+def alone(function: Callable[[Case, int], dict[str, Any]], case: Case) -> dict[str, Any]:
+    """A measurement in a process of its own, whose malloc gives back what is freed."""
     context, environment = multiprocessing.get_context("spawn"), dict(os.environ)
     with ProcessPoolExecutor(1, context) as pool:
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: an interruption is for this process alone
         try:
             os.environ.update([GIVE_BACK])
-            future = pool.submit(measure, case, torch.get_num_threads())
+            future = pool.submit(function, case, torch.get_num_threads())
         finally:
             os.environ.clear()
             os.environ.update(environment)
@@ -250,6 +265,28 @@ def print_results(title: str, results: dict[tuple[str, str], Result], variants: 
     console.print(table)
     other = [f"{network}, {variant}" for (network, variant), result in results.items() if not result.same]
     console.print("every loss is the exact one to the bit" if not other else f"another loss: {'; '.join(other)}")
+
+
+_HEAD = (
+    '| network | exact: kept, peak, MB | `convert`: kept, cosine | with `rest="codes"`: kept, peak, cosine, time '
+    "| `saved_tensors`: kept, peak, cosine, time |", "| --- | --- | --- | --- | --- |",
+)
+
+
+def print_rows(results: dict[tuple[str, str], Result], times: dict[str, dict[str, float]]) -> None:
+    """The rows of the table in docs/lowmem.md."""
+    for row in _HEAD:
+        print(row)
+    for network, best in times.items():
+        exact = results[network, "exact"]
+        cells = [network, f"{exact.kept / 1e6:.0f}, {exact.peak / 1e6:.0f}"]
+        for variant in (variant for variant in VARIANTS if variant != "exact"):
+            found = results[network, variant]
+            cosine = f"{found.cosine:.3f}".removeprefix("0")
+            cell = [f"1/{exact.kept / max(found.kept, 1):.1f}", f"{found.peak / 1e6:.0f}", cosine]
+            whole = [*cell, f"\u00d7{best[variant] / best['exact']:.2f}"]
+            cells.append(", ".join((cell[0], cosine) if variant == "convert" else whole))
+        print(f"| {' | '.join(cells)} |")
 
 
 def plot(path: Any, title: str, results: dict[tuple[str, str], Result], variants: list[str]) -> None:
@@ -285,6 +322,7 @@ def main() -> None:
     parser.add_argument("--size", type=common.positive, default=224, help="of an image")
     parser.add_argument("--sequences", type=common.positive, default=8, help="of a batch")
     parser.add_argument("--length", type=common.positive, default=256, help="of a sequence, at most 256")
+    parser.add_argument("--rows", action="store_true", help="print the rows of docs/lowmem.md, timed in turns")
     options: argparse.Namespace = common.parse(parser)
     for name in options.networks:
         library(NETWORKS[name].library)
@@ -292,17 +330,25 @@ def main() -> None:
     cases = [Case(n, v, options.bits, **batch) for n in options.networks for v in VARIANTS]
     record = common.Record(options.out / "lowmem_models.json")
     results: dict[tuple[str, str], Result] = {}
-    with common.progress(CASE_S * len(cases)) as bar:
+    times: dict[str, dict[str, float]] = {}
+    timed = [Case(n, "times", options.bits, **batch) for n in options.networks] if options.rows else []
+    with common.progress(CASE_S * len(cases + timed)) as bar:
         for case in cases:
             bar.label(f"{case.network}, {case.variant}")
-            found = record.run(dataclasses.asdict(case), lambda case=case: alone(case))
+            found = record.run(dataclasses.asdict(case), lambda case=case: alone(measure, case))
             results[case.network, case.variant] = Result(**found)
+            bar.advance(CASE_S)
+        for case in timed:
+            bar.label(f"{case.network}, times")
+            times[case.network] = record.run(dataclasses.asdict(case), lambda case=case: alone(best_times, case))
             bar.advance(CASE_S)
     title = (
         f"{options.bits} bits, one step of {options.images} photographs of {options.size}x{options.size} or "
         f"{options.sequences} texts of {options.length} bytes, {options.threads} threads"
     )
     print_results(title, results, list(VARIANTS))
+    if options.rows:
+        print_rows(results, times)
     picture = options.out / "lowmem_models.png"
     plot(picture, title, results, list(VARIANTS))
     console.print(f"written: {record.path} (all measurements), {picture}")

@@ -97,7 +97,7 @@ def fresh_seed(op: str, like: torch.Tensor, generator: torch.Generator | None) -
     if like.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{op}: a CUDA graph is being captured, and each of its replays would draw the same bits; call it outside "
-            "the graph, or give the seed that is to be repeated"
+            "the graph, or give a seed that is to be repeated where it takes one"
         )
     return torch.randint(2**63 - 1, (), generator=generator, device="cpu" if generator is None else generator.device)
 

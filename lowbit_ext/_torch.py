@@ -23,12 +23,16 @@ from torch._C._autograd import _top_saved_tensors_default_hooks as innermost_sav
 from torch._C._functorch import peek_interpreter_stack as innermost_transform  # of vmap, grad, jvp; None outside
 from torch.nn.common_types import _size_1_t as Size1  # an int, or a tuple of one
 from torch.nn.common_types import _size_2_t as Size2  # an int, or a tuple of two
+from torch.nn.modules._functions import SyncBatchNorm as synchronised_batch_norm  # the function, not the layer
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # of one to three dimensions, and SyncBatchNorm
 from torch.nn.modules.batchnorm import _NormBase as StatisticsNorm  # these and instance norms
 from torch.nn.modules.conv import _ConvNd as Convolution  # of one to three dimensions, and transposed
+from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm  # of one to three dimensions
 from torch.utils import _pytree as pytree
 
 MODULE_CALL = nn.Module._call_impl.__code__  # code object of the frames in which a module's forward runs
+
+fused_rms_norm = torch.ops.aten._fused_rms_norm  # F.rms_norm, which returns its statistic as well
 
 # Handle of a device's current stream: torch.cuda.current_stream(index).cuda_stream without the objects made on the way.
 # A torch for CPUs has none.
@@ -92,8 +96,9 @@ def register_tree(
 
 
 __all__ = [
-    "MODULE_CALL", "BatchNorm", "Convolution", "Size1", "Size2", "StatisticsNorm", "batch_norm_impl_index",
-    "below_write_counting", "current_cuda_stream", "dispatch_modes", "innermost_saved_tensors_hooks",
-    "innermost_transform", "is_compiled", "is_profiling", "jit_tracing_state",
-    "keys_below_write_counting", "mkldnn_convolution", "pytree", "register_tree", "torch_function_modes",
+    "MODULE_CALL", "BatchNorm", "Convolution", "InstanceNorm", "Size1", "Size2", "StatisticsNorm",
+    "batch_norm_impl_index", "below_write_counting", "current_cuda_stream", "dispatch_modes", "fused_rms_norm",
+    "innermost_saved_tensors_hooks", "innermost_transform", "is_compiled", "is_profiling", "jit_tracing_state",
+    "keys_below_write_counting", "mkldnn_convolution", "pytree", "register_tree", "synchronised_batch_norm",
+    "torch_function_modes",
 ]

@@ -548,12 +548,19 @@ TARGETS: dict[str, Target] = {
         saving, lambda r: chosen(r, bits=[2, 4, 8], stochastic=[True], min_numel=[1, 64], keep=[()], compiled=[False]),
         says=("saved_tensors",), share=4,
     ),
+    "lowmem.allocate_bits": Target(
+        lowmem.allocate_bits,
+        lambda r: {"model": float_network(), "loss": lambda model, x: model(x).square().mean(), "batch": image(r)}
+        | chosen(r, budget=[2, 3.5, 8], min_numel=[1, 64]),
+        raises=(Exception,), share=2,  # what the model and the loss raise comes through
+    ),
+    "lowmem.BitPlan": Target(lowmem.BitPlan, lambda r: {"bits": {"conv": (2, 8), "": (4,)}, "average": 4.5}),
     "lowmem.ledger": Target(lowmem.ledger, lambda r: chosen(r, model=float_network), share=2),
     "lowmem.Ledger": Target(lowmem.Ledger, lambda r: {"model": float_network()}, says=("ledger",), share=2),
     "lowmem.gradient_audit": Target(
         lowmem.gradient_audit,
         lambda r: {"model": float_network(), "loss": lambda model, x: model(x).square().mean(), "batch": image(r)}
-        | chosen(r, bits=[4, 8], method=["convert", "hooks", "naive"]),
+        | chosen(r, bits=[4, 8], method=["convert", "hooks", "naive"], rest=["exact"]),
         raises=(Exception,), share=2,  # what the model and the loss raise comes through
     ),
     "antithetic.sample": Target(

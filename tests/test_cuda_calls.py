@@ -11,6 +11,7 @@ from lowbit_ext import _arguments, _native, _oplib
 from lowbit_ext.antithetic import ops as antithetic_ops
 from lowbit_ext.binary import binarize, conv2d, ops, pack_weight
 from lowbit_ext.binary.epilogue import integer_threshold
+from lowbit_ext.lowmem import codes
 from lowbit_ext.lowmem import ops as lowmem_ops
 from lowbit_ext.packed import unpack_op
 
@@ -213,6 +214,9 @@ def test_seeds_are_not_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"^sample: a CUDA graph is being captured, and each of its replays"):
         _arguments.fresh_seed("sample", logits, None)
+    with pytest.raises(RuntimeError, match=r"^saved_tensors: a CUDA graph is being captured"):
+        codes.drawn_seed("saved_tensors", logits, True)
+    assert codes.drawn_seed("saved_tensors", logits, False) is None
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert _arguments.fresh_seed("sample", logits, None).dtype == torch.int64
 

@@ -23,7 +23,7 @@ SMALLEST = {
     "gradient_mismatch": "--data digits --samples 20 --students 1 --images 20 --weights 1",
     "helstrom": "--data digits --samples 100 --gram-samples 50 --prices 2",
     "packed_networks": "--data digits --families quicknet resnet20 binary_vit --steps 12 --batch 32 --width 0.25",
-    "lowmem_models": "--networks gpt2 --sequences 2 --length 32",
+    "lowmem_models": "--networks gpt2 --sequences 2 --length 32 --rows",
     "lowmem": "--data digits --network vgg --variants convert4 --steps 2 --batch 8 --widths 8 8 8 --seeds 0",
 }
 # What takes time and is not what is tested here.

@@ -519,7 +519,6 @@ def test_exact_where_the_paper_says():
 # --- what is left -----------------------------------------------------------------------------------------------------
 
 REASONS = {
-    "sync": (nn.SyncBatchNorm(3), "its statistics are those of all processes"),
     "softmax": (nn.Softmax(1), "it keeps its result"),
     "elu": (nn.ELU(), "no rule for it"),
     "transposed": (nn.ConvTranspose2d(3, 3, 1), "ConvTranspose2d keeps its input"),

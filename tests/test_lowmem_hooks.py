@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lowbit_ext.lowmem import convert, hooks, ledger, saved_tensors
+from lowbit_ext.lowmem import _stored, convert, hooks, ledger, saved_tensors
 from lowmem_networks import joined, make, relative, step
 
 
@@ -418,3 +418,8 @@ def test_operator_decides_at_every_call():
     assert hooks.quantize_saved(x, 8, None)[0][:2].tolist() == [0, 1]
     for shift in (-0.5, 0.5):
         assert hooks.quantize_saved(x + shift, 8, None)[0][:2].tolist() == [0, 0]
+    # What a GPU does, without a look at the smallest element.
+    for values in (x, x - 0.5, x + 0.5, torch.randn(700), torch.randn(700).relu()):
+        for seed in (None, torch.tensor(3)):
+            got, expected = (f(values, 4, seed) for f in (_stored.quantize_both_ways, hooks.quantize_saved))
+            assert all(map(torch.equal, got, expected))

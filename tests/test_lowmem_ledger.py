@@ -13,7 +13,7 @@ from torch import nn
 from lowbit_ext import lowmem, models
 from lowbit_ext.lowmem import LowMemBlock, convert, gradient_audit, ledger, saved_tensors
 from lowbit_ext.lowmem.audit import METHODS
-from lowmem_networks import NETWORKS, make
+from lowmem_networks import NETWORKS, make, relative
 
 
 @pytest.fixture(autouse=True)
@@ -279,6 +279,39 @@ def test_audit_of_a_gradient_that_is_zero():
     assert all(error.relative != error.relative for error in errors)
 
 
+def test_audit_of_the_rest():
+    """Tanh, whose result no rule of convert is for, rounds the gradients of the layer in front of it."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Identity())
+    batch = torch.randn(64, 64), torch.arange(64)
+    exact, coded = (
+        {error.name: error for error in gradient_audit(model, cross_entropy, batch, bits=2, rest=rest)}
+        for rest in ("exact", "codes")
+    )
+    assert exact["0.weight"].relative == exact["0.bias"].relative == 0
+    assert coded["0.bias"].relative > 0.01
+    assert exact["2.weight"].relative > 0.01
+
+
+def test_audit_names_the_layer_that_loses():
+    """By the share of all gradients' error, not by that of a bias in front of a batch norm, whose gradient is 0."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Flatten(), nn.Linear(512, 10),
+    )
+    batch = torch.randn(16, 3, 12, 12), torch.arange(16) % 10
+    errors = gradient_audit(model, cross_entropy, batch, bits=2)
+    grads = []
+    for network in (model, convert(model, 2)):
+        model.zero_grad()
+        cross_entropy(network, batch).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]).double())
+    total = sum(error.share**2 for error in errors) ** 0.5
+    assert total == pytest.approx(relative(grads[1], grads[0]), rel=1e-3)
+    assert max(errors, key=lambda error: error.relative).name in ("0.bias", "3.bias")
+    assert max(errors, key=lambda error: error.share).name == "7.weight"
+
+
 @pytest.mark.parametrize(("arguments", "error", "message"), [
     (dict(model=3), TypeError, "gradient_audit: model must be a torch.nn.Module, got int"),
     (dict(method="exact"), ValueError, "gradient_audit: method must be one of convert, hooks, naive, got 'exact'"),
@@ -290,6 +323,8 @@ def test_audit_of_a_gradient_that_is_zero():
      "gradient_audit: loss must return a scalar tensor, got int"),
     (dict(range=6.0, method="hooks"), ValueError,
      "gradient_audit: method 'hooks' has no range: its codes span minimum to maximum"),
+    (dict(rest=1), ValueError, "gradient_audit: rest must be 'exact' or 'codes', got 1"),
+    (dict(rest="codes", method="naive"), ValueError, "gradient_audit: method 'naive' has no rest: it is for 'convert'"),
     (dict(stochastic=True), ValueError, "gradient_audit: method 'convert' rounds to the nearest code alone"),
 ])
 def test_audit_refuses(arguments, error, message):

@@ -99,6 +99,20 @@ RULES = {
         nn.Linear(7, 24), nn.LayerNorm((9, 24), elementwise_affine=False), nn.Linear(24, 5)), (4, 9, 7)),
     "layer norm without bias": (lambda: nn.Sequential(
         nn.Linear(7, 24), nn.LayerNorm(24, bias=False), nn.GELU(), nn.Linear(24, 5)), (4, 9, 7)),
+    "RMS norm": (lambda: nn.Sequential(nn.Linear(7, 24), nn.RMSNorm(24), nn.Linear(24, 5)), (4, 9, 7)),
+    "RMS norm, not affine": (lambda: nn.Sequential(
+        nn.Linear(7, 24), nn.RMSNorm((9, 24), 1e-5, False), nn.SiLU(), nn.Linear(24, 5)), (4, 9, 7)),
+    "instance norm": (lambda: behind_norm(nn.ReLU(), nn.InstanceNorm2d(8)), _IMAGES),
+    "instance norm, affine": (lambda: behind_norm(nn.SiLU(), nn.InstanceNorm2d(8, affine=True)), _IMAGES),
+    "instance norm, statistics": (
+        lambda: behind_norm(nn.GELU(), nn.InstanceNorm2d(8, 1e-3, None, True, True)), _IMAGES
+    ),
+    "instance norm, lines": (lambda: nn.Sequential(
+        nn.Conv1d(3, 8, 1), nn.InstanceNorm1d(8, track_running_stats=True), nn.ReLU(), nn.Conv1d(8, 2, 3)), (4, 3, 50)),
+    "instance norm, volumes": (lambda: nn.Sequential(
+        nn.Conv3d(3, 8, 1), nn.InstanceNorm3d(8, affine=True), nn.ReLU6(), nn.Conv3d(8, 2, 3)), (2, 3, 5, 6, 7)),
+    "synchronised": (lambda: behind_norm(nn.ReLU(), nn.SyncBatchNorm(8)), _IMAGES),
+    "synchronised, mean of all": (lambda: behind_norm(nn.SiLU(), nn.SyncBatchNorm(8, momentum=None)), _IMAGES),
     "group norm": (lambda: behind_norm(nn.SiLU(), nn.GroupNorm(2, 8)), _IMAGES),
     "group norm, not affine": (lambda: behind_norm(nn.ReLU(), nn.GroupNorm(4, 8, affine=False)), _IMAGES),
 }
@@ -161,7 +175,8 @@ def test_curves_want_eight_bits_of_the_norm_in_front(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["squeeze", "concatenation", "norm and activation", "layer norm", "group norm", "dropout"]
+    "name", ["squeeze", "concatenation", "norm and activation", "layer norm", "RMS norm", "group norm",
+             "instance norm, affine", "synchronised", "dropout"]
 )
 def test_one_graph_of_torch_compile(name):
     build, shape = RULES[name]
@@ -174,7 +189,9 @@ def test_one_graph_of_torch_compile(name):
         assert relative(joined(got), joined(expected)) < 0.1
 
 
-@pytest.mark.parametrize("name", ["relu6 behind a norm", "squeeze", "layer norm", "group norm", "gelu alone"])
+@pytest.mark.parametrize("name", [
+    "relu6 behind a norm", "squeeze", "layer norm", "RMS norm", "group norm", "instance norm", "gelu alone"
+])
 def test_autocast(name):
     build, shape = RULES[name]
     plain = build()

@@ -36,7 +36,8 @@ def convert(model: nn.Module, bits: int = 4, range: float | None = None, *, rest
     """The same model, exact in its forward pass, that keeps codes of `bits` bits for its backward pass.
 
     Batch norms keep codes of their result, with the ReLU behind them where there is one; ReLUs elsewhere keep codes in
-    groups of 256; layer and group norms codes of the normalised value. ReLU6, Hardtanh, Hardsigmoid, LeakyReLU and
+    groups of 256; layer, RMS, group and instance norms codes of the normalised value, of 8 bits where an activation
+    function other than ReLU reads them; nn.SyncBatchNorm is a batch norm. ReLU6, Hardtanh, Hardsigmoid, LeakyReLU and
     dropout keep a bit an element. SiLU, GELU, Hardswish and Mish read the codes of their argument, which have 8 bits. A
     convolution or linear layer reads the codes of its input, through functions of one element, products as those of
     squeeze and excitation, concatenation, pooling or reshapes, and keeps nothing; where there are none, it makes codes
@@ -83,8 +84,7 @@ def convert(model: nn.Module, bits: int = 4, range: float | None = None, *, rest
     if reason is not None:
         raise ValueError(f"convert: model cannot be converted: {reason}")
     bits, span = check_settings("convert", bits, range)
-    if rest not in ("exact", "codes"):
-        raise ValueError(f"convert: rest must be 'exact' or 'codes', got {rest!r}")
+    check_rest("convert", rest)
     found: list[Conversion] = []
     result = _convert(model, "", bits, span, found)
     vars(result)[REPORT] = tuple(found)
@@ -93,6 +93,12 @@ def convert(model: nn.Module, bits: int = 4, range: float | None = None, *, rest
         result.register_forward_pre_hook(hook)
         result.register_forward_hook(hook.leave, always_call=True)
     return result
+
+
+def check_rest(name: str, rest: str) -> None:
+    """Raises ValueError for what convert's argument may not be."""
+    if not isinstance(rest, str) or rest not in ("exact", "codes"):
+        raise ValueError(f"{name}: rest must be 'exact' or 'codes', got {rest!r}")
 
 
 class _CodeRest:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lowbit_ext.lowmem import ops
 
 FINE_BITS = 8  # where a derivative bends at the value, or multiplies its error
-_SAMPLED_GROUPS = 64
+_SAMPLED_GROUPS = 32  # each costs a cache miss
 _DISTINCT = 16  # values of a dictionary
 # Elements below a fiftieth of a step are lost; more than a tenth of them, as of logits with a mask of -1e4 among them,
 # and codes are no use. Of normal elements in 4 bits these are 0.6 %, of their squares 9 %.
@@ -135,15 +135,23 @@ def dictionary(flat: Tensor) -> Encoded | None:
 # --- floats -----------------------------------------------------------------------------------------------------------
 
 
-def _codes(flat: Tensor, bits: int, seed: Tensor | None) -> Encoded | None:
-    """Codes in groups of 256, zeros exact where the smallest element is 0; None where an element is not finite."""
+def _codes(
+    flat: Tensor, bits: int, seed: Tensor | None, unresolved: Callable[[Tensor], Encoded | None] | None = None
+) -> Encoded | None:
+    """Codes in groups of 256, zeros exact where the smallest element is 0; None where an element is not finite.
+
+    `unresolved` takes what codes do not resolve.
+    """
     count, dtype, low = flat.numel(), flat.dtype, float(flat.amin())
     if not math.isfinite(low):  # NaN included
         return None
     # Elsewhere to raise small elements from code 0 would be a bias for nothing.
     kept = ops.group_quantize(flat, bits, low == 0, seed, 0)
-    if not float(kept[1].amax()) * (2**bits - 1) < torch.finfo(dtype).max:
+    greatest = float(kept[1].amax())  # of steps and minima
+    if not greatest * (2**bits - 1) < torch.finfo(dtype).max:
         return None
+    if unresolved is not None and not _is_resolved(flat, kept[1], greatest):
+        return unresolved(flat)
     return Encoded(kept, lambda codes, scales: ops.group_dequantize(codes, scales, (count,), False, dtype, bits))
 
 
@@ -197,23 +205,30 @@ def encode(flat: Tensor, form: Form, bits: int, seed: Tensor | None) -> Encoded 
     if form.name == "log_probability":
         return _codes(flat.clamp(min=_LOG_PROBABILITY_LIMIT), FINE_BITS, seed)
     if form in (CODES, FINE):
-        found = _codes(flat, bits if form == CODES else FINE_BITS, seed)
-        if found is None or _is_resolved(flat, found.tensors[1]):
-            return found
-        return _half(flat)
+        return _codes(flat, bits if form == CODES else FINE_BITS, seed, _half)
     return None
 
 
-def _is_resolved(flat: Tensor, scales: Tensor) -> bool:
-    """Whether codes tell the elements from 0: looks at 450 of them, 25 us."""
+def _is_resolved(flat: Tensor, scales: Tensor, greatest: float) -> bool:
+    """Whether codes tell the elements from 0: looks at 16 neighbours in each of up to 32 groups.
+
+    Mostly one look is enough, at what the `greatest` step would lose: 6 us.
+    """
     whole = flat.numel() // ops.GROUP
-    if not whole:
-        sample, steps = flat, scales[0, 0]
-    else:
-        stride = -(-whole // _SAMPLED_GROUPS)
-        sample, steps = flat[: whole * ops.GROUP].view(-1, ops.GROUP)[::stride, ::37], scales[:whole:stride, :1]
-    lost = (sample.abs() * _LOST < steps) & (sample != 0)
-    return int(lost.count_nonzero()) <= _LOST_SHARE * sample.numel()
+    stride = max(-(-whole // _SAMPLED_GROUPS), 1)
+    groups = -(-whole // stride)
+    # Seven further from group to group: not always the borders of images.
+    sample = flat.as_strided((groups, 16), (ops.GROUP * stride + 7, 1)) if whole else flat
+    count = sample.numel()
+    most = _LOST_SHARE * count
+    lost = count - int(torch.hardshrink(sample, greatest / _LOST).count_nonzero())
+    if lost <= most:
+        return True
+    zeros = count - int(sample.count_nonzero())
+    if lost - zeros <= most:
+        return True
+    steps = scales.as_strided((groups, 1), (2 * stride, 1)) if whole else scales[0, 0]
+    return count - zeros - int(torch.hardshrink(sample / steps, 1 / _LOST).count_nonzero()) <= most
 
 
 # --- which form -------------------------------------------------------------------------------------------------------

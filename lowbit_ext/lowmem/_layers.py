@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowbit_ext._rebuilt import Rebuilt
-from lowbit_ext.lowmem import activations, blocks, norms
+from lowbit_ext.lowmem import _synchronised, activations, blocks, norms
 from lowbit_ext.lowmem._stored import Curve
 
 # Activation functions with their arguments: names, which modules have as attributes, and defaults.
@@ -25,7 +25,8 @@ CURVES: dict[Any, tuple[str, tuple[tuple[str, float], ...]]] = {
 }
 REPORT = "lowmem_report"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OWN = (blocks.__name__, activations.__name__, norms.__name__)
+_OWN = (blocks.__name__, activations.__name__, norms.__name__, _synchronised.__name__)
+_BATCH_NORMS = {**blocks.BATCH_NORMS, nn.SyncBatchNorm: _synchronised.SyncBatchNorm}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ def has_own_activation(module: nn.Module | None) -> bool:
 
 def batch_norm_class(module: nn.Module) -> Any:
     """The form with codes of a batch norm, or None."""
-    return blocks.BatchNorm2d if has_own_activation(module) else blocks.BATCH_NORMS.get(type(module))
+    return blocks.BatchNorm2d if has_own_activation(module) else _BATCH_NORMS.get(type(module))
 
 
 def curve_of(kind: Any, options: Any, module: nn.Module | None) -> Curve | nn.Module | None:

@@ -37,8 +37,7 @@ _IN_PLACE_CALLS = (
 # Results in memory of their own; those of other calls may be views of an argument.
 _FRESH_CALLS = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.cat, "add", "mul", "sub")
 _FRESH_LAYERS = (
-    nn.Linear, Convolution, StatisticsNorm, nn.GroupNorm, nn.LayerNorm, nn.MaxPool2d,
-    nn.AvgPool2d,
+    nn.Linear, Convolution, StatisticsNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.MaxPool2d, nn.AvgPool2d,
 )
 # Results that may be views of the first argument, beside those of dropout.
 _VIEWS = frozenset((
@@ -48,7 +47,6 @@ _VIEWS = frozenset((
 ))
 _KEEPS_RESULT = "it keeps its result"
 _LEFT: dict[type[nn.Module], str] = {
-    nn.SyncBatchNorm: "its statistics are those of all processes",
     nn.Tanh: _KEEPS_RESULT, nn.Sigmoid: _KEEPS_RESULT, nn.Softmax: _KEEPS_RESULT, nn.LogSoftmax: _KEEPS_RESULT,
 }
 _PRODUCTS = (operator.mul, torch.mul, "mul")
@@ -96,7 +94,7 @@ class Converter(Traced):
 
     def is_batch_norm(self, node: fx.Node) -> bool:
         """A batch norm that has a form with codes."""
-        return super().is_batch_norm(node) or has_own_activation(self.module(node))
+        return node.op == "call_module" and batch_norm_class(self.modules[str(node.target)]) is not None
 
     def _curve(self, node: fx.Node) -> Curve | nn.Module | None:
         module, kind = self.module(node), self.kind(node)
@@ -212,10 +210,9 @@ class Converter(Traced):
             return self._note(node, False, "hooks watch its result")
         users = list(node.users)
         relu = users[0] if len(users) == 1 and self._is_relu(users[0]) else None
-        bits, span = self.bits, self.span
-        if bits < FINE_BITS and any(map(self._wants_fine, users)):
-            bits, span = FINE_BITS, RANGES[FINE_BITS] if span == RANGES[bits] else span
-        finer = f" in {bits} bits" if bits != self.bits else ""
+        (bits, finer), span = self._bits_of(node), self.span
+        if finer and span == RANGES[self.bits]:
+            span = RANGES[bits]
         self._note(node, True, f"codes of its result{finer}{'' if relu is None else ' behind ReLU'}")
         if module not in self.changed:
             self.changed[module] = batch_norm_class(module).like(module, bits, span)
@@ -236,6 +233,11 @@ class Converter(Traced):
             return self._wants_fine(next(iter(node.users)))
         return self._curve(node) is not None
 
+    def _bits_of(self, node: fx.Node) -> tuple[int, str]:
+        """The bits of a norm's codes, and how a report names those that are not the model's."""
+        finer = self.bits < FINE_BITS and any(map(self._wants_fine, node.users))
+        return (FINE_BITS, f" in {FINE_BITS} bits") if finer else (self.bits, "")
+
     def _insert(self, node: fx.Node, function: Any, *arguments: Any, **options: Any) -> fx.Node:
         """Puts a call, which gives a value and codes of it or None, in the place of a node; returns the value."""
         with self.graph.inserting_before(node):
@@ -248,12 +250,13 @@ class Converter(Traced):
         module = self.module(node)
         if has_hooks(module):
             return self._note(node, False, "hooks watch its result")
-        self._note(node, True, "codes of its normalised value")
+        bits, finer = self._bits_of(node)
+        self._note(node, True, f"codes of its normalised value{finer}")
         if module is None:
-            self._insert(node, norms.FUNCTIONS[node.target], *node.args, **node.kwargs, bits=self.bits)
+            self._insert(node, norms.FUNCTIONS[node.target], *node.args, **node.kwargs, bits=bits)
             return None
         if module not in self.changed:
-            self.changed[module] = norms.NORMS[type(module)].like(module, self.bits)
+            self.changed[module] = norms.NORMS[type(module)].like(module, bits)
         self._replace(node, node)
         return None
 

@@ -197,7 +197,16 @@ def concatenated(out: Tensor, dim: int, parts: Sequence[Stored]) -> Stored:
 
 
 def _quantize(x: Tensor, bits: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    return ops.group_quantize(x, bits, x.numel() > 0 and bool(x.amin() == 0), seed, 0)
+    if not x.numel() or x.is_cpu:
+        return ops.group_quantize(x, bits, x.numel() > 0 and bool(x.amin() == 0), seed, 0)
+    return quantize_both_ways(x, bits, seed)
+
+
+def quantize_both_ways(x: Tensor, bits: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """group_quantize, `positive` where the smallest element is 0, without a look at it: that would wait for a GPU."""
+    is_rectified = x.amin() == 0
+    positive, other = (ops.group_quantize(x, bits, positive, seed, 0) for positive in (True, False))
+    return torch.where(is_rectified, positive[0], other[0]), torch.where(is_rectified, positive[1], other[1])
 
 
 def _quantize_outputs(x: Tensor, bits: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -213,9 +222,9 @@ quantize_saved = _oplib.define(
 
 
 def coded(x: Tensor, bits: int) -> Stored:
-    """Codes of any value, in groups of 256."""
+    """Codes of any value, in groups of 256, to the nearest: no mask is read from them."""
     x = x.detach()
-    codes, scale_minimum = quantize_saved(x, bits, None)
+    codes, scale_minimum = ops.group_quantize(x, bits, False, None, 0)
     tensors = (codes, scale_minimum.view(torch.uint8))  # as bytes: saved_tensors() codes floats
     _ledger.stands_for(tensors[1])
     return Stored(tensors, "group", bits, 0.0, False, tuple(x.shape), ops.is_channels_last(x), x.dtype, version_of(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_ext.lowmem import codes, ops
-from lowbit_ext.lowmem._convert import convert
+from lowbit_ext.lowmem._convert import check_rest, convert
 from lowbit_ext.lowmem.hooks import saved_tensors
 
 METHODS = ("convert", "hooks", "naive")
@@ -25,16 +26,20 @@ class LayerError:
         name: of the parameter.
         relative: norm of the difference over the norm of the exact gradient; NaN where that is 0.
         cosine: of the angle between the two; NaN where one of them is 0.
+        share: norm of the difference over the norm of the exact gradients of all parameters together; NaN where that is
+            0. The largest is the layer that loses, `max(errors, key=lambda error: error.share).name`: a gradient that
+            is nearly 0, as of a bias in front of a batch norm, has a large relative error that costs nothing.
     """
 
     name: str
     relative: float
     cosine: float
+    share: float = math.nan
 
 
 def gradient_audit(
     model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any, *, bits: int = 4,
-    range: float | None = None, method: str = "convert", stochastic: bool = False,
+    range: float | None = None, method: str = "convert", stochastic: bool = False, rest: str = "exact",
 ) -> list[LayerError]:
     """Compares exact and approximate gradients of one batch, parameter by parameter.
 
@@ -47,14 +52,15 @@ def gradient_audit(
         method: "convert"; "hooks" for `saved_tensors`; "naive" for a forward pass that goes on with the rounded result
             of every layer, in groups of 256, as networks with quantised activations do.
         stochastic: stochastic rounding, for "hooks" and "naive".
+        rest: for "convert", see there: "exact" or "codes".
 
     Returns:
         One LayerError for every parameter that has a gradient, in the model's order.
 
     Raises:
         TypeError: model is no module, loss no function, or another argument of another type.
-        ValueError: another method, bits or range; `range` or `stochastic` with a method that has none; a model without
-            parameters to differentiate.
+        ValueError: another method, bits, range or `rest`; `range`, `stochastic` or `rest` with a method that has none;
+            a model without parameters to differentiate.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"gradient_audit: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -66,6 +72,9 @@ def gradient_audit(
     codes.check_flags("gradient_audit", stochastic=stochastic)
     if range is not None and method != "convert":
         raise ValueError(f"gradient_audit: method {method!r} has no range: its codes span minimum to maximum")
+    check_rest("gradient_audit", rest)
+    if rest != "exact" and method != "convert":
+        raise ValueError(f"gradient_audit: method {method!r} has no rest: it is for 'convert'")
     if stochastic and method == "convert":
         raise ValueError("gradient_audit: method 'convert' rounds to the nearest code alone")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -74,21 +83,28 @@ def gradient_audit(
     # Seeds of their own: dropout draws the same numbers in both runs.
     generator = torch.Generator().manual_seed(0)
     if method == "convert":
-        rounded = _gradients(convert(copy.deepcopy(model), bits, range), loss, batch)
+        rounded = _gradients(convert(copy.deepcopy(model), bits, range, rest=rest), loss, batch)
     elif method == "hooks":
         with saved_tensors(bits, stochastic, min_numel=0, generator=generator):
             rounded = _gradients(copy.deepcopy(model), loss, batch)
     else:
         rounded = _gradients(_rounding(copy.deepcopy(model), bits, stochastic, generator), loss, batch)
-    return [_error(name, grad, rounded[name]) for name, grad in exact.items()]
+    total = float(torch.stack([grad.double().norm() for grad in exact.values()]).norm()) if exact else 0.0
+    return [_error(name, grad, rounded[name], total) for name, grad in exact.items()]
+
+
+def scalar_loss(name: str, loss: Callable[[nn.Module, Any], Tensor], model: nn.Module, batch: Any) -> Tensor:
+    """What `loss` returns, if it is a tensor."""
+    value = loss(model, batch)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: loss must return a scalar tensor, got {type(value).__name__}")
+    return value
 
 
 def _gradients(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any) -> dict[str, Tensor]:
     names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.random.fork_rng():
-        value = loss(model, batch)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"gradient_audit: loss must return a scalar tensor, got {type(value).__name__}")
+        value = scalar_loss("gradient_audit", loss, model, batch)
         found = torch.autograd.grad(value, list(names.values()), allow_unused=True)
     return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
 
@@ -110,7 +126,10 @@ def _rounding(model: nn.Module, bits: int, stochastic: bool, generator: torch.Ge
     return model
 
 
-def _error(name: str, exact: Tensor, rounded: Tensor) -> LayerError:
+def _error(name: str, exact: Tensor, rounded: Tensor, total: float) -> LayerError:
     a, b = exact.double().flatten(), rounded.double().flatten()
-    relative, cosine = (a - b).norm() / a.norm(), a @ b / (a.norm() * b.norm())
-    return LayerError(name, float(relative), float(cosine))
+    difference, cosine = float((a - b).norm()), a @ b / (a.norm() * b.norm())
+    norm = float(a.norm())
+    return LayerError(
+        name, difference / norm if norm else math.nan, float(cosine), difference / total if total else math.nan
+    )

@@ -82,7 +82,7 @@ class _BatchNorm(torch.autograd.Function):
         )
 
 
-class _BatchNormCodes(BatchNorm):
+class BatchNormCodes(BatchNorm):
     """What the batch norms below share: forward(x, relu) -> (result, codes or None), or `alone` the result."""
 
     bits: int
@@ -90,7 +90,7 @@ class _BatchNormCodes(BatchNorm):
     alone: bool
 
     @classmethod
-    def like(cls, module: nn.Module, bits: int, span: float, alone: bool = False) -> _BatchNormCodes:
+    def like(cls, module: nn.Module, bits: int, span: float, alone: bool = False) -> BatchNormCodes:
         """The same layer with codes: the same parameters, buffers and hooks."""
         made = cls.__new__(cls)
         made.__dict__.update(shared_attributes(module))
@@ -119,11 +119,9 @@ class _BatchNormCodes(BatchNorm):
             if self.momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
         training = self.training or (self.running_mean is None and self.running_var is None)
-        if training and x.numel() == x.shape[1]:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
         tracked = not self.training or self.track_running_stats
         span = self.ratio[0] / self.ratio[1]
-        out, *tensors = _BatchNorm.apply(
+        out, *tensors = self._apply_norm(
             x, self.weight, self.bias, self.running_mean if tracked else None, self.running_var if tracked else None,
             training, momentum, self.eps, relu, self.bits, span,
         )
@@ -132,16 +130,22 @@ class _BatchNormCodes(BatchNorm):
             tuple(tensors), "channel", self.bits, span, relu, shape, channels_last, out.dtype, version_of(out)
         )
 
+    def _apply_norm(self, x: Tensor, *arguments: Any) -> Any:
+        """_BatchNorm's results; `arguments` are those of its forward behind x."""
+        if arguments[4] and x.numel() == x.shape[1]:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+        return _BatchNorm.apply(x, *arguments)
 
-class BatchNorm1d(_BatchNormCodes, nn.BatchNorm1d):
+
+class BatchNorm1d(BatchNormCodes, nn.BatchNorm1d):
     """nn.BatchNorm1d with codes."""
 
 
-class BatchNorm2d(_BatchNormCodes, nn.BatchNorm2d):
+class BatchNorm2d(BatchNormCodes, nn.BatchNorm2d):
     """nn.BatchNorm2d with codes."""
 
 
-class BatchNorm3d(_BatchNormCodes, nn.BatchNorm3d):
+class BatchNorm3d(BatchNormCodes, nn.BatchNorm3d):
     """nn.BatchNorm3d with codes."""
 
 

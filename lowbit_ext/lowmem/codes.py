@@ -47,12 +47,15 @@ def check_generator(name: str, generator: torch.Generator | None) -> None:
         raise TypeError(f"{name}: generator must be a torch.Generator or None, got {type(generator).__name__}")
 
 
-def drawn_seed(stochastic: bool, generator: torch.Generator | None = None) -> Tensor | None:
-    """The seed of stochastic rounding, drawn; None of rounding to the nearest."""
-    if not stochastic:
-        return None
-    device = "cpu" if generator is None else generator.device
-    return torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=device).cpu()
+def drawn_seed(
+    name: str, like: Tensor, stochastic: bool, generator: torch.Generator | None = None
+) -> Tensor | None:
+    """The seed of stochastic rounding of `like`, drawn, on the CPU; None of rounding to the nearest.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    return _arguments.fresh_seed(name, like, generator).cpu() if stochastic else None
 
 
 def check_flags(name: str, **flags: bool) -> None:
@@ -195,6 +198,7 @@ def quantize(
     Raises:
         TypeError: x is no dense tensor of these dtypes, or another argument of another type.
         ValueError: another number of bits.
+        RuntimeError: `stochastic` while a CUDA graph is being captured, every replay of which would round the same way.
 
     Source:
         groups and stochastic rounding: Chen et al., "ActNN", ICML 2021, section 3.
@@ -209,7 +213,8 @@ def _quantize(
     check_tensor(name, "x", x)
     check_flags(name, stochastic=stochastic, positive=positive)
     check_generator(name, generator)
-    codes, scale_minimum = ops.group_quantize(x.detach(), bits, positive, drawn_seed(stochastic, generator), 0)
+    seed = drawn_seed(name, x, stochastic, generator)
+    codes, scale_minimum = ops.group_quantize(x.detach(), bits, positive, seed, 0)
     return unchecked(
         Codes, codes=codes, scale_minimum=scale_minimum, bits=bits, shape=tuple(x.shape), dtype=x.dtype,
         channels_last=ops.is_channels_last(x),

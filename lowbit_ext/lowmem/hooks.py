@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
+from lowbit_ext import _arguments
 from lowbit_ext.lowmem import _ledger, ops
 from lowbit_ext.lowmem._forms import (
     CODES,
@@ -114,11 +115,40 @@ def _place(flat: Tensor, version: int) -> tuple[Any, ...]:
     return flat.untyped_storage()._cdata, flat.storage_offset(), flat.numel(), flat.dtype, version
 
 
+@dataclasses.dataclass(frozen=True)
+class BitPlan:
+    """How many bits each tensor that a model keeps gets from `saved_tensors`. Made by `allocate_bits`.
+
+    Attributes:
+        bits: of each layer, by its name within the module that is called, "" of what is kept outside of it: of the
+            tensors that it keeps, in this order and then from the first again, as at the next step. Tensors of layers
+            that are not listed get 4.
+        average: bits an element that this is on average, on the batch that the plan was made with.
+
+    Raises:
+        TypeError: bits is no dict of tuples of ints by strings, or average no number.
+        ValueError: other bits than 2, 4 and 8.
+    """
+
+    bits: dict[str, tuple[int, ...]]
+    average: float
+
+    def __post_init__(self) -> None:
+        _arguments.number("BitPlan", "average", self.average)
+        if not isinstance(self.bits, dict):
+            raise TypeError(f"BitPlan: bits must be a dict, got {type(self.bits).__name__}")
+        for name, values in self.bits.items():
+            if not isinstance(name, str) or not isinstance(values, tuple):
+                raise TypeError(f"BitPlan: bits must be tuples by names of layers, got {values!r} by {name!r}")
+            for value in values:
+                check_settings("BitPlan", value, None)
+
+
 class saved_tensors:
     """Context manager: float tensors that autograd keeps become codes, for any module and without changing it.
 
     Args:
-        bits: 2, 4 or 8, in groups of 256 with 0.125 bits more.
+        bits: 2, 4 or 8, in groups of 256 with 0.125 bits more; or a BitPlan, for each tensor its own.
         stochastic: stochastic rounding, whose error has mean 0.
         min_numel: smaller tensors are kept as they are.
         keep: tensors whose storages are kept as they are. Parameters and buffers of models that run within the context
@@ -150,19 +180,21 @@ class saved_tensors:
 
     Raises:
         TypeError: an argument has another type.
-        ValueError: bits or min_numel out of range; `compiled` with a generator or `keep`.
-        RuntimeError: opened within compiled code, or `compiled` within a ledger, which cannot see into a graph. In the
-            backward pass: a tensor that was kept was modified in place.
+        ValueError: bits or min_numel out of range; `compiled` with a generator, `keep` or a BitPlan.
+        RuntimeError: opened within compiled code, or `compiled` within a ledger, which cannot see into a graph;
+            stochastic rounding while a CUDA graph is being captured. In the backward pass: a tensor that was kept was
+            modified in place.
 
     Source:
         Chen et al., "ActNN", ICML 2021.
     """
 
     def __init__(
-        self, bits: int = 4, stochastic: bool = False, min_numel: int = 1024, keep: Iterable[Tensor] = (), *,
+        self, bits: int | BitPlan = 4, stochastic: bool = False, min_numel: int = 1024, keep: Iterable[Tensor] = (), *,
         generator: torch.Generator | None = None, compiled: bool = False,
     ) -> None:
-        bits, _ = check_settings("saved_tensors", bits, None)
+        plan = bits if isinstance(bits, BitPlan) else None
+        bits, _ = check_settings("saved_tensors", 4 if isinstance(bits, BitPlan) else bits, None)
         min_numel = as_int("saved_tensors", "min_numel", min_numel)
         if min_numel < 0:
             raise ValueError(f"saved_tensors: min_numel must not be negative, got {min_numel}")
@@ -175,10 +207,12 @@ class saved_tensors:
         for kept in keep:
             if not isinstance(kept, Tensor):
                 raise TypeError(f"saved_tensors: keep must be tensors, got {type(kept).__name__}")
-        if compiled and (generator is not None or keep):
-            raise ValueError("saved_tensors: compiled hooks take neither a generator nor tensors to keep")
+        if compiled and (generator is not None or keep or plan is not None):
+            raise ValueError("saved_tensors: compiled hooks take neither a generator nor tensors to keep nor a BitPlan")
         self.bits, self.stochastic, self.min_numel, self.compiled = bits, stochastic, min_numel, compiled
-        self._generator = generator
+        self._generator, self._plan = generator, plan
+        self._names: dict[int, dict[int, str]] = {}  # of the modules within one that was called
+        self._counts: dict[str, int] = {}  # of tensors that layers have kept
         self._held = _ledger.Held(keep)
         self._coded: weakref.WeakValueDictionary[tuple[Any, ...], _Coded] = weakref.WeakValueDictionary()
         self._arguments: weakref.WeakValueDictionary[tuple[Any, ...], _Coded] = weakref.WeakValueDictionary()
@@ -222,11 +256,7 @@ class saved_tensors:
             return _Packed(argument, order, shape, argument.curve)
         coded = self._coded.get((place, form)) or (self._coded.get((place, FINE)) if form == CODES else None)
         if coded is None:
-            encoded = None
-            if x.is_floating_point() and not x.requires_grad and form in (CODES, EXACT):
-                encoded = dictionary(flat)
-            seed = drawn_seed(self.stochastic, self._generator)
-            encoded = encoded or encode(flat, form, self.bits, seed)
+            encoded = self._encoded(x, flat, form)
             if encoded is None:
                 return None
             coded = _Coded(encoded, order, [StorageWeakRef(flat.untyped_storage())])
@@ -235,6 +265,31 @@ class saved_tensors:
             coded.curve = call.curve()
             self._watch.argument = coded
         return _Packed(coded, order, shape)
+
+    def _encoded(self, x: Tensor, flat: Tensor, form: Form) -> Encoded | None:
+        """What is kept of a piece of memory; None: it is to be kept as it is."""
+        if x.is_floating_point() and not x.requires_grad and form in (CODES, EXACT):
+            found = dictionary(flat)
+            if found is not None:
+                return found
+        bits = self.bits
+        if self._plan is not None and has_bits(x, form):
+            name, index = self._piece()
+            planned = self._plan.bits.get(name, ())
+            bits = planned[index % len(planned)] if planned else bits
+        return encode(flat, form, bits, drawn_seed("saved_tensors", flat, self.stochastic, self._generator))
+
+    def _piece(self) -> tuple[str, int]:
+        """The layer that keeps a tensor, by its name in the module that was called, and how many it kept before."""
+        modules, name = _ledger.running_modules(), ""
+        if modules:
+            called = modules[-1]
+            if id(called) not in self._names:
+                self._names[id(called)] = {id(module): name for name, module in called.named_modules()}
+            name = next((names for names in map(self._names[id(called)].get, map(id, modules)) if names), "")
+        index = self._counts.get(name, 0)
+        self._counts[name] = index + 1
+        return name, index
 
     def _note_result(self, argument: _Coded, result: Tensor) -> None:
         """Of an activation function: what keeps its result reads the codes of its argument."""
@@ -252,6 +307,7 @@ class saved_tensors:
             raise RuntimeError("saved_tensors: open it round the call of a compiled function, not within")
         if self.compiled and _ledger.is_open():
             raise RuntimeError("saved_tensors: a ledger cannot see into compiled graphs: open it within this context")
+        self._counts.clear()
         hooks: Any = (self._pack, self._unpack)
         if self.compiled:
             hooks = _traced_hooks(self.bits, self.stochastic, self.min_numel)
@@ -266,6 +322,11 @@ class saved_tensors:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._entered.pop().__exit__(kind, error, trace)
+
+
+def has_bits(x: Tensor, form: Form) -> bool:
+    """Whether a tensor is kept in as many bits as are asked for."""
+    return x.is_floating_point() and (form == CODES or form.name == "rows")
 
 
 def _is_suited(x: Tensor, min_numel: int, dtypes: Iterable[torch.dtype]) -> bool:
@@ -283,7 +344,7 @@ def _pack_traced(x: Tensor, bits: int, stochastic: bool, min_numel: int) -> tupl
     if x.dtype == torch.bool:
         tensors: tuple[Tensor, ...] = (pack_bits(flat),)
     else:
-        tensors = quantize_saved(flat, bits, drawn_seed(stochastic))
+        tensors = quantize_saved(flat, bits, drawn_seed("saved_tensors", flat, stochastic))
     return (*tensors, x.dtype, order, shape)
 
 

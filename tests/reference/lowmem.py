@@ -84,6 +84,17 @@ def batch_norm_relu_backward(grad, codes, gamma, beta, invstd, bits, span, train
     return grad * _per_channel(gamma.double() * invstd.double(), grad), grad_gamma, grad_beta
 
 
+def norm_backward(grad, xhat, rstd, dims, centred, weight=None):
+    """(grad of x, of weight and bias before their sums) of xhat * weight + bias, xhat = (x - mean) * rstd over `dims`.
+
+    A norm that is not `centred` has no mean, as RMS norm.
+    """
+    grad, xhat = grad.double(), xhat.double()
+    scaled = grad if weight is None else grad * weight.double()
+    mean = scaled.mean(dims, keepdim=True) if centred else 0.0
+    return (scaled - mean - xhat * (scaled * xhat).mean(dims, keepdim=True)) * rstd.double(), grad * xhat, grad
+
+
 def block(x, gamma, beta, weight, grad, eps, bits, span, **conv):
     """A block relu(batch_norm(x)) -> conv2d and its approximate gradients, all in float64.
 
