@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) copy_weight_kernel(BlockWeightArgs a
 }
 
 // The sums along each row of taps, and the zeros before them.
-__global__ void __launch_bounds__(kThreads) sum_rows_kernel(BlockWeightArgs args) {
+__global__ void __launch_bounds__(kThreads) prefix_rows_kernel(BlockWeightArgs args) {
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index >= args.count) return;
   const ConvShape& s = args.shape;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) sum_rows_kernel(BlockWeightArgs args
 }
 
 // Adds to each row of sums the one above.
-__global__ void __launch_bounds__(kThreads) sum_columns_kernel(BlockWeightArgs args) {
+__global__ void __launch_bounds__(kThreads) prefix_columns_kernel(BlockWeightArgs args) {
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index >= args.count) return;
   const ConvShape& s = args.shape;
@@ -371,6 +371,9 @@ __device__ inline void store_block(const ConvKernelArgs& args, const ConvBlock& 
   }
 }
 
+// Count of binary_conv2d_kernel<MmaEngine>, bits: 32 LDS, 32 VOTE.ANY; each of 32
+// Count of binary_conv2d_kernel<MmaEngine>, int32: 32 LDS, 32 STG.E; each of 32
+// Count of binary_conv2d_kernel<MmaEngine>, more at borders: 32 LDS.128, 32 STS; each of 32
 // SASS of binary_conv2d_kernel<MmaEngine>: LDGSTS.E.BYPASS.128, BMMA.168256.AND.POPC
 // SASS on sm_90a of binary_conv2d_kernel<WgmmaEngine>: LDGSTS.E.BYPASS.128, BGMMA.64x144x256.AND.POPC
 template <class Engine>
@@ -508,11 +511,11 @@ Status binary_conv2d_block_weight(const ConvShape& shape, const uint64_t* words,
   if (status != Status::ok) return status;
   args.by_row = make_divisor(filters_per_group(shape));
   args.count = shape.filters * shape.kernel_height;
-  status = launch(sum_rows_kernel, {blocks_for(args.count, kThreads), dim3(kThreads)}, stream, args);
+  status = launch(prefix_rows_kernel, {blocks_for(args.count, kThreads), dim3(kThreads)}, stream, args);
   if (status != Status::ok) return status;
   args.by_lines = make_divisor(shape.kernel_width + 1);
   args.count = shape.filters * (shape.kernel_width + 1);
-  return launch(sum_columns_kernel, {blocks_for(args.count, kThreads), dim3(kThreads)}, stream, args);
+  return launch(prefix_columns_kernel, {blocks_for(args.count, kThreads), dim3(kThreads)}, stream, args);
 }
 
 int64_t binary_conv2d_workspace_bytes(const BinaryConv2dArgs& args) noexcept {
