@@ -4,13 +4,13 @@
 //   Stage                 the words of so many pixels and filters in shared memory: kStageWords of each
 //   kStages               of shared memory: so many parts of the words are under way at a time
 //   kPending              stages before the one that accumulate() was given last that it may still be reading
-//   kDisagreements        whether it counts popc(a ^ w), else 2 popc(a & w) - popc(a)
+//   kDisagreements        whether it counts -popc(a ^ w), else 2 popc(a & w) - popc(a)
 //   kCompiled             false for an architecture that never runs it
 //   prepare(stages)                   writes what stages hold besides words, before the first is loaded
 //   publish()                         makes this thread's part of a stage readable after the next barrier
 //   accumulate(stage, words)          adds the first `words` of a stage's words
 //   finish()                          waits for all that was added
-//   store(sums)                       writes sums[pixel][filter], modulo 2^32
+//   store(sums, multiple)             writes sums[pixel][filter], so many times what it counts, modulo 2^32
 // and lives in the registers of its thread.
 #pragma once
 
@@ -66,17 +66,17 @@ struct ImmediateEngine {
   __device__ void finish() {}
 };
 
-// Of 16 pixels and 8 filters: 2 popc(a & w) - popc(a). `active` is the same in every column.
+// Of 16 pixels and 8 filters: multiple * (2 popc(a & w) - popc(a)). `active` is the same in every column.
 template <class Engine>
 __device__ inline void store_fragment(ConvSums<Engine>& sums, int first_pixel, int first_filter,
-                                      const FragmentSums& both, const FragmentSums& active) {
+                                      const FragmentSums& both, const FragmentSums& active, uint32_t multiple) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
   for (int lower = 0; lower < 2; ++lower) {
     Pack<uint32_t, 2> pair;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      pair.values[c] = 2 * both.values[2 * lower + c] - active.values[2 * lower + c];
+      pair.values[c] = 2 * multiple * both.values[2 * lower + c] - multiple * active.values[2 * lower + c];
     }
     const int pixel = first_pixel + lower * 8 + lane / 4, filter = first_filter + lane % 4 * 2;
     *reinterpret_cast<Pack<uint32_t, 2>*>(&sums[pixel][filter]) = pair;
@@ -121,12 +121,12 @@ struct PopcountEngine : ImmediateEngine {
     }
   }
 
-  __device__ void store(ConvSums<PopcountEngine>& sums) const {
+  __device__ void store(ConvSums<PopcountEngine>& sums, uint32_t multiple) const {
     const int across = static_cast<int>(threadIdx.x) % kAcross, down = static_cast<int>(threadIdx.x) / kAcross;
 #pragma unroll
     for (int i = 0; i < kEdge; ++i) {
 #pragma unroll
-      for (int j = 0; j < kEdge; ++j) sums[down + i * kDown][across + j * kAcross] = counts[i][j];
+      for (int j = 0; j < kEdge; ++j) sums[down + i * kDown][across + j * kAcross] = -multiple * counts[i][j];
     }
   }
 };
@@ -181,13 +181,13 @@ struct MmaEngine : ImmediateEngine {
     }
   }
 
-  __device__ void store(ConvSums<MmaEngine>& sums) const {
+  __device__ void store(ConvSums<MmaEngine>& sums, uint32_t multiple) const {
 #pragma unroll
     for (int i = 0; i < kDown; ++i) {
 #pragma unroll
       for (int j = 0; j < kAcross; ++j) {
-        store_fragment<MmaEngine>(sums, first_pixel() + i * kRows, first_filter() + j * kColumns, both[i][j],
-                                  active[i]);
+        store_fragment<MmaEngine>(sums, first_pixel() + i * kRows, first_filter() + j * kColumns, both[i][j], active[i],
+                                  multiple);
       }
     }
   }
@@ -230,11 +230,11 @@ struct WgmmaEngine {
 
   __device__ void finish() { wait_products<0>(sums); }
 
-  __device__ void store(ConvSums<WgmmaEngine>& target) const {
+  __device__ void store(ConvSums<WgmmaEngine>& target, uint32_t multiple) const {
     const int first_pixel = static_cast<int>(threadIdx.x) / kWarp * 16;
 #pragma unroll
     for (int j = 0; j < kFilters / kColumns; ++j) {
-      store_fragment<WgmmaEngine>(target, first_pixel, j * kColumns, sums[j], sums[kFilters / kColumns]);
+      store_fragment<WgmmaEngine>(target, first_pixel, j * kColumns, sums[j], sums[kFilters / kColumns], multiple);
     }
   }
 };

@@ -43,19 +43,24 @@ ChannelPacks make_channel_packs(const ChannelShape& shape, int bits, bool aligne
           aligned && length % kCount == 0};
 }
 
+// The pack `offset` elements into a row.
 template <int kCount>
-__device__ inline PackPlace place_of(const ChannelPacks& packs, int bits, int64_t index) {
-  const Division row = divide_with_remainder(index, packs.by_row);
-  const int64_t offset = row.remainder * kCount;
+__device__ inline PackPlace place_of(const ChannelPacks& packs, int bits, int64_t row, int64_t offset) {
   PackPlace place;
-  place.element = row.quotient * packs.row_length + offset;
-  place.byte = row.quotient * packs.row_bytes + offset * bits / 8;
-  place.column = packs.channels_last ? offset : divide_with_remainder(row.quotient, packs.by_channels).remainder;
+  place.element = row * packs.row_length + offset;
+  place.byte = row * packs.row_bytes + offset * bits / 8;
+  place.column = packs.channels_last ? offset : divide_with_remainder(row, packs.by_channels).remainder;
   const int64_t of_row = packs.row_length - offset, of_all = packs.elements - place.element;
   const int64_t left = of_row < of_all ? of_row : of_all;
   place.count = static_cast<int>(left < kCount ? (left > 0 ? left : 0) : kCount);
   place.whole = packs.vector && place.count == kCount;
   return place;
+}
+
+template <int kCount>
+__device__ inline PackPlace place_of(const ChannelPacks& packs, int bits, int64_t index) {
+  const Division row = divide_with_remainder(index, packs.by_row);
+  return place_of<kCount>(packs, bits, row.quotient, row.remainder * kCount);
 }
 
 // A row of the workspace for the elements of a pack: its columns from `column` on, or that one for all.

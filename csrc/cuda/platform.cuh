@@ -91,6 +91,16 @@ T& shared_memory() {
   return *static_cast<T*>(host_cuda::shared_memory());
 }
 
+// The integer part, 0 of what is negative or NaN; what is too large gives a large number.
+static inline uint32_t whole_part(float value) {
+  return value > 0 ? value < 0x1p32f ? static_cast<uint32_t>(value) : ~0u : 0;
+}
+// A number in a register, which the compiler does not make a second time from what it came from.
+static inline float keep(float value) { return value; }
+// The number that is not NaN, if one is.
+static inline float least_of(float a, float b) { return __builtin_fminf(a, b); }
+static inline float greatest_of(float a, float b) { return __builtin_fmaxf(a, b); }
+
 static inline float half_to_float(uint16_t bits) { return float16_to_float(bits); }
 static inline uint16_t float_to_half(float value) { return float_to_float16(value); }
 
@@ -102,6 +112,14 @@ __device__ T& shared_memory() {
   extern __shared__ __align__(1024) uint8_t lowbit_shared_memory[];
   return *reinterpret_cast<T*>(lowbit_shared_memory);
 }
+
+static __device__ inline uint32_t whole_part(float value) { return __float2uint_rz(value); }
+static __device__ inline float keep(float value) {
+  asm("" : "+f"(value));
+  return value;
+}
+static __device__ inline float least_of(float a, float b) { return fminf(a, b); }
+static __device__ inline float greatest_of(float a, float b) { return fmaxf(a, b); }
 
 static __device__ inline float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 static __device__ inline uint16_t float_to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }

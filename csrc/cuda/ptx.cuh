@@ -32,6 +32,24 @@ constexpr bool kWarpgroupBitMatrices = true;  // of the architecture that is com
 constexpr bool kWarpgroupBitMatrices = false;
 #endif
 
+// Two floats rounded to bfloat16 or float16, the first in the lower half. A NaN of bfloat16 is 0x7fff by the
+// instruction and keeps its upper bits without; that of the hardware's arithmetic is 0x7fff either way.
+template <bool kBfloat16>
+__device__ inline uint32_t pair_of(float low, float high) {
+#if !defined(LOWBIT_HOST_CUDA) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t pair;
+  if constexpr (kBfloat16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+#else
+  const auto round = [](float value) { return uint32_t{kBfloat16 ? float_to_bfloat16(value) : float_to_half(value)}; };
+  return round(low) | round(high) << 16;
+#endif
+}
+
 // mma m16n8k256 on bits, the fragments of one lane; with row = lane / 4 and word = lane % 4:
 //   A, 16 rows of 8 words of 32 bits   [0] row, word   [1] row + 8, word   [2] row, word + 4   [3] row + 8, word + 4
 //   B, the same of 8 columns           [0] row, word   [1] row, word + 4
@@ -93,6 +111,11 @@ static inline void multiply_bits(FragmentSums& sums, const FragmentA& a, const F
       }
     }
   }
+}
+
+template <class T>
+T* keep_address(T* address) {
+  return address;
 }
 
 static inline void fence_async_proxy() { host_cuda::proxy_fence(); }
@@ -210,6 +233,14 @@ __device__ inline void multiply_bits(FragmentSums& sums, const FragmentA& a, con
       : "+r"(sums.values[0]), "+r"(sums.values[1]), "+r"(sums.values[2]), "+r"(sums.values[3])
       : "r"(a.values[0]), "r"(a.values[1]), "r"(a.values[2]), "r"(a.values[3]), "r"(b.values[0]), "r"(b.values[1]));
 #endif
+}
+
+// The same address, of which the compiler does not know how it came about: an element is then one multiplication and
+// addition away, and not the sum that the address was made from (5 instructions an element in loops: binary_conv2d.cu).
+template <class T>
+__device__ inline T* keep_address(T* address) {
+  asm("" : "+l"(address));
+  return address;
 }
 
 // Makes this thread's writes to shared memory visible to the products that follow the next barrier.
