@@ -129,7 +129,7 @@ struct ConvKernelArgs {
 struct ConvPixel {
   const uint64_t* origin;
   int row_begin, row_end, column_begin, column_end;
-  uint32_t corners[4];
+  Pack<uint32_t> corners;
 
   __device__ bool contains(int row, int column) const {
     return row >= row_begin && row < row_end && column >= column_begin && column < column_end;
@@ -270,7 +270,7 @@ __device__ inline void add_outside(const ConvKernelArgs& args, const ConvLane& a
 #pragma unroll 1
   for (; leaving != 0; leaving &= leaving - 1) {
     const int i = __ffs(static_cast<int>(leaving)) - 1;
-    const auto corners = *reinterpret_cast<const Pack<uint32_t>*>(pixels[first + i].corners);
+    const Pack<uint32_t> corners = pixels[first + i].corners;
     const auto prefix = [&](int corner) { return at.taps[corners.values[corner]]; };
     to[i * kPitch<Engine>] +=
         static_cast<uint32_t>(args.outside) * (at.all - prefix(3) + prefix(2) + prefix(1) - prefix(0));
