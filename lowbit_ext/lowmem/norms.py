@@ -123,11 +123,14 @@ class _InstanceNorm(torch.autograd.Function):
         ctx.sizes = images, channels, x[0, 0].numel(), channels
         # What torch.instance_norm does: a batch norm of as many channels as there are images with theirs.
         rows = x.contiguous().view(1, images * channels, *x.shape[2:])
-        parameters = [None if tensor is None else tensor.repeat(images) for tensor in (weight, bias, *running)]
-        out, mean, rstd, _, _ = batch_norm_impl_index(
-            rows, *parameters, True, momentum, eps, torch.backends.cudnn.enabled  # type: ignore[call-arg, arg-type]
+        gamma, beta, *repeated_running = (
+            None if tensor is None else tensor.repeat(images) for tensor in (weight, bias, *running)
         )
-        for tensor, repeated in zip(running, parameters[2:], strict=True):
+        out, mean, rstd, _, _ = batch_norm_impl_index(
+            rows, gamma, beta, repeated_running[0], repeated_running[1], True, momentum, eps,
+            torch.backends.cudnn.enabled,
+        )
+        for tensor, repeated in zip(running, repeated_running, strict=True):
             if tensor is not None and repeated is not None:
                 tensor.copy_(repeated.view(images, channels).mean(0))
         column = (-1, *(1,) * (x.dim() - 2))
