@@ -24,7 +24,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="the small set, two minutes (default)")
+    size.add_argument("--quick", action="store_true", help="the small set, three to four minutes (default)")
     size.add_argument("--full", action="store_true", help="every case")
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, metavar="NAME",
                         help=f"of {', '.join(BENCHMARKS)}")
